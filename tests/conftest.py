@@ -1,0 +1,365 @@
+"""Helpers for the tests that drive the real launcher: places to run in, terminals, stubs, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = ROOT / "run_h100_dual.sh"
+SCRIPT = ROOT / "train_h100_dual.py"
+# A training run long enough to be stopped, on a model small enough for two cores.
+LONG_RUN = (
+    "--train --device cpu --model-size tiny --vocab-size 1024 --max-seq-length 64 --batch-size 2 "
+    "--gradient-accumulation-steps 1 --max-steps 100000 --save-steps 100000 --dummy-data --num-gpus 1"
+)
+TOOLS = (  # what the launcher may take for granted on a machine where nothing is installed
+    "bash cat date dirname env flock grep ls mkdir mktemp mv nohup paste rm sed setsid sleep tail tee timeout touch tr"
+)
+H100 = "NVIDIA H100 PCIe"
+
+
+def wait_for(what: str, check: Callable[[], Any], timeout: float = 60.0, explain: Callable[[], str] = str) -> Any:
+    """Poll ``check`` until it is true and return what it returned; fail saying what was waited for."""
+    deadline = time.monotonic() + timeout
+    while not (found := check()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout:.0f} s in vain for: {what}\n{explain()}")
+        time.sleep(0.1)
+    return found
+
+
+def process_is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Living processes that were started with ``mark`` in their environment, with their command lines.
+
+    The environment stays with a process whatever session or parent it moves to.
+    """
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            if mark.encode() in (folder / "environ").read_bytes() and process_is_alive(int(folder.name)):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(folder.name)] = command.decode(errors="replace").strip()
+    return found
+
+
+def list_tree(folder: Path) -> dict[str, str]:
+    """Every path below ``folder``, with a hash of each file's content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@dataclass
+class Place:
+    """A folder to run the launcher in, with the environment it gets; knows every process started there."""
+
+    folder: Path
+    launcher: Path = LAUNCHER
+    cache: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: f"LAUNCHER_TEST_MARK={uuid.uuid4().hex}")
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.outputs, self.logs = self.folder / "outputs", self.folder / "logs"
+        self.cache = self.cache or self.folder / "cache"
+        self.console_log, self.pid_file = self.logs / "training_console.log", self.logs / "training.pid"
+
+    @property
+    def directories(self) -> list[str]:
+        """The options that keep a run's files in this place."""
+        return ["--output-dir", str(self.outputs), "--logs-dir", str(self.logs), "--cache-dir", str(self.cache)]
+
+    def command(self, *arguments: str) -> dict[str, Any]:
+        """The launcher with its directories and arguments, as keyword arguments of ``Popen``."""
+        name, _, value = self.mark.partition("=")
+        base = {key: text for key, text in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LAUNCHER_OPTIONS")}
+        # No GPU unless a test brings a stub, so that the tests are the same on every machine.
+        base |= {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(self.folder / "xdg")}
+        base["OMP_WAIT_POLICY"] = "passive"  # threads that spin take seconds a step on a loaded machine
+        return {
+            "args": [str(self.launcher), *arguments, *self.directories],
+            "cwd": self.folder,
+            "env": {**base, **self.environment, name: value},
+        }
+
+    def run(self, *arguments: str, timeout: float = 120.0) -> Answer:
+        """Run the launcher to its end."""
+        return self.execute(self.command(*arguments), timeout)
+
+    def execute(self, command: dict[str, Any], timeout: float = 120.0) -> Answer:
+        """Run a command to its end."""
+        before, begun = os.times(), time.monotonic()
+        process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        out, err = self.finish(process, timeout)
+        after, seconds = os.times(), time.monotonic() - begun
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        return Answer(process.returncode, out, err or "", seconds, cpu)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Start the launcher with its output in a pipe."""
+        command = self.command(*arguments)
+        return subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def finish(self, process: subprocess.Popen, timeout: float = 120.0) -> tuple[str, str]:
+        """Wait for a process's end; returns what it wrote."""
+        try:
+            return process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            report = self.report()
+            self.kill_all()  # whoever holds the pipe
+            shown = "\n".join(text or "" for text in process.communicate())
+            pytest.fail(f"it did not end within {timeout:.0f} s: {process.args}\n{shown}\n{report}")
+
+    def processes(self) -> dict[int, str]:
+        """What runs of this place's processes."""
+        return marked_processes(self.mark)
+
+    def kill_all(self) -> None:
+        """End whatever is left here, at once."""
+        for _ in range(50):
+            left = self.processes()
+            if not left:
+                return
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    def report(self) -> str:
+        """What helps to understand a run that did not do what it should."""
+        lines = [f"processes: {self.processes()}", f"files: {sorted(list_tree(self.folder))[:60]}"]
+        for path in (self.console_log, self.logs / "training_detail_rank_0.log", self.outputs / "run_info.json"):
+            if path.exists():
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines.append(f"--- {path.name} ---\n{text[-2000:] if path.suffix == '.log' else text[-300:]}")
+        return "\n".join(lines)
+
+    def wait(self, what: str, check: Callable[[], Any], timeout: float = 90.0) -> Any:
+        """Poll until ``check`` is true; a failure shows logs and processes."""
+        return wait_for(what, check, timeout, self.report)
+
+    def wait_for_end(self, timeout: float = 90.0) -> None:
+        """Wait until no process of this place lives."""
+        self.wait("the end of all processes", lambda: not self.processes(), timeout)
+
+    def wait_for_step(self, timeout: float = 90.0) -> None:
+        """Wait until the run has logged a training step."""
+        path = self.outputs / "metrics.jsonl"
+        self.wait("the first logged step", lambda: path.exists() and path.stat().st_size, timeout)
+
+    def pid(self) -> int:
+        """The process in the PID file."""
+        return int(self.wait("the PID file", lambda: self.pid_file.exists() and self.pid_file.read_text().strip()))
+
+    def info(self) -> dict[str, Any]:
+        """Content of ``run_info.json``."""
+        return json.loads((self.outputs / "run_info.json").read_text(encoding="utf-8"))
+
+    def console(self) -> str:
+        """Content of the console log."""
+        return self.console_log.read_text(encoding="utf-8")
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(self.outputs.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@dataclass
+class Answer:
+    """How a command ended: exit code, what it wrote, how long it took and how much of that computing."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def text(self) -> str:
+        """Everything that it wrote."""
+        return self.out + self.err
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines with which it refused."""
+        return [line for line in self.err.splitlines() if line.startswith("❌")]
+
+
+class Terminal:
+    """A command as the session of a pseudo-terminal of its own, as in an SSH session."""
+
+    def __init__(self, place: Place, *arguments: str):
+        self.master, slave = pty.openpty()
+        command = place.command(*arguments)
+        # A shell that stays in front of the launcher, so that the launcher isn't the session's leader.
+        command["args"] = ["bash", "-c", '"$@"; code=$?; exit "$code"', "terminal", *command["args"]]
+        take_terminal = functools.partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0)
+        self.process = subprocess.Popen(
+            **command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal
+        )
+        os.close(slave)
+        self.place, self.shown = place, b""
+
+    @property
+    def text(self) -> str:
+        """What the terminal has shown so far."""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while select.select([self.master], [], [], 0)[0] and (block := os.read(self.master, 65536)):
+                self.shown += block
+        return self.shown.decode(errors="replace").replace("\r\n", "\n")
+
+    def wait_for_text(self, text: str, timeout: float = 60.0) -> None:
+        """Read until ``text`` was shown."""
+        wait_for(
+            f"{text!r} on the terminal", lambda: text in self.text, timeout, lambda: self.text + self.place.report()
+        )
+
+    def press(self, keys: str) -> None:
+        """Type something: "\\x03" is Ctrl-C."""
+        os.write(self.master, keys.encode())
+
+    def hang_up(self) -> None:
+        """Close the terminal: the kernel sends SIGHUP to its session."""
+        if self.master is not None:
+            os.close(self.master)
+            self.master = None
+
+    def wait_for_exit(self, timeout: float = 60.0) -> int:
+        """Wait for the command's end, reading all the while; returns the exit code."""
+        wait_for(
+            "the launcher's end", lambda: (self.text, self.process.poll() is not None)[1], timeout, self.place.report
+        )
+        return self.process.returncode
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """An empty place of one's own, without any process afterwards."""
+    yield from cleaned(Place(tmp_path / "place"))
+
+
+def cleaned(place: Place) -> Iterator[Place]:
+    """Give a place and end what was started there, whatever happened."""
+    try:
+        yield place
+    finally:
+        place.kill_all()
+
+
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token cache for the runs that may share it: the dummy text is tokenised once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A machine where nothing is installed: a Python without packages, a few tools, a copy of the scripts."""
+    folder = tmp_path_factory.mktemp("bare machine")
+    command = [sys.executable, "-m", "venv", "--without-pip", str(folder / "python")]
+    subprocess.run(command, check=True)
+    (folder / "bin").mkdir()
+    for name in TOOLS.split():
+        (folder / "bin" / name).symlink_to(shutil.which(name))
+    (folder / "checkout").mkdir()
+    for path in (LAUNCHER, SCRIPT, ROOT / "requirements.txt"):
+        shutil.copy(path, folder / "checkout")
+    return folder
+
+
+@pytest.fixture
+def bare_place(tmp_path: Path, bare_folder: Path) -> Iterator[Place]:
+    """A place whose launcher finds a Python without any package."""
+    environment = {"PATH": f"{bare_folder / 'python' / 'bin'}:{bare_folder / 'bin'}"}
+    yield from cleaned(Place(tmp_path / "place", bare_folder / "checkout" / LAUNCHER.name, environment=environment))
+
+
+@pytest.fixture
+def with_gpus(place: Place, tmp_path: Path) -> Callable[..., None]:
+    """Return a function that makes nvidia-smi report GPUs in ``place``, which PyTorch does not see."""
+
+    def stub(count: int, used: int = 4, name: str = H100) -> None:
+        lines = [f"{index}, GPU-1{index}1f5c2b-stub, {name}, 81559, {used}" for index in range(count)]
+        write_program(tmp_path / "stubs" / "nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in lines))
+        visible = ",".join(f"GPU-1{index}1f5c2b-stub" for index in range(count))
+        path = f"{tmp_path / 'stubs'}:{os.environ['PATH']}"
+        place.environment |= {"PATH": path, "CUDA_VISIBLE_DEVICES": visible}
+
+    return stub
+
+
+@pytest.fixture
+def with_cuda(place: Place, tmp_path: Path) -> None:
+    """Make the launcher's question to PyTorch in ``place`` answer as if it saw the GPUs."""
+    package = tmp_path / "fake" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 2)\n"
+        "class version:\n    cuda = '12.8'\n"
+    )
+    place.environment["PYTHONPATH"] = str(package.parent)
+
+
+def write_program(path: Path, body: str) -> Path:
+    """Write an executable bash script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def assert_in_order(text: str, phrases: list[str]) -> None:
+    """Assert that each phrase, a regular expression, is found after the one before it."""
+    position = 0
+    for phrase in phrases:
+        found = re.compile(phrase, re.MULTILINE).search(text, position)
+        assert found, f"{phrase!r} does not come after {text[:position][-200:]!r} in\n{text}"
+        position = found.end()
+
+
+def write_jsonl(path: Path, lines: list[str | dict[str, str]]) -> Path:
+    """Write lines as they are and objects as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def documents(count: int) -> list[dict[str, str]]:
+    """Distinct documents, one half Korean and one half English, enough of them for a few tiny steps."""
+    korean = "{0}번째 기록입니다. 학생 {1}명이 도서관에서 책을 읽고 서울에 있는 친구에게 편지를 보냈습니다. "
+    english = "Record {0}: the engineers repaired {1} machines and sent a letter to a friend in Seoul. "
+    return [{"text": (korean, english)[n % 2].format(n, n * 7) * 4} for n in range(count)]

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+#
+# The one test command: sets up .venv where something is missing, then checks style and runs the tests.
+# Usage: tests/run.sh [--all] [PYTEST_ARGUMENT...]     --all runs the slow tests too.
+
+set -euo pipefail
+
+ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$ROOT"
+# shellcheck source=run_h100_dual.sh
+source ./run_h100_dual.sh
+
+tests_are_ready() { # whether .venv holds every pinned version
+  [[ -x .venv/bin/python && ! -e .venv/.installing ]] && .venv/bin/python - requirements.txt tests/requirements.txt <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+for path in sys.argv[1:]:
+    for line in open(path, encoding="utf-8"):
+        name, _, pin = line.partition("#")[0].strip().partition("==")
+        try:
+            if name and version(name).partition("+")[0] != pin:
+                sys.exit(1)
+        except PackageNotFoundError:
+            sys.exit(1)
+PYTHON
+}
+
+main_tests() {
+  local arguments=(-m "not slow") path
+  if [[ ${1-} == --all ]]; then
+    arguments=()
+    shift
+  fi
+  find_python
+  tests_are_ready || install_packages requirements.txt tests/requirements.txt
+  export PATH="$ROOT/.venv/bin:$PATH"
+  ruff check .
+  ruff format --check .
+  local scripts=(run_h100_dual.sh)
+  for path in tests/*.sh tests/benchmarks/*.sh .ci/run; do
+    [[ -e $path ]] && scripts+=("$path")
+  done
+  shellcheck "${scripts[@]}"
+  shfmt -d -i 2 -ci "${scripts[@]}"
+  python -m pytest "${arguments[@]}" "$@"
+}
+
+main_tests "$@"

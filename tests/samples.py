@@ -1,0 +1,87 @@
+"""What several test files share: small corpora, tiny runs in this process, and torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train_h100_dual as t
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "--train --device cpu --model-size tiny --vocab-size 512 --max-seq-length 32 --batch-size 2",
+    "--gradient-accumulation-steps 1 --max-steps 4 --logging-steps 1 --learning-rate 1e-3 --seed 7",
+]
+# Text as it is found in the wild: emoji, lone jamo, decomposed Hangul, mixed scripts, spacing.
+WILD_TEXTS = [
+    "한국어 모델을 만듭니다. ㅋㅋㅋㅋ ㅠㅠ 진짜?!",
+    "Pretraining a small model on 2 GPUs isn't easy: 12,345 tokens/s at 3.14e-4.",
+    "이모지 👩‍👩‍👧‍👦🇰🇷🎉 와 mixed 한글English日本語 텍스트 1234567890",
+    "줄바꿈\n\n\t탭과   여러 칸  \r\n끝",
+    "각하 값 (NFD)",
+    "<|endoftext|> 라는 글자도 그냥 글자입니다",
+]
+
+
+class NeverStop:
+    """Stands in for StopFlag, which would take over this process's signals."""
+
+    requested = False
+
+    def is_set(self) -> bool:
+        return self.requested
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    """Options of a tiny CPU run that keeps everything below ``folder``."""
+    words = " ".join(TINY).split()
+    return [
+        *words,
+        *("--output-dir", str(folder / "outputs"), "--logs-dir", str(folder / "logs")),
+        *("--cache-dir", str(folder / "cache"), *more),
+    ]
+
+
+def config(folder: Path, *more: str) -> t.TrainConfig:
+    """The complete configuration of such a run; later options win."""
+    return t.resolve_config(t.parse_args(options(folder, *more)), "cpu")[0]
+
+
+def tiny_run(folder: Path, *more: str) -> t.Run:
+    """Build a run in this process, ready to train."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    torch.set_num_threads(1)  # threads that wait for each other are slow beside other processes
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    cfg = config(folder, "--dummy-data", *more)
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    cfg.logs_dir.mkdir(parents=True, exist_ok=True)
+    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop())
+
+
+def write_corpus(path: Path, documents: list[Any]) -> Path:
+    """Write documents (texts or whole objects) as JSON lines."""
+    lines = (item if isinstance(item, dict) else {"text": item} for item in documents)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def torchrun(script: Path, arguments: list[str], processes: int = 2, **more: Any) -> subprocess.CompletedProcess:
+    """Run a script under a real torchrun and wait for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.run(
+        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300, **more
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]

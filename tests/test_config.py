@@ -1,0 +1,170 @@
+"""Options, their defaults and the plan of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from samples import ROOT, config
+
+import train_h100_dual as t
+
+
+def problems_of(*argv: str) -> list[str]:
+    with pytest.raises(t.UsageProblem) as caught:
+        t.parse_args(list(argv))
+    return caught.value.problems
+
+
+def test_the_documents_defaults_hold():
+    cfg, _ = t.resolve_config(t.parse_args(["--train"]), "cuda")
+    assert (cfg.batch_size, cfg.learning_rate, cfg.max_seq_length, cfg.save_steps) == (4, 1e-4, 2048, 500)
+    assert (cfg.precision, cfg.compile, cfg.model_size, cfg.vocab_size) == ("bf16", True, "1.3b", 65536)
+    assert (cfg.gradient_accumulation_steps, cfg.max_steps, cfg.max_epochs) == (8, None, 1)
+
+
+def test_a_test_on_a_cpu_adapts_only_what_was_left_open():
+    cfg, notes = t.resolve_config(t.parse_args(["--test", "--max-seq-length", "64"]), "cpu")
+    assert (cfg.model_size, cfg.max_seq_length, cfg.vocab_size, cfg.precision) == ("tiny", 64, 2048, "fp32")
+    assert (cfg.max_steps, cfg.gradient_accumulation_steps, cfg.compile) == (10, 1, False)
+    assert "tiny" in notes[0]
+    assert "64" not in notes[0]
+
+
+def test_a_training_run_on_a_cpu_keeps_the_model_that_was_asked_for():
+    cfg, _ = t.resolve_config(t.parse_args(["--train", "--device", "cpu"]), "cpu")
+    assert (cfg.model_size, cfg.max_seq_length, cfg.precision) == ("1.3b", 2048, "fp32")
+
+
+def test_all_problems_are_told_in_one_go():
+    found = problems_of("--batch-size", "0", "--learning-rate", "abc", "--model-sise", "tiny", "--seed")
+    assert len(found) == 4
+    assert "--batch-size" in found[0]
+    assert "1" in found[0]
+    assert "--model-size" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--model-size", "1b"], "1.3b"),
+        (["--lr-schedule", "cosin"], "cosine"),
+        (["--max-steps=x"], "--max-steps"),
+        (["--test=1"], "--test"),
+        (["--dataset-path", ""], "--dataset-path"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_to_type(argv, named):
+    assert named in problems_of(*argv)[0]
+
+
+def test_values_can_follow_an_equals_sign():
+    assert t.parse_args(["--batch-size=8", "--resume"]).batch_size == 8
+
+
+def test_resume_stands_alone_or_takes_a_path():
+    assert t.parse_args(["--resume", "--train"]).resume == "auto"
+    assert t.parse_args(["--resume", "outputs/checkpoint-5"]).resume == "outputs/checkpoint-5"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--device", "cpu", "--fp16"],
+        ["--device", "cpu", "--attention", "cudnn"],
+        ["--test", "--resume"],
+        ["--vocab-size", "1000"],
+        ["--dummy-data", "--dataset-path", "x"],
+        ["--model-config", "a", "--init-from", "b"],
+    ],
+)
+def test_combinations_that_cannot_be_meant_are_refused(argv):
+    cfg = t.resolve_config(t.parse_args(argv), "cpu")[0]
+    assert t.validate_config(cfg) + t.cpu_problems(cfg)
+
+
+def test_typed_paths_are_the_callers_and_default_paths_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = t.parse_args(["--output-dir", "여기 out"])
+    assert cfg.output_dir == tmp_path / "여기 out"
+    assert cfg.logs_dir == ROOT / "logs"
+
+
+def test_steps_are_whole_epochs_unless_told_otherwise(tmp_path):
+    cfg = dataclasses.replace(config(tmp_path), max_steps=None, max_epochs=2)
+    assert t.total_steps(cfg, rows=101, world_size=2) == 2 * 101 // 4
+    assert t.total_steps(dataclasses.replace(cfg, max_steps=3), 101, 2) == 3
+    assert t.total_steps(dataclasses.replace(cfg, max_tokens=10 * cfg.tokens_per_step(2)), 101, 2) == 10
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1e-4, "1e-4"), (5e-5, "5e-5"), (2.5e-4, "2.5e-4"), (0.1, "0.1")])
+def test_numbers_are_shown_as_they_are_typed(value, shown):
+    assert t.format_value(value) == shown
+
+
+def test_a_wrong_option_is_answered_without_any_package():
+    command = [sys.executable, "-S", "-I", str(ROOT / "train_h100_dual.py"), "--batch-sise", "3"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert answer.returncode == 2
+    assert "--batch-size" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_help_names_every_option_once_with_its_default():
+    text = t.help_text()
+    for name in t.option_names():
+        assert text.count(f"  {name} ") == 1, name
+    assert "1e-4" in text
+
+
+GPUS = [t.Gpu("NVIDIA H100 PCIe", 81559, 0)] * 2
+
+
+def test_a_test_takes_the_gpus_that_are_there_and_says_so():
+    cfg = t.parse_args(["--test"])
+    assert t.plan_device(cfg, GPUS[:1], 2)[:2] == ("cuda", 1)
+    assert t.plan_device(cfg, GPUS[:1], 2)[2]
+    assert t.plan_device(cfg, [], 2)[:2] == ("cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked"), [([], 2), (GPUS, 4), ([t.Gpu("NVIDIA H100 PCIe", 81559, 30000), GPUS[0]], 2)]
+)
+def test_a_training_run_gets_the_gpus_it_asked_for_or_is_refused(gpus, asked):
+    with pytest.raises(t.EnvironmentProblem):
+        t.plan_device(t.parse_args(["--train"]), gpus, asked)
+
+
+def test_visible_devices_are_respected(tmp_path, monkeypatch):
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text("#!/bin/sh\nprintf '0, GPU-aaa, A, 10, 1\\n1, GPU-bbb, B, 20, 2\\n'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.name for gpu in t.query_gpus()] == ["A", "B"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert [gpu.name for gpu in t.query_gpus()] == ["B", "A"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbb")
+    assert [gpu.name for gpu in t.query_gpus()] == ["B"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert t.query_gpus() == []
+
+
+def test_results_of_a_training_run_are_not_touched_and_those_of_a_test_are_replaced(tmp_path):
+    cfg = config(tmp_path)
+    (cfg.output_dir / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(t.EnvironmentProblem, match="--resume"):
+        t.check_output(cfg)
+    (cfg.output_dir / "run_info.json").write_text(json.dumps({"mode": "test"}))
+    t.check_output(cfg)
+
+
+def test_a_checkpoint_can_be_named_by_its_weights_file():
+    assert t.checkpoint_dir("a/checkpoint-10/pytorch_model.bin") == Path("a/checkpoint-10")
+    assert t.checkpoint_dir("a/checkpoint-10") == Path("a/checkpoint-10")

@@ -1,0 +1,370 @@
+"""From files to rows: readers, bad input, the held-out part, the token cache, the order of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import WILD_TEXTS, config, options, write_corpus
+
+import train_h100_dual as t
+
+GOOD = b'{"text": "good line"}'
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+def documents_of(path: Path) -> t.Documents:
+    """Everything a reader finds in a file."""
+    parts = [t.parse_chunk(chunk, "text") for chunk in t.read_chunks(config(path.parent), [path])]
+    return t.Documents(
+        *([item for part in parts for item in getattr(part, name)] for name in ("texts", "languages", "bad")),
+        sum(part.line_count for part in parts),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "JSON"),
+        (b"not json", "JSON"),
+        (b'["text"]', "객체"),
+        (b'"text"', "객체"),
+        (b'{"body": "x"}', "열이 없습니다"),
+        (b'{"text": null}', "문자열"),
+        (b'{"text": 3}', "문자열"),
+        (b'{"text": "\xff\xfe"}', "UTF-8"),
+        (b'{"text": "a\x00b"}', "JSON"),
+        (b"\x00\x00", "JSON"),
+        (b'{"text": "\\ud800"}', "서로게이트"),
+        (b"[" * 100_000, "JSON"),
+    ],
+)
+def test_a_bad_line_is_located_and_no_good_one_is_lost(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD, b"", line, GOOD, GOOD]))
+    found = documents_of(path)
+    assert found.texts == ["good line"] * 3
+    assert [(bad["line"], bad["file"]) for bad in found.bad] == [(3, str(path))]
+    assert reason in found.bad[0]["reason"]
+
+
+def test_line_numbers_hold_across_chunks_and_long_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_BYTES", 1000)
+    long_text = "가" * 7_000_000  # a line of 20 MB
+    lines = [GOOD] * 500 + [json.dumps({"text": long_text}).encode()] + [b"bad"] + [GOOD] * 500 + [b"bad"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found = documents_of(path)
+    assert [bad["line"] for bad in found.bad] == [502, 1003]
+    assert Counter(found.texts) == {"good line": 1000, long_text: 1}
+
+
+def test_bom_crlf_and_blank_lines_are_read_as_a_person_expects(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD + b"\r\n")
+    found = documents_of(path)
+    assert (found.texts, found.bad, found.line_count) == (["good line"] * 2, [], 2)
+
+
+def test_text_that_looks_like_a_date_or_a_number_stays_text(tmp_path):
+    texts = ["2026-11-23", "2026-11-23T10:00:00Z", "12345", "1e5", "true", "null"]
+    assert documents_of(write_corpus(tmp_path / "a.jsonl", texts)).texts == texts
+
+
+def test_decomposed_hangul_is_composed(tmp_path):
+    text = "한국어 각하"
+    path = write_corpus(tmp_path / "a.jsonl", [unicodedata.normalize("NFD", text), text])
+    assert documents_of(path).texts == [text, text]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_plain_and_compressed_files_give_the_same_documents(tmp_path, suffix):
+    data = write_corpus(tmp_path / "plain", WILD_TEXTS).read_bytes()
+    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd}[suffix]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(pack(data))
+    assert documents_of(path).texts == [unicodedata.normalize("NFC", text) for text in WILD_TEXTS]
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["하나", None, "three"], "lang": ["ko", "ko", None], "other": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, path)
+    found = documents_of(path)
+    assert (found.texts, found.languages) == (["하나", "three"], ["ko", "en"])
+    assert found.bad[0]["line"] == 2
+
+
+def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_BYTES", 16)
+    path = tmp_path / "a.txt"
+    path.write_text("첫째 줄\n둘째 줄\n\n\nsecond paragraph\r\n\r\nthird", encoding="utf-8")
+    assert documents_of(path).texts == ["첫째 줄\n둘째 줄", "second paragraph", "third"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_damaged_archive_is_an_error_that_names_it(tmp_path, suffix):
+    pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstd}[suffix]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(pack(os.urandom(100_000))[:-50_000])
+    with pytest.raises(RuntimeError, match="손상"):
+        documents_of(path)
+
+
+def test_languages_are_taken_from_the_line_or_told_from_hangul(tmp_path):
+    lines = [
+        {"text": "anything", "lang": "KO"},
+        {"text": "한글 문장 with English"},
+        {"text": "English 한"},
+        {"text": "1"},
+    ]
+    assert documents_of(write_corpus(tmp_path / "a.jsonl", lines)).languages == ["ko", "ko", "en", "en"]
+
+
+def test_a_directory_stands_for_its_files_in_a_stable_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.gz", "c.parquet", "notes.md"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in t.list_data_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    (tmp_path / "mixed_pretraining.jsonl").write_bytes(b"x")
+    assert [path.name for path in t.list_data_files(tmp_path)] == ["mixed_pretraining.jsonl"]
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty file", "empty directory", "other kind"])
+def test_missing_and_empty_data_is_refused_by_name(tmp_path, make):
+    path = tmp_path / ("a.csv" if make == "other kind" else "a.jsonl")
+    if make == "empty directory":
+        path.mkdir()
+    elif make != "nothing":
+        path.write_bytes(b"x" if make == "other kind" else b"")
+    with pytest.raises(FileNotFoundError, match=str(path)):
+        t.list_data_files(path)
+
+
+# --- the cache ---
+
+
+def prepared(folder: Path, documents: list, *more: str) -> t.Corpus:
+    path = write_corpus(folder / "corpus.jsonl", documents)
+    os.utime(path, (0, len(documents)))  # the same file each time it is written
+    cfg = config(folder, "--dataset-path", str(path), *more)
+    cfg.logs_dir.mkdir(exist_ok=True)
+    return t.prepare_corpus(cfg)
+
+
+def stream_documents(stream: np.ndarray, end_of_text: int) -> list[tuple[int, ...]]:
+    """Split a stream at its end-of-text tokens."""
+    ends = np.flatnonzero(np.asarray(stream) == end_of_text)
+    assert ends[0] == 0
+    assert ends[-1] == len(stream) - 1
+    return [tuple(stream[start + 1 : end].tolist()) for start, end in itertools.pairwise(ends)]
+
+
+def wild_documents(count: int) -> list[str]:
+    return [f"{WILD_TEXTS[index % len(WILD_TEXTS)]} 문서 {index} document" for index in range(count)]
+
+
+def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
+    texts = wild_documents(300)
+    corpus = prepared(tmp_path, texts)
+    end = corpus.tokenizer.eos_token_id
+    train, val = stream_documents(corpus.train, end), stream_documents(corpus.val, end)
+    backend = corpus.tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts]
+    assert Counter(train + val) == Counter(ids)
+    assert len(val) >= 30
+    assert not set(train) & set(val)
+    kept = set(val)
+    assert train == [item for item in ids if item not in kept]  # in the corpus's order
+
+
+def test_equal_documents_are_never_on_both_sides(tmp_path):
+    corpus = prepared(tmp_path, [f"같은 문서 {index % 50}" for index in range(200)], "--validation-split", "0.2")
+    end = corpus.tokenizer.eos_token_id
+    assert not set(stream_documents(corpus.train, end)) & set(stream_documents(corpus.val, end))
+
+
+def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypatch):
+    seen = []
+    train = t.train_tokenizer
+    monkeypatch.setattr(t, "train_tokenizer", lambda texts, size: seen.extend(texts) or train(seen, size))
+    texts = wild_documents(300)
+    corpus = prepared(tmp_path, texts)
+    held = {corpus.tokenizer.decode(ids) for ids in stream_documents(corpus.val, corpus.tokenizer.eos_token_id)}
+    assert held
+    assert seen
+    assert not held & set(seen)
+
+
+def test_at_least_thirty_documents_of_each_language_are_held_out(tmp_path):
+    texts = [f"한국어 문서 번호 {index}" for index in range(500)] + [f"English document {index}" for index in range(60)]
+    corpus = prepared(tmp_path, texts)
+    names = corpus.report["languages"]
+    assert {names[language]: count for language, count in Counter(corpus.val_languages.tolist()).items()} == {
+        "ko": 30,
+        "en": 30,
+    }
+
+
+def test_a_second_run_opens_the_cache_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):
+    first = prepared(tmp_path, wild_documents(100))
+    monkeypatch.setattr(t, "write_cache", None)  # a call would fail
+    cfg = config(tmp_path, "--dataset-path", str(tmp_path / "corpus.jsonl"))
+    assert t.prepare_corpus(cfg).path == first.path
+    monkeypatch.undo()
+    assert prepared(tmp_path, wild_documents(101)).path != first.path
+
+
+def test_several_processes_prepare_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_BYTES", 2000)
+    texts = wild_documents(400)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = prepared(tmp_path / "one", texts)
+    monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)
+    two = prepared(tmp_path / "two", texts)
+    assert np.array_equal(one.train, two.train)
+    assert np.array_equal(one.val, two.val)
+    assert one.report == two.report
+
+
+def test_too_many_bad_lines_stop_the_run_and_show_the_first_five(tmp_path, caplog):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\n".join([GOOD] * 90 + [b"bad"] * 10))
+    cfg = config(tmp_path, "--dataset-path", str(path))
+    cfg.logs_dir.mkdir()
+    with pytest.raises(RuntimeError, match="1%") as caught:
+        t.prepare_corpus(cfg)
+    assert [f"{path}:{line}:" in str(caught.value) for line in range(91, 97)] == [True] * 5 + [False]
+    lines = [json.loads(line) for line in (cfg.logs_dir / "bad_lines.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == list(range(91, 101))
+    assert list(cfg.cache_dir.glob("*.tmp-*")) == []
+
+
+def test_a_few_bad_lines_are_counted_and_skipped(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": text}).encode() for text in wild_documents(300)]
+    path.write_bytes(b"\n".join([*lines[:150], b"bad", *lines[150:]]))
+    cfg = config(tmp_path, "--dataset-path", str(path))
+    cfg.logs_dir.mkdir()
+    report = t.prepare_corpus(cfg).report
+    assert (report["bad_lines"], report["documents"]) == (1, 300)
+
+
+def test_leftovers_of_a_killed_preparation_are_cleared_and_never_opened(tmp_path):
+    corpus = prepared(tmp_path, wild_documents(100))
+    torn = corpus.path.with_name(f"{corpus.path.name}.tmp-1")
+    os.rename(corpus.path, torn)
+    (torn / "corpus.json").unlink()
+    assert prepared(tmp_path, wild_documents(100)).report["documents"] == 100
+    assert not torn.exists()
+
+
+def test_no_documents_held_out_means_no_evaluation_rows(tmp_path):
+    corpus = prepared(tmp_path, wild_documents(100), "--validation-split", "0")
+    assert len(corpus.val_offsets) == 1
+    assert corpus.report["val_documents"] == 0
+
+
+# --- rows ---
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**31 - 1), st.integers(0, 3))
+def test_each_epoch_is_a_permutation(rows, seed, epoch):
+    found = t.row_at(np.arange(epoch * rows, (epoch + 1) * rows), rows, seed)
+    assert sorted(found.tolist()) == list(range(rows))
+
+
+def test_epochs_and_seeds_differ_and_one_position_costs_no_more_than_itself():
+    first, second = t.row_at(np.arange(1000), 1000, 1), t.row_at(np.arange(1000, 2000), 1000, 1)
+    other = t.row_at(np.arange(1000), 1000, 2)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+    assert t.row_at(np.array([1234]), 1000, 1)[0] == second[234]
+    assert t.row_at(np.array([10**12 + 7]), 10**9, 3)[0] < 10**9
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumulation, start):
+    def batches(world_size: int, size: int) -> list[list[int]]:
+        cfg = dataclasses.replace(
+            t.TrainConfig(), batch_size=size, gradient_accumulation_steps=accumulation, max_seq_length=8
+        )
+        ranks = [list(t.RankPositions(cfg, rank, world_size, range(start, start + 3))) for rank in range(world_size)]
+        assert all(len(rank) == 3 * accumulation for rank in ranks)
+        return [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+    whole = batches(1, 4 * batch_size)
+    assert whole == batches(2, 2 * batch_size) == batches(4, batch_size)
+    first = start * accumulation * 4 * batch_size
+    assert sorted(itertools.chain(*whole)) == list(range(first, first + 3 * accumulation * 4 * batch_size))
+
+
+def test_rows_are_slices_of_the_stream_one_apart():
+    stream = np.arange(101, dtype=np.uint16)
+    rows = t.PackedRows(stream, 10, seed=3)
+    batch = rows.__getitems__(list(range(10)))
+    assert batch.shape == (10, 11)
+    assert batch.dtype == torch.int64
+    assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 10))
+    assert torch.equal(batch[:, 1:], batch[:, :-1] + 1)
+    targets = sorted(batch[:, 1:].flatten().tolist())
+    assert targets == list(range(1, 101))  # every token but the first is a target once
+
+
+def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the_end(tmp_path):
+    rows, world_size = 101, 2
+    cfg = dataclasses.replace(config(tmp_path), max_steps=None, max_epochs=2)
+    steps = range(t.total_steps(cfg, rows, world_size))
+    positions = [
+        position
+        for rank in range(world_size)
+        for batch in t.RankPositions(cfg, rank, world_size, steps)
+        for position in batch
+    ]
+    seen = Counter(t.row_at(np.array(positions), rows, cfg.seed).tolist())
+    missing = 2 * rows - sum(seen.values())
+    assert set(seen) == set(range(rows))
+    assert set(seen.values()) <= {1, 2}
+    assert 0 < missing < cfg.batch_size * world_size
+    assert sum(count == 1 for count in seen.values()) == missing
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, workers):
+    corpus = prepared(tmp_path, wild_documents(200))
+    cfg = dataclasses.replace(config(tmp_path), num_workers=workers)
+    whole = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(0, 6))))
+    rest = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(4, 6))))
+    assert [batch.tolist() for batch in whole[4:]] == [batch.tolist() for batch in rest]
+
+
+def test_dummy_data_is_the_same_everywhere_and_says_its_languages(tmp_path):
+    lines = [json.loads(line) for line in t.write_dummy_data(tmp_path).read_text(encoding="utf-8").splitlines()]
+    assert Counter(line["lang"] for line in lines) == {"ko": 2000, "en": 2000}
+    assert all(t.detect_language(line["text"]) == line["lang"] for line in lines[:50])
+
+
+def test_options_of_the_samples_are_options_of_the_script(tmp_path):
+    assert t.parse_args(options(tmp_path)).batch_size == 2

@@ -1,0 +1,71 @@
+"""Loss and bits per byte on the held-out documents."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from samples import ROOT, tiny_run, torchrun
+
+import train_h100_dual as t
+
+
+def reference(run: t.Run) -> dict[str, float]:
+    """The same figures, one row and one document at a time."""
+    corpus, length = run.corpus, run.cfg.max_seq_length
+    stream = torch.from_numpy(np.asarray(corpus.val, np.int64))
+    nll = []
+    for start in range(0, len(stream) - 1, length):
+        row = stream[start : start + length + 1]
+        with torch.no_grad():
+            logits = run.decoder(input_ids=row[None, :-1], use_cache=False).logits[0]
+        nll += F.cross_entropy(logits, row[1:], reduction="none").double().tolist()
+    names, offsets = corpus.report["languages"], corpus.val_offsets - 1  # targets begin at the second token
+    figures = {}
+    for suffix, wanted in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
+        chosen = [index for index, name in enumerate(corpus.val_languages) if names[name] in wanted]
+        losses = [nll[offsets[index] : offsets[index + 1]] for index in chosen]
+        size = sum(int(corpus.val_bytes[index]) for index in chosen)
+        figures[f"val_loss{suffix}"] = sum(map(sum, losses)) / sum(map(len, losses))
+        figures[f"val_bits_per_byte{suffix}"] = sum(sum(loss[:-1]) for loss in losses) / math.log(2) / size
+    return figures
+
+
+def test_figures_equal_a_plain_reference(tmp_path):
+    run = tiny_run(tmp_path, "--batch-size", "7")
+    figures, expected = t.evaluate(run), reference(run)
+    assert figures.keys() == expected.keys()
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-5), name
+    assert run.causal_loss.training
+
+
+def test_the_bytes_are_those_of_the_documents(tmp_path):
+    corpus = tiny_run(tmp_path).corpus
+    ends = corpus.val_offsets
+    texts = [corpus.tokenizer.decode(corpus.val[a : b - 1]) for a, b in itertools.pairwise(ends)]
+    assert [len(text.encode()) for text in texts] == corpus.val_bytes.tolist()
+
+
+def test_an_evaluation_reads_whole_documents_up_to_its_limit(tmp_path, monkeypatch):
+    corpus = tiny_run(tmp_path).corpus
+    monkeypatch.setattr(t, "MOST_EVALUATION_TOKENS", 1000)
+    rows, tags, text_bytes = t.evaluation_rows(corpus, 32)
+    read = int((tags >= 0).sum())
+    assert 500 < read < 1000
+    assert read + 1 in corpus.val_offsets.tolist()
+    count = corpus.val_offsets.tolist().index(read + 1)
+    assert text_bytes.sum() == corpus.val_bytes[:count].sum()
+    assert rows.shape == (len(tags), 33)
+
+
+def test_two_ranks_find_what_one_does(tmp_path):
+    done = torchrun(ROOT / "tests" / "evaluation_worker.py", [str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "figures.pt", weights_only=True)
+    one = t.evaluate(tiny_run(tmp_path))
+    assert two == pytest.approx(one, rel=1e-6)

@@ -1,0 +1,538 @@
+"""A run's life under the real launcher: start, watch, stop, die, start again; real processes on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import (
+    LONG_RUN,
+    Place,
+    Terminal,
+    assert_in_order,
+    cleaned,
+    documents,
+    list_tree,
+    process_is_alive,
+    wait_for,
+    write_jsonl,
+    write_program,
+)
+
+MODEL_FILES = {"pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+# A test that only a signal ends: what it leaves may be replaced by the next one.
+ENDLESS_TEST = (
+    "--test --num-gpus 1 --max-steps 100000 --save-steps 100000 --max-seq-length 64 --batch-size 2 --dummy-data"
+)
+
+
+@contextlib.contextmanager
+def new_place(factory: pytest.TempPathFactory, name: str, cache: Path | None = None) -> Iterator[Place]:
+    """A place for a fixture that several tests share."""
+    yield from cleaned(Place(factory.mktemp("run") / name, cache=cache))
+
+
+def notifying(place: Place) -> list[str]:
+    """Options that write the state in which a run ended to ``notified``."""
+    return ["--notify", f"echo >>'{place.folder}/notified'"]
+
+
+def notified(place: Place) -> str:
+    path = place.folder / "notified"
+    place.wait("the --notify command", path.exists, timeout=20)
+    return path.read_text().strip()
+
+
+def status(place: Place) -> tuple[int, dict]:
+    """Exit code and content of ``--status --json``."""
+    answer = place.run("--status", "--json")
+    return answer.code, json.loads(answer.out)
+
+
+def agents(place: Place) -> list[int]:
+    """The torchrun processes of a place."""
+    commands = place.processes().items()
+    return [pid for pid, text in commands if "torch.distributed.run" in text and "internal:supervise" not in text]
+
+
+def assert_whole_checkpoint(place: Place, step: int) -> None:
+    """Assert that the newest checkpoint is that of ``step``, with all its files and nothing half-written."""
+    assert place.checkpoints()[-1].name == f"checkpoint-{step}"
+    found = {path.name for path in place.checkpoints()[-1].iterdir()}
+    assert found >= MODEL_FILES | {"training_info.json", "training_state"}
+    info = json.loads((place.checkpoints()[-1] / "training_info.json").read_text(encoding="utf-8"))
+    assert info["step"] == step
+    assert not list(place.outputs.glob(".*.tmp"))
+
+
+def last_step(place: Place) -> int:
+    """The step that the detail log of rank 0 speaks of last."""
+    text = (place.logs / "training_detail_rank_0.log").read_text(encoding="utf-8")
+    return int(re.findall(r"step (\d+): loss", text)[-1])
+
+
+# --- a test run from start to end ---
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
+    """The plain command, in the background, with all its defaults; looked at while it runs and afterwards."""
+    with new_place(tmp_path_factory, "place", warm_cache) as place:
+        launcher = place.start("--test", *notifying(place))
+        seen = SimpleNamespace(place=place, pid=place.pid())
+        seen.alive = process_is_alive(seen.pid)
+        seen.second = place.run("--test")
+        seen.other_logs = place.outputs.parent / "other logs"
+        command = place.command("--test")
+        command["args"] += ["--logs-dir", str(seen.other_logs)]
+        seen.third = place.execute(command)
+        seen.status = status(place)
+        seen.console = place.finish(launcher)[0]
+        seen.code = launcher.returncode
+        place.wait_for_end(120)
+        seen.status_afterwards = status(place)
+        seen.status_text = place.run("--status").out
+        yield seen
+
+
+def test_the_console_shows_the_blocks_of_the_documents_example(finished_run: SimpleNamespace) -> None:
+    assert finished_run.code == 0, finished_run.console
+    pid = finished_run.pid
+    assert_in_order(
+        finished_run.console,
+        [
+            r"^={56}$",
+            r"^     한국어 sLLM H100 듀얼 GPU 학습 실행기$",
+            r"^     Korean sLLM H100 Dual GPU Training Launcher$",
+            r"^     🚀 H100 최적화 \+ 분산 학습 지원$",
+            r"^={56}\n\n",
+            r"^🔍 H100 학습 환경 확인 중\.\.\.$",
+            r"^✅ PyTorch.* 확인 완료",
+            r"CPU 프로세스 2개",
+            r"더미",
+            r"^✅ 모든 요구사항 충족\n\n",
+            r"^📋 학습 정보\n=+\n",
+            r"^🎯 모드: 테스트 모드 \(10스텝\)$",
+            r"^🔧 하이퍼파라미터:$",
+            r"^   • 배치 크기: 4$",
+            r"^   • 학습률: 1e-4$",
+            r"^   • 최대 시퀀스 길이: 256$",
+            r"^   • Mixed Precision: fp32$",
+            r"^   • 모델 컴파일: false$",
+            r"^   • 모델 파라미터: 3\.9M",
+            r"^   • 스텝당 토큰: 2,048$",
+            r"^   • 전체 학습: 10 스텝, 20,480 토큰",
+            r"^📁 경로:$",
+            r"^   • 데이터셋: ",
+            r"^   • 출력: \./outputs$",
+            r"^   • 로그: \./logs$",
+            r"^💾 저장 설정:$",
+            r"^   • 저장 간격: 500 스텝$",
+            r"^   • 초기 모델 저장: true$",
+            r"^   • 백그라운드 실행: true$",
+            r"^🚀 .*설정.*:$",
+            r"^   • .*수: 2$",
+            r"^   • 분산 학습: DDP$",
+            r"^   • 최적화: FP32$",
+            r"예상 메모리: .*GiB",
+            r"^🎯 학습 시작!$",
+            r"^🔄 백그라운드 모드로 실행됩니다$",
+            r"^📋 로그 파일: \./logs/training_console\.log$",
+            r"^📋 실시간 로그 확인: tail -f \./logs/training_console\.log\n\n",
+            r"^✅ 백그라운드 학습 시작됨!$",
+            rf"^🔢 프로세스 ID: {pid}$",
+            r"^📄 PID 파일: \./logs/training\.pid\n\n",
+            r"^🔍 학습 상태 확인 명령어:$",
+            r"^  tail -f \./logs/training_console\.log +# 실시간 로그$",
+            rf"^  ps -p {pid} +# 프로세스 상태$",
+            rf"^  kill {pid} +# 학습 중단\n\n",
+            r"^📋 초기 로그 출력 \(5초간\):\n-{40}\n(?!-).+\n",
+            r"^-{40}$",
+            r"^(백그라운드에서 계속 실행 중\.\.\.|✅ 학습이 끝났습니다)",  # five seconds can be all of it
+        ],
+    )
+
+
+def test_the_console_log_tells_the_run(finished_run: SimpleNamespace) -> None:
+    phrases = [
+        r"^🚀 초기 모델 저장 중\.\.\.$",
+        r"^✅ 초기 모델 저장 완료: \./outputs/initial_model$",
+        r"^🚀 학습 시작!\n테스트 모드: True\n최대 스텝: 10$",
+        *(rf"^스텝 {step}/10 \| 손실 \d" for step in range(1, 11)),
+        r"^✅ 체크포인트 저장 완료: \./outputs/checkpoint-10 ",
+        r"^✅ 학습 완료!",
+    ]
+    assert_in_order(finished_run.place.console(), phrases)
+    assert "Traceback" not in finished_run.place.console()
+
+
+def test_a_finished_run_leaves_the_files_of_the_documents(finished_run: SimpleNamespace) -> None:
+    place = finished_run.place
+    found = {str(path.relative_to(place.folder)) for path in place.folder.rglob("*") if path.is_file()}
+    expected = {f"outputs/initial_model/{name}" for name in MODEL_FILES | {"model_info.json"}}
+    expected |= {f"outputs/checkpoint-10/{name}" for name in MODEL_FILES | {"training_info.json"}}
+    expected |= {f"logs/training{kind}_rank_{rank}.log" for kind in ("", "_detail") for rank in (0, 1)}
+    expected |= {"logs/training_console.log", "outputs/metrics.jsonl", "outputs/run_info.json"}
+    assert expected <= found
+    assert (place.outputs / "training.log").resolve() == place.console_log.resolve()
+    assert (place.outputs / "training.log").read_text(encoding="utf-8") == place.console()
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-10"]
+
+
+def test_the_pid_file_names_the_living_run_and_goes_with_it(finished_run: SimpleNamespace) -> None:
+    assert finished_run.alive
+    assert f"프로세스 ID: {finished_run.pid}\n" in finished_run.console
+    assert not finished_run.place.pid_file.exists()
+
+
+def test_status_tells_running_and_finished(finished_run: SimpleNamespace) -> None:
+    code, content = finished_run.status
+    assert (code, content["state"]) == (0, "running")
+    code, content = finished_run.status_afterwards
+    assert code == 3
+    assert (content["state"], content["step"], content["total_steps"]) == ("finished", 10, 10)
+    assert content["last_checkpoint"] == str(finished_run.place.outputs / "checkpoint-10")
+    assert isinstance(content["loss"], float)
+    assert finished_run.place.info()["state"] == "finished"
+
+
+def test_status_is_readable(finished_run: SimpleNamespace) -> None:
+    assert_in_order(finished_run.status_text, ["완료", "10 / 10", "손실", "checkpoint-10"])
+
+
+def test_a_second_start_in_the_first_seconds_is_refused_naming_the_pid(finished_run: SimpleNamespace) -> None:
+    assert finished_run.second.code == 1
+    assert len(finished_run.second.complaints) == 1, finished_run.second.text
+    assert f"PID {finished_run.pid}" in finished_run.second.complaints[0]
+
+
+def test_a_second_start_with_other_logs_but_the_same_output_is_refused_and_writes_nothing(
+    finished_run: SimpleNamespace,
+) -> None:
+    assert finished_run.third.code == 1
+    assert len(finished_run.third.complaints) == 1, finished_run.third.text
+    assert f"PID {finished_run.pid}" in finished_run.third.complaints[0]
+    assert not finished_run.other_logs.exists()
+
+
+def test_notify_hears_that_a_run_finished(finished_run: SimpleNamespace) -> None:
+    assert notified(finished_run.place) == "finished"
+
+
+# --- a training run that loses its terminal and is killed ---
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
+    """Two processes, started on a terminal that hangs up, then asked to end by ``kill $(cat training.pid)``."""
+    with new_place(tmp_path_factory, "place", warm_cache) as place:
+        terminal = Terminal(place, *LONG_RUN.split(), "--num-gpus", "2", *notifying(place))
+        terminal.wait_for_text("초기 로그 출력")
+        place.wait("the first log", lambda: place.console_log.stat().st_size)
+        terminal.hang_up()
+        seen = SimpleNamespace(place=place, pid=place.pid())
+        place.wait("the launcher's end", lambda: terminal.process.poll() is not None, 20)
+        place.wait_for_step()
+        seen.alive, seen.status = process_is_alive(seen.pid), status(place)
+        # The launcher's five seconds of log may outlast its terminal; only the run itself is meant below.
+        place.wait(
+            "the end of the log's display", lambda: not any("tail" in text for text in place.processes().values()), 20
+        )
+        seen.before = set(place.processes())
+        seen.second = place.run(*LONG_RUN.split())
+        seen.after = set(place.processes())
+        begun = time.monotonic()
+        os.kill(int(place.pid_file.read_text()), signal.SIGTERM)
+        place.wait_for_end(90)
+        seen.seconds = time.monotonic() - begun
+        seen.status_afterwards = status(place)
+        yield seen
+
+
+def test_hanging_up_the_terminal_does_not_disturb_a_run(killed_run: SimpleNamespace) -> None:
+    assert killed_run.alive
+    code, content = killed_run.status
+    assert (code, content["state"]) == (0, "running")
+    assert content["step"] >= 1
+
+
+def test_a_second_start_is_refused_naming_the_pid(killed_run: SimpleNamespace) -> None:
+    assert killed_run.second.code == 1
+    assert len(killed_run.second.complaints) == 1, killed_run.second.text
+    assert f"PID {killed_run.pid}" in killed_run.second.complaints[0]
+    assert killed_run.after == killed_run.before
+    assert not list(killed_run.place.logs.glob("training_console.log.*")), "its console log was rotated away"
+
+
+def test_kill_ends_every_process_within_a_minute(killed_run: SimpleNamespace) -> None:
+    assert killed_run.seconds < 60
+    assert not killed_run.place.pid_file.exists()
+
+
+def test_kill_leaves_a_whole_checkpoint_of_the_last_step(killed_run: SimpleNamespace) -> None:
+    assert_whole_checkpoint(killed_run.place, last_step(killed_run.place))
+
+
+def test_kill_leaves_the_state_stopped(killed_run: SimpleNamespace) -> None:
+    place = killed_run.place
+    assert place.info()["state"] == "stopped"
+    code, content = killed_run.status_afterwards
+    assert (code, content["state"]) == (3, "stopped")
+    assert content["last_checkpoint"] == str(place.checkpoints()[-1])
+    assert notified(place) == "stopped"
+
+
+def test_kill_shows_no_traceback(killed_run: SimpleNamespace) -> None:
+    assert "Traceback" not in killed_run.place.console()
+    assert "❌" not in killed_run.place.console()
+    assert_in_order(killed_run.place.console(), ["🛑 중단 요청", "💾 체크포인트", "✅ 체크포인트", "🛑 학습을 중단"])
+
+
+# --- other ways to stop ---
+
+
+def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    terminal = Terminal(place, *LONG_RUN.split(), "--foreground")
+    place.wait_for_step()
+    assert process_is_alive(place.pid())
+    terminal.press("\x03")
+    assert terminal.wait_for_exit() == 130, terminal.text
+    place.wait_for_end(10)
+    assert "Traceback" not in terminal.text
+    assert "스텝 1/" in terminal.text
+    assert place.info()["state"] == "stopped"
+    assert_whole_checkpoint(place, last_step(place))
+    assert not place.pid_file.exists()
+
+
+def test_ctrl_c_while_the_first_log_is_shown_leaves_the_run_and_stop_ends_it(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    terminal = Terminal(place, *LONG_RUN.split())
+    terminal.wait_for_text("초기 로그 출력")
+    place.wait("the first log", lambda: place.console_log.stat().st_size)
+    terminal.press("\x03")
+    assert terminal.wait_for_exit(10) == 0, terminal.text
+    assert "백그라운드에서 계속 실행 중" in terminal.text
+    place.wait_for_step()
+    answer = place.run("--stop")
+    assert answer.code == 0, answer.text
+    assert "중단됨" in answer.out
+    place.wait_for_end(5)  # it had waited for the end
+    assert place.info()["state"] == "stopped"
+
+
+def test_kill_in_the_first_second_is_a_stop_too(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    launcher = place.start(*LONG_RUN.split(), *notifying(place))
+    pid = place.pid()
+    os.kill(pid, signal.SIGTERM)
+    console = place.finish(launcher)[0]
+    place.wait_for_end(60)
+    assert notified(place) == "stopped"
+    assert launcher.returncode == 0, console
+    assert "❌" not in console
+    assert not place.pid_file.exists()
+
+
+def test_a_stop_in_the_last_step_is_a_finish(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    # torchrun ends with an error after any signal: the run itself has to be believed.
+    options = [*LONG_RUN.split(), "--max-steps", "1", "--gradient-accumulation-steps", "60", "--no-save-initial"]
+    launcher = place.start(*options, "--foreground", *notifying(place))
+    place.wait("the training loop", lambda: place.console_log.exists() and "최대 스텝" in place.console())
+    os.kill(place.pid(), signal.SIGTERM)
+    console = place.finish(launcher)[0]
+    assert "🛑 중단 요청" in console
+    assert_whole_checkpoint(place, 1)
+    assert place.info()["state"] == "finished"
+    assert notified(place) == "finished"
+    assert launcher.returncode == 0
+    assert "❌" not in console
+
+
+@pytest.fixture(scope="module")
+def abandoned_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
+    """A foreground run whose terminal hangs up, and which then gets two signals within one step."""
+    with new_place(tmp_path_factory, "place", warm_cache) as place:
+        # A step that takes minutes, so that the second signal comes before its end.
+        options = [*LONG_RUN.split(), "--gradient-accumulation-steps", "20000", *notifying(place)]
+        terminal = Terminal(place, *options, "--foreground")
+        place.wait("the training loop", lambda: place.console_log.exists() and "최대 스텝" in place.console())
+        terminal.hang_up()
+        place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
+        seen = SimpleNamespace(place=place, pid=place.pid(), agents=agents(place), alive=process_is_alive(place.pid()))
+        os.kill(seen.pid, signal.SIGTERM)
+        place.wait("the answer to the first signal", lambda: "🛑 중단 요청" in place.console(), 10)
+        seen.agents_after_one_signal = agents(place)
+        os.kill(seen.pid, signal.SIGTERM)
+        place.wait_for_end(10)
+        yield seen
+
+
+def test_hanging_up_the_terminal_does_not_disturb_a_foreground_run(abandoned_run: SimpleNamespace) -> None:
+    assert abandoned_run.alive
+    assert len(abandoned_run.agents) == 1
+    assert abandoned_run.agents_after_one_signal == abandoned_run.agents, "a first signal waits for the step's end"
+
+
+def test_a_second_signal_ends_everything_at_once(abandoned_run: SimpleNamespace) -> None:
+    place = abandoned_run.place
+    assert notified(place) == "stopped"
+    assert place.info()["state"] == "stopped"
+    assert not place.checkpoints()
+    assert not place.pid_file.exists()
+
+
+# --- kill -9 ---
+
+
+def test_workers_stop_and_a_new_start_works_after_kill_9_of_supervisor_and_torchrun(
+    place: Place, warm_cache: Path
+) -> None:
+    place.cache = warm_cache
+    place.run(*ENDLESS_TEST.split())
+    place.wait_for_step()
+    for pid in (place.pid(), *agents(place)):
+        os.kill(pid, signal.SIGKILL)
+    code, _ = status(place)
+    assert code == 1, "a dead run with a PID file"
+    place.wait_for_end(45)
+    code, content = status(place)
+    assert code == 1
+    assert content["state"] in ("stopped", "failed")
+    assert_whole_checkpoint(place, last_step(place))
+    again = place.run("--test", "--num-gpus", "1", "--max-steps", "2", "--dummy-data", "--foreground")
+    assert again.code == 0, again.text
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-2"]
+    assert not place.pid_file.exists()
+
+
+def test_a_run_does_not_go_on_without_its_supervisor(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    place.run(*ENDLESS_TEST.split())
+    place.wait_for_step()
+    os.kill(place.pid(), signal.SIGKILL)
+    place.wait_for_end(60)
+    assert status(place)[0] == 1
+    assert_whole_checkpoint(place, last_step(place))
+
+
+# --- one place, one run after the other; paths with spaces and Hangul, in the C locale ---
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A test run among what an earlier run left: its console log, and a PID file that names a foreign process."""
+    with new_place(tmp_path_factory, "한글 폴더 (1)") as place:
+        place.environment["LC_ALL"] = "C"
+        write_jsonl(place.folder / "데이터 셋" / "말뭉치 1.jsonl", documents(300))
+        place.logs.mkdir()
+        place.console_log.write_text("이전 학습의 로그\n", encoding="utf-8")
+        bystander = subprocess.Popen(["sleep", "300"])
+        place.pid_file.write_text(f"{bystander.pid}\n")
+        seen = SimpleNamespace(place=place, bystander=bystander, status=status(place))
+        try:
+            options = "--test --num-gpus 1 --max-steps 2 --vocab-size 512 --max-seq-length 64"
+            seen.answer = place.run(*options.split(), "--dataset-path", "데이터 셋/말뭉치 1.jsonl")
+            place.wait_for_end()
+            seen.bystander_lives = bystander.poll() is None
+            yield seen
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+
+@pytest.fixture(scope="module")
+def second_run(first_run: SimpleNamespace) -> SimpleNamespace:
+    """A training run in the same directories as the test before it."""
+    place = first_run.place
+    first_run.console = place.console()
+    options = "--train --device cpu --model-size tiny --vocab-size 512 --max-seq-length 64 --max-steps 3"
+    arguments = [*options.split(), "--num-gpus", "1", "--gradient-accumulation-steps", "1", "--dummy-data"]
+    answer = place.run(*arguments, "--foreground", *notifying(place))
+    return SimpleNamespace(place=place, answer=answer, arguments=arguments, files=list_tree(place.folder))
+
+
+def test_a_run_works_with_spaces_and_hangul_in_the_c_locale(first_run: SimpleNamespace) -> None:
+    assert first_run.answer.code == 0, first_run.answer.text
+    assert "✅ 데이터셋 확인 완료: 1개 파일" in first_run.answer.out
+    assert "✅ 학습 완료!" in (first_run.place.logs / "training_rank_0.log").read_text(encoding="utf-8")
+
+
+def test_a_stale_pid_file_does_not_hinder_a_start_or_hurt_its_process(first_run: SimpleNamespace) -> None:
+    assert first_run.status[0] == 1
+    assert first_run.answer.code == 0, first_run.answer.text
+    assert first_run.bystander_lives
+    assert not first_run.place.pid_file.exists()
+
+
+def test_a_training_run_replaces_what_a_test_left(second_run: SimpleNamespace) -> None:
+    assert second_run.answer.code == 0, second_run.answer.text
+    assert [path.name for path in second_run.place.checkpoints()] == ["checkpoint-3"]
+    info = second_run.place.info()
+    assert (info["mode"], info["state"]) == ("train", "finished")
+    assert notified(second_run.place) == "finished"
+
+
+def test_the_console_logs_of_earlier_runs_are_kept(first_run: SimpleNamespace, second_run: SimpleNamespace) -> None:
+    logs = sorted(second_run.place.logs.glob("training_console.log.*"))
+    assert [path.read_text(encoding="utf-8") for path in logs] == ["이전 학습의 로그\n", first_run.console]
+    assert "최대 스텝: 3" in second_run.place.console()
+
+
+@pytest.mark.parametrize("mode", ["--train", "--test"])
+def test_a_start_over_a_training_run_is_refused_and_loses_nothing(second_run: SimpleNamespace, mode: str) -> None:
+    answer = second_run.place.run(*second_run.arguments, mode)
+    assert answer.code == 1, answer.text
+    assert "--resume" in answer.complaints[0]
+    assert "--output-dir" in answer.complaints[0]
+    assert list_tree(second_run.place.folder) == second_run.files
+
+
+# --- runs that fail ---
+
+
+def test_a_run_that_fails_at_its_start_is_reported_with_its_error(place: Place) -> None:
+    lines = [item for pair in zip(documents(60), ["{no json"] * 60, strict=True) for item in pair]
+    data = write_jsonl(place.folder / "bad.jsonl", lines)
+    answer = place.run("--test", "--num-gpus", "1", "--dataset-path", str(data), *notifying(place))
+    assert answer.code == 1, answer.text
+    assert "시작하자마자 실패" in answer.complaints[-1]
+    assert_in_order(answer.out, ["초기 로그 출력", r"❌ .*120줄.*60줄.*1%", r"bad\.jsonl:2: ", r"bad\.jsonl:4: "])
+    assert "Traceback" not in answer.text
+    place.wait_for_end(10)
+    assert notified(place) == "failed"
+    assert place.info()["state"] == "failed"
+    assert not place.pid_file.exists()
+    code, content = status(place)
+    assert (code, content["state"]) == (3, "failed")
+    assert "1%" in content["error"]
+
+
+def test_a_run_that_dies_before_its_first_line_is_reported_with_its_error(place: Place, tmp_path: Path) -> None:
+    body = f"""
+if [[ "$*" == *torch.distributed.run* ]]; then
+  echo 'ImportError: libcudart.so.12: cannot open shared object file' >&2
+  exit 1
+fi
+exec '{sys.executable}' "$@"
+"""
+    python = write_program(tmp_path / "bin" / "python3", body)
+    answer = place.run("--test", "--python", str(python), *notifying(place))
+    assert answer.code == 1, answer.text
+    assert "시작하자마자 실패" in answer.complaints[-1]
+    assert "libcudart.so.12" in answer.text
+    assert notified(place) == "failed"
+    assert not place.pid_file.exists()
+    wait_for("the end of all processes", lambda: not place.processes(), 10)

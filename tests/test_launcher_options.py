@@ -1,0 +1,373 @@
+"""The launcher's answers before anything is started: usage, refusals, the dry run."""
+
+from __future__ import annotations
+
+import subprocess
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import (
+    H100,
+    LAUNCHER,
+    ROOT,
+    Answer,
+    Place,
+    assert_in_order,
+    cleaned,
+    documents,
+    list_tree,
+    write_jsonl,
+    write_program,
+)
+
+# arguments, and what the one line of the answer has to contain
+MISTAKES = {
+    "unknown option": (["--batch-siz", "8"], ["--batch-siz ", "가장 가까운", "--batch-size"]),
+    "unknown option of the launcher": (["--foregroun"], ["--foregroun ", "가장 가까운", "--foreground"]),
+    "unknown option beside --status": (["--status", "--jsn"], ["--jsn ", "가장 가까운", "--json"]),
+    "unknown argument": (["outputs"], ["알 수 없는 인자", "outputs"]),
+    "missing value": (["--batch-size"], ["--batch-size", "값이 없습니다", "4"]),
+    "missing value before another option": (["--learning-rate", "--test"], ["--learning-rate", "값이 없습니다"]),
+    "missing value of the launcher": (["--num-gpus"], ["--num-gpus", "값이 없습니다", "2"]),
+    "empty value of the launcher": (["--python="], ["--python", "값이 없습니다"]),
+    "value out of range": (["--batch-size", "0"], ["--batch-size", "'0'", "가장 가까운 값: 1"]),
+    "no number": (["--learning-rate", "abc"], ["--learning-rate", "'abc'", "숫자", "1e-4"]),
+    "no GPU at all": (["--num-gpus", "0"], ["--num-gpus", "'0'", "가장 가까운 값: 1"]),
+    "more GPUs than a machine has": (["--num-gpus=65"], ["--num-gpus", "'65'", "가장 가까운 값: 64"]),
+    "no number of GPUs": (["--num-gpus", "two"], ["--num-gpus", "'two'", "정수"]),
+    "unknown choice": (["--model-size", "1.4b"], ["--model-size", "'1.4b'", "가장 가까운 값: 1.3b"]),
+    "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
+    "value for a switch of the launcher": (["--foreground=yes"], ["--foreground", "값을 받지 않는"]),
+}
+
+
+def has_hangul(text: str) -> bool:
+    return any("가" <= char <= "힣" for char in text)
+
+
+def answer_quickly(place: Place, *arguments: str) -> Answer:
+    """Run the launcher, up to three times where the machine is loaded; assert that it answers within a second."""
+    answers: list[Answer] = []
+    while len(answers) < 3 and not (answers and answers[-1].seconds <= 1):
+        answers.append(place.run(*arguments))
+    # On a loaded machine the clock tells about the others; the computing is the launcher's own.
+    assert min(answer.cpu_seconds for answer in answers) <= 1
+    assert min(answer.seconds for answer in answers) <= 4
+    return answers[-1]
+
+
+def assert_refused(answer: Answer, place: Place, code: int, *phrases: str) -> None:
+    """Assert a refusal in Korean within seconds that started and wrote nothing."""
+    assert answer.code == code, answer.text
+    assert answer.complaints, answer.text
+    assert all(has_hangul(line) for line in answer.complaints)
+    for phrase in phrases:
+        assert phrase in "\n".join(answer.complaints), f"{phrase!r} is missing in: {answer.err}"
+    assert "Traceback" not in answer.text
+    assert "학습 시작!" not in answer.out
+    assert answer.seconds < 10
+    assert not place.processes()
+    assert list_tree(place.folder) == {}
+
+
+# --- usage, where nothing is installed ---
+
+
+def test_help_answers_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
+    answer = answer_quickly(bare_place, "--help")
+    assert answer.code == 0
+    for option in (
+        "--test",
+        "--train",
+        "--batch-size N",
+        "--num-gpus N",
+        "--dry-run",
+        "--status",
+        "--stop",
+        "--notify",
+    ):
+        assert option in answer.out
+    assert has_hangul(answer.out)
+    assert not answer.err
+    assert list_tree(bare_place.folder) == {}
+
+
+@pytest.mark.parametrize(("arguments", "phrases"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_where_nothing_is_installed(
+    bare_place: Place, bare_folder: Path, arguments: list[str], phrases: list[str]
+) -> None:
+    before = list_tree(bare_folder / "checkout")
+    answer = bare_place.run(*arguments)
+    assert_refused(answer, bare_place, 2, *phrases)
+    assert answer.text.strip().count("\n") == 0, "one mistake, one line"
+    assert list_tree(bare_folder / "checkout") == before
+
+
+def test_a_mistake_is_answered_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
+    assert answer_quickly(bare_place, "--batch-size", "0").code == 2
+
+
+def test_a_mistake_gets_the_same_line_where_everything_is_installed(place: Place) -> None:
+    answer = answer_quickly(place, "--batch-size", "0")
+    assert_refused(answer, place, 2, "--batch-size", "가장 가까운 값: 1")
+
+
+def test_several_mistakes_are_all_reported(place: Place) -> None:
+    answer = place.run("--batch-size", "0", "--learning-rate", "abc", "--outptu-dir", "x", "--model-size")
+    assert_refused(answer, place, 2, "--batch-size", "--learning-rate", "--output-dir", "--model-size")
+    assert len(answer.complaints) == 4
+
+
+def test_mistakes_in_options_of_the_launcher_and_of_the_script_are_all_reported(place: Place) -> None:
+    answer = place.run("--num-gpus", "0", "--batch-size", "0")
+    assert_refused(answer, place, 2, "--num-gpus", "--batch-size")
+
+
+# --- what the machine or its files lack ---
+
+
+def test_a_missing_data_path_is_refused(place: Place) -> None:
+    answer = place.run("--dataset-path", "/no such/말뭉치")
+    assert_refused(answer, place, 1, "데이터셋이 없습니다", "/no such/말뭉치", "--dataset-path")
+
+
+@pytest.mark.parametrize("which", ["outputs", "logs", "cache"])
+def test_a_directory_below_a_file_is_refused(place: Place, which: str) -> None:
+    setattr(place, which, LAUNCHER / "below")
+    answer = place.run("--test")
+    assert_refused(answer, place, 1, str(LAUNCHER / "below"), f"--{which.removesuffix('s')}".replace("--log", "--logs"))
+
+
+@pytest.mark.parametrize("which", ["outputs", "logs", "cache"])
+def test_a_directory_that_cannot_be_made_is_refused(place: Place, which: str) -> None:
+    # Also root can't make a directory in /proc, though the permission bits let it.
+    setattr(place, which, Path("/proc/launcher-test/below"))
+    answer = place.run("--test")
+    assert_refused(answer, place, 1, "/proc/launcher-test/below")
+
+
+def test_training_without_a_gpu_is_refused(place: Place) -> None:
+    assert_refused(place.run("--train", "--dummy-data"), place, 1, "GPU", "--device cpu")
+
+
+def test_training_on_fewer_gpus_than_asked_for_is_refused(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(2)
+    answer = place.run("--train", "--dummy-data", "--num-gpus", "4")
+    assert_refused(answer, place, 1, "4개", "2개", "--num-gpus 2")
+
+
+@pytest.mark.parametrize("visible", ["1", "GPU-11", "1,GPU-none"])
+def test_only_the_gpus_in_cuda_visible_devices_count(
+    place: Place, with_gpus: Callable[..., None], visible: str
+) -> None:
+    with_gpus(2)
+    place.environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert_refused(place.run("--train", "--dummy-data"), place, 1, "2개", "1개", "--num-gpus 1")
+
+
+def test_training_on_a_gpu_in_use_is_refused(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(2, used=40_000)
+    answer = place.run("--train", "--dummy-data")
+    assert_refused(answer, place, 1, "GPU 0", "GPU 1", H100, "40,000 MiB", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_a_test_says_that_a_gpu_is_in_use_and_goes_on(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(1, used=40_000)
+    answer = place.run("--test", "--dry-run")
+    assert answer.code == 0, answer.text
+    assert_in_order(answer.out, [r"⚠️ .*1개뿐이라 1개로", r"⚠️ .*GPU 0 .*40,000 MiB", "모든 요구사항 충족", "GPU 수: 1"])
+
+
+def test_gpus_that_pytorch_does_not_see_are_refused(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(2)
+    answer = place.run("--train", "--dummy-data")
+    assert_refused(answer, place, 1, "nvidia-smi", "PyTorch", "드라이버", "pip install torch")
+
+
+def test_a_broken_nvidia_smi_is_said(place: Place, with_gpus: Callable[..., None], tmp_path: Path) -> None:
+    with_gpus(2)
+    write_program(tmp_path / "stubs" / "nvidia-smi", "echo 'Driver/library version mismatch'; exit 18")
+    assert_refused(place.run("--test"), place, 1, "nvidia-smi", "드라이버")
+
+
+def test_fp16_is_refused_where_the_gpu_is_missing(place: Place) -> None:
+    assert_refused(place.run("--fp16"), place, 1, "--fp16", "--fp32")
+
+
+def test_fp16_with_device_cpu_is_a_mistake(place: Place) -> None:
+    assert_refused(place.run("--device", "cpu", "--fp16"), place, 2, "--fp16", "--fp32")
+
+
+def test_everything_that_is_lacking_is_reported_at_once(place: Place) -> None:
+    place.outputs = LAUNCHER / "below"
+    answer = place.run("--train", "--dataset-path", "/no such/corpus.jsonl")
+    assert_refused(answer, place, 1, "--device cpu", "/no such/corpus.jsonl", str(place.outputs))
+    assert len(answer.complaints) == 3
+
+
+# --- Python and packages ---
+
+
+def test_missing_packages_are_named_and_not_installed(bare_place: Place, bare_folder: Path) -> None:
+    before = list_tree(bare_folder / "checkout")
+    answer = bare_place.run("--test", "--no-install")
+    assert_refused(answer, bare_place, 1, "torch>=", "transformers>=", "datasets>=", "accelerate>=", "pip install")
+    assert list_tree(bare_folder / "checkout") == before
+
+
+def test_a_named_python_without_packages_is_refused(place: Place, bare_folder: Path) -> None:
+    answer = place.run("--test", "--python", str(bare_folder / "python" / "bin" / "python3"))
+    assert_refused(answer, place, 1, "torch>=", str(bare_folder / "python" / "bin" / "python3"))
+
+
+def test_a_named_python_that_is_none_is_refused(place: Place) -> None:
+    assert_refused(place.run("--test", "--python", "/no such/python3"), place, 1, "--python", "/no such/python3")
+
+
+def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(
+    bare_place: Place, bare_folder: Path
+) -> None:
+    before = list_tree(bare_folder / "checkout")
+    answer = bare_place.run("--dry-run")
+    assert answer.code == 0, answer.text
+    assert ".venv" in answer.err
+    assert_in_order(answer.out, ["📋 학습 정보", "🎯 모드", "실행할 명령어", "torch.distributed.run"])
+    assert list_tree(bare_folder / "checkout") == before
+    assert list_tree(bare_place.folder) == {}
+
+
+# --- the dry run ---
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_a_dry_run_on_two_h100s_shows_the_blocks_of_the_documents_example(
+    place: Place, with_gpus: Callable[..., None]
+) -> None:
+    with_gpus(2)
+    answer = place.run("--dry-run")
+    assert answer.code == 0, answer.text
+    lines = """
+        ========================================================
+             한국어 sLLM H100 듀얼 GPU 학습 실행기
+             Korean sLLM H100 Dual GPU Training Launcher
+             🚀 H100 최적화 + 분산 학습 지원
+        ========================================================
+        🔍 H100 학습 환경 확인 중...
+        ✅ PyTorch 및 CUDA 확인 완료
+        ✅ GPU 확인 완료: 2개 사용 가능
+          GPU 0: NVIDIA H100 PCIe
+          GPU 1: NVIDIA H100 PCIe
+        ✅ 모든 요구사항 충족
+        📋 학습 정보
+        =================================
+        🎯 모드: 테스트 모드 (10스텝)
+        🔧 하이퍼파라미터:
+           • 배치 크기: 4
+           • 학습률: 1e-4
+           • 최대 시퀀스 길이: 2048
+           • Mixed Precision: bf16
+           • 모델 컴파일: true
+           • 모델 파라미터: 1,
+        📁 경로:
+           • 데이터셋: 더미 데이터
+           • 출력: ./outputs
+           • 로그: ./logs
+        💾 저장 설정:
+           • 저장 간격: 500 스텝
+           • 초기 모델 저장: true
+           • 백그라운드 실행: true
+        🚀 H100 설정:
+           • GPU 수: 2
+           • 분산 학습: DDP
+           • 최적화: BF16 + torch.compile
+    """
+    position = 0
+    for line in textwrap.dedent(lines).strip().splitlines():
+        assert line in answer.out[position:], f"{line!r} isn't there or not in its place:\n{answer.out}"
+        position = answer.out.index(line, position) + len(line)
+    assert "--nproc-per-node 2" in answer.out
+    assert "--device cpu" not in answer.out
+    assert list_tree(place.folder) == {}
+
+
+def test_a_dry_run_estimates_a_training_run_from_the_bytes_and_says_so(place: Place, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "corpus.jsonl", documents(200))
+    options = "--train --device cpu --model-size tiny --vocab-size 1024 --max-seq-length 64 --batch-size 2"
+    answer = place.run("--dry-run", *options.split(), "--dataset-path", str(data))
+    assert answer.code == 0, answer.text
+    assert_in_order(
+        answer.out, ["실제 학습 모드", r"모델 파라미터: 3\.", "스텝당 토큰: 2,048", r"전체 학습: .*스텝.*토큰.*추정"]
+    )
+    assert list_tree(place.folder) == {}
+
+
+@pytest.fixture(scope="module")
+def pasted(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[tuple[Place, Answer, Answer, dict]]:
+    """A dry run with awkward paths in the C locale, and the run of the command that it printed."""
+    place = Place(tmp_path_factory.mktemp("dry run") / "작업 '폴더' $HOME", cache=warm_cache)
+    place.environment["LC_ALL"] = "C"
+    for _ in cleaned(place):
+        options = "--test --max-steps 2 --num-gpus 1 --batch-size 2 --max-seq-length 64 --dummy-data"
+        dry = place.run("--dry-run", *options.split())
+        before = list_tree(place.folder)
+        command = place.command()
+        command["args"] = ["bash", "-c", dry.out.strip().splitlines()[-1]]
+        command["cwd"] = ROOT.parent
+        yield place, dry, place.execute(command), before
+
+
+def test_a_dry_run_writes_nothing(pasted: tuple[Place, Answer, Answer, dict]) -> None:
+    _, dry, _, before = pasted
+    assert dry.code == 0, dry.text
+    assert_in_order(dry.out, ["학습 환경 확인", "모든 요구사항 충족", "📋 학습 정보", "실행할 명령어"])
+    assert "🎯 학습 시작!" not in dry.out
+    assert before == {}
+
+
+def test_the_command_of_a_dry_run_can_be_pasted(pasted: tuple[Place, Answer, Answer, dict]) -> None:
+    place, _, done, _ = pasted
+    assert done.code == 0, done.text + place.report()
+    assert "✅ 학습 완료!" in done.out
+    assert (place.outputs / "checkpoint-2" / "pytorch_model.bin").is_file()
+    assert place.info()["state"] == "finished"
+
+
+# --- status and stop, where nothing runs ---
+
+
+def test_status_where_nothing_ever_ran(place: Place) -> None:
+    answer = place.run("--status")
+    assert answer.code == 3
+    assert has_hangul(answer.out)
+    assert list_tree(place.folder) == {}
+
+
+def test_stop_where_nothing_runs(place: Place) -> None:
+    answer = place.run("--stop")
+    assert answer.code == 3
+    assert "실행 중인 학습이 없습니다" in answer.text
+    assert list_tree(place.folder) == {}
+
+
+@pytest.fixture
+def bystander(place: Place) -> Iterator[subprocess.Popen]:
+    """Somebody's process whose command line names the launcher, with its PID in a stale PID file."""
+    process = subprocess.Popen(["bash", "-c", "sleep 300; true", str(LAUNCHER)], start_new_session=True)
+    place.logs.mkdir()
+    place.pid_file.write_text(f"{process.pid}\n")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_stop_leaves_a_process_alone_that_only_mentions_the_launcher(place: Place, bystander: subprocess.Popen) -> None:
+    answer = place.run("--stop", timeout=20)
+    assert answer.code == 3, answer.text
+    assert bystander.poll() is None
+
+
+def test_status_does_not_take_a_bystander_for_the_run(place: Place, bystander: subprocess.Popen) -> None:
+    assert place.run("--status").code == 1

@@ -1,0 +1,165 @@
+"""The decoder: shapes, initial weights, causality, attention."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from samples import config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train_h100_dual as t
+
+
+class Words:
+    """As much of a tokenizer as building a model takes."""
+
+    bos_token_id = eos_token_id = 0
+
+    def __len__(self) -> int:
+        return 500
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return t.build_model(config(tmp_path_factory.mktemp("model")), Words())
+
+
+@pytest.mark.parametrize("size", list(t.PRESETS))
+def test_presets_have_the_parameters_that_help_states(tmp_path, size):
+    cfg = config(tmp_path, "--model-size", size)
+    settings = t.model_settings(cfg, Words())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(settings)
+    assert sum(weight.numel() for weight in model.parameters()) == t.PRESETS[size].parameter_count(512)
+    assert settings.head_dim == t.PRESETS[size].head
+
+
+def test_initial_weights_are_scaled_by_depth_and_the_same_for_the_same_seed(tmp_path, model):
+    layer = model.model.layers[0]
+    expected = 0.02 / math.sqrt(2 * 4)
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert model.model.embed_tokens.weight[0].abs().sum() > 0
+    again = t.build_model(config(tmp_path), Words())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_untrained_model_is_as_unsure_as_it_should_be(model):
+    rows = torch.randint(0, 500, (4, 33))
+    assert t.CausalLoss(model)(rows).item() == pytest.approx(math.log(512), abs=0.2)
+
+
+def test_changing_a_token_changes_no_logit_before_it(model):
+    tokens = torch.randint(0, 500, (2, 32))
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 500
+    with torch.no_grad():
+        before, after = (model(input_ids=ids, use_cache=False).logits for ids in (tokens, changed))
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_attention_is_the_models_own(model):
+    tokens = torch.randint(0, 500, (2, 32))
+    plain = LlamaForCausalLM(copy.deepcopy(model.config))
+    plain.load_state_dict(model.state_dict())
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        ours, theirs = (item(input_ids=tokens, use_cache=False).logits for item in (model, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(model):
+    rows = torch.randint(0, 500, (2, 17))
+    loss = t.CausalLoss(model)
+    with torch.no_grad():
+        theirs = model(input_ids=rows, labels=rows, use_cache=False).loss
+        assert torch.allclose(loss(rows), theirs, atol=1e-6)
+        assert torch.allclose(loss(rows, reduction="none").mean(), theirs, atol=1e-6)
+
+
+def test_the_compiled_graph_is_whole_and_carries_no_attention_mask(model):
+    graphs = []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    loss = t.CausalLoss(model)
+    torch._dynamo.reset()
+    torch.compile(loss, backend=keep_graph, fullgraph=True)(torch.randint(0, 500, (2, 33)))
+    assert len(graphs) == 1
+    calls = [node for node in graphs[0].graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert len(calls) == 4
+    for call in calls:
+        assert call.kwargs["is_causal"] is True
+        assert call.kwargs.get("attn_mask") is None
+        assert len(call.args) == 3
+
+
+def test_compiling_leaves_the_names_of_the_weights_alone(model):
+    loss = t.CausalLoss(model)
+    names = set(model.state_dict())
+    loss.compile(backend="eager")
+    assert set(model.state_dict()) == names
+    assert not any("_orig_mod" in name or "module." in name for name in names)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    rows = torch.randint(0, 500, (2, 33))
+    gradients = []
+    for more in ((), ("--gradient-checkpointing",)):
+        model = t.build_model(config(tmp_path, *more), Words())
+        assert model.is_gradient_checkpointing is bool(more)
+        t.CausalLoss(model)(rows).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_model_configuration_can_be_brought_along(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**shape, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
+    model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
+    assert model.config.vocab_size == 512  # the tokenizer's, up to a multiple of 128
+    assert model.config.num_key_value_heads == 2
+    assert t.CausalLoss(model)(torch.randint(0, 500, (2, 17))).isfinite()
+
+
+def test_existing_weights_can_be_trained_on_and_a_larger_vocabulary_is_refused(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    cfg = config(tmp_path, "--init-from", str(tmp_path))
+    again = t.build_model(cfg, Words())
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+    class Larger(Words):
+        def __len__(self) -> int:
+            return 513
+
+    with pytest.raises(ValueError, match="513"):
+        t.build_model(cfg, Larger())
+
+
+def test_a_model_with_a_sliding_window_keeps_its_own_attention(tmp_path):
+    from transformers import MistralConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    MistralConfig(**shape, num_key_value_heads=2, sliding_window=8).save_pretrained(tmp_path)
+    model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_attention_that_really_runs_is_found_out(tmp_path, model):
+    cfg = config(tmp_path)
+    assert t.attention_backend(model, cfg, torch.device("cpu")) == "flash (CPU)"
+    with t.attention_kernels(config(tmp_path, "--attention", "math")):
+        assert t.attention_backend(model, cfg, torch.device("cpu")) == "math"
+
+
+def test_flash3_without_its_package_is_refused(tmp_path, model):
+    cfg = config(tmp_path, "--attention", "flash3")
+    with pytest.raises(t.EnvironmentProblem, match="flash3"):
+        t.choose_attention(model.config, cfg)

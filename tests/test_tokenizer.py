@@ -1,0 +1,105 @@
+"""The tokenizer that is trained, the fast engine, and tokenizers that are brought along."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from samples import WILD_TEXTS, config, write_corpus
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import train_h100_dual as t
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = t.write_dummy_data(folder).read_text(encoding="utf-8").splitlines()[:1000]
+    return t.train_tokenizer([json.loads(line)["text"] for line in lines] + WILD_TEXTS * 5, 768)
+
+
+def test_the_vocabulary_is_a_multiple_of_128_and_no_larger_than_the_corpus_supports(tokenizer):
+    assert len(tokenizer) == 768
+    small = t.train_tokenizer(["아주 작은 말뭉치", "a very small corpus"] * 3, 65536)
+    assert len(small) % 128 == 0
+    assert len(small) < 512
+
+
+@pytest.mark.parametrize("text", WILD_TEXTS)
+def test_text_comes_back_up_to_nfc_also_after_saving(tokenizer, tmp_path, text):
+    tokenizer.save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(opened).__name__ in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    for source in (text, unicodedata.normalize("NFD", text)):
+        ids = opened(source, split_special_tokens=True).input_ids
+        assert opened.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_special_tokens_are_its_own(tokenizer):
+    assert tokenizer.eos_token == tokenizer.bos_token == t.END_OF_TEXT
+    assert tokenizer.eos_token_id == 0
+    assert tokenizer("text").input_ids[0] != tokenizer.bos_token_id
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+@example("<|endoftext|>")
+@example("한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x")
+def test_the_fast_engine_gives_the_same_ids(tokenizer, text):
+    text = unicodedata.normalize("NFC", text)
+    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
+    assert engine == "tiktoken"
+    assert encode([text])[0].tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that is no byte-level BPE."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(
+        ["한국어 문서 English document"], trainers.WordLevelTrainer(special_tokens=["</s>", "<unk>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_any_other_tokenizer_takes_the_ordinary_path():
+    tokenizer = other_tokenizer()
+    encode, engine = t.make_encoder(tokenizer, ["한국어"])
+    assert engine == "tokenizers"
+    assert encode(["한국어 문서"])[0].tolist() == tokenizer("한국어 문서").input_ids
+
+
+def test_an_engine_that_disagrees_is_not_used(tokenizer, monkeypatch, caplog):
+    class Wrong:
+        def encode_to_numpy(self, text: str, disallowed_special: tuple) -> np.ndarray:
+            return np.array([1, 2, 3], np.uint32)
+
+    monkeypatch.setattr(t, "tiktoken_engine", lambda tokenizer: Wrong())
+    assert t.make_encoder(tokenizer, ["한국어"])[1] == "tokenizers"
+
+
+def test_a_tokenizer_can_be_brought_along(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "mine")
+    path = write_corpus(tmp_path / "corpus.jsonl", [f"문서 {index}" for index in range(100)])
+    cfg = config(tmp_path, "--dataset-path", str(path), "--tokenizer", str(tmp_path / "mine"))
+    cfg.logs_dir.mkdir()
+    corpus = t.prepare_corpus(cfg)
+    assert t.tokenizer_fingerprint(corpus.tokenizer) == t.tokenizer_fingerprint(tokenizer)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="없는것"):
+        t.load_tokenizer(tmp_path / "없는것")
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path):
+    tokenizer = other_tokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="eos_token"):
+        t.load_tokenizer(tmp_path)
