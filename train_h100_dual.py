@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # ======================================================================================
 # Configuration: standard library only, so that --help and a mistyped option are answered
@@ -3331,5 +3331,18 @@ def main() -> int:
         return report_failure(cfg, error, rank)
 
 
+def leave(code: int) -> NoReturn:
+    """End this process at once, with everything written.
+
+    Python's own way out takes the interpreter down under gloo's and NCCL's threads.  One that still
+    holds the last collective's tensors then asks for a GIL that is gone, and the process dies of
+    SIGABRT, so that torchrun calls a finished run failed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
