@@ -61,9 +61,10 @@ USAGE_ERROR, ENVIRONMENT_ERROR, STOPPED = 2, 1, 130
 BYTES_PER_TOKEN_ESTIMATE = 5.0
 COMPRESSION_ESTIMATE = 2.5
 
-CACHE_VERSION = 2  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 3  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
+MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 
 GROUPS = {
     "run": "실행 모드",
@@ -144,6 +145,26 @@ def parse_path(text: str) -> Path:
     return Path(text) if parse_text(text).startswith("hf:") else Path(os.path.abspath(Path(text).expanduser()))
 
 
+def parse_mix(text: str) -> str:
+    """Return shares by name, as ``ko=0.7,en=0.3``, in thousandths that sum up to one, sorted by name."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = (word.strip() for word in part.rpartition("="))
+        if not name or name in shares:
+            raise ValueError(f"'{part}' 부분을 읽을 수 없습니다. 이름=비율을 이름마다 한 번 쓰세요 (예: ko=0.7,en=0.3)")
+        shares[name] = parse_number(float, 0, 1e6)(number)
+    whole = sum(shares.values()) or 1.0
+    exact = {name: MIX_WINDOW * share / whole for name, share in sorted(shares.items())}
+    least = min(exact, key=exact.__getitem__)
+    if exact[least] < 1 - 1e-9:
+        raise ValueError(f"'{least}' 비율이 너무 작습니다 (합계의 {1 / MIX_WINDOW:g} 이상). 빼거나 늘리세요")
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: MIX_WINDOW - sum(counts.values())]:
+        counts[name] += 1
+    return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in counts.items())
+
+
 SITUATIONS = ("base", "test", "cpu", "cpu_test")
 
 
@@ -213,6 +234,7 @@ class TrainConfig:
     validation_split: float = option(
         "data", "F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005
     )
+    mix: str | None = option("data", "NAME=F,...", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
     dummy_data: bool = switch("data", {"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
     cache_dir: Path | None = option("data", "PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
     num_workers: int | None = option(
@@ -279,6 +301,12 @@ class TrainConfig:
     def is_test(self) -> bool:
         """Whether this is a short check rather than a training run."""
         return self.mode == "test"
+
+    @property
+    def mix_counts(self) -> dict[str, int]:
+        """Rows of each stream among every ``MIX_WINDOW`` rows; empty without ``--mix``."""
+        pairs = (part.rpartition("=") for part in (self.mix or "").split(",") if part)
+        return {name: round(float(share) * MIX_WINDOW) for name, _, share in pairs}
 
     def tokens_per_step(self, world_size: int) -> int:
         """Tokens that one optimizer step reads over all ranks."""
@@ -660,10 +688,10 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems = []
-    fixed = ["seed", "max_seq_length", "validation_split", "model_config"]
+    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config"]
     fixed += [] if cfg.model_config or cfg.init_from else ["model_size"]
     for name in fixed:
-        value, typed = info["options"][name], "--" + name.replace("_", "-")
+        value, typed = info["options"].get(name), "--" + name.replace("_", "-")
         if str(getattr(cfg, name)) != str(value):
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
@@ -775,7 +803,7 @@ def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
     A file is known by path, size, mtime and a hash of its head and tail, so a changed one makes
     a new cache and a 100 GB one costs two reads.
     """
-    parts: list[Any] = [CACHE_VERSION, cfg.text_column, cfg.validation_split]
+    parts: list[Any] = [CACHE_VERSION, cfg.text_column, cfg.validation_split, list(cfg.mix_counts)]
     for path in files:
         info = path.stat()
         with open(path, "rb") as stream:
@@ -1012,6 +1040,7 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
         f"   • 전체 학습: {whole}",
         "📁 경로:",
         f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
+        *([f"   • 데이터 혼합: {cfg.mix}"] if cfg.mix else []),
         f"   • 출력: {display_path(cfg.output_dir)}",
         f"   • 로그: {display_path(cfg.logs_dir)}",
         "💾 저장 설정:",
@@ -1179,6 +1208,7 @@ if __name__ == "__main__":
 
 import gc
 import gzip
+import itertools
 import logging
 import multiprocessing
 import random
@@ -1215,6 +1245,9 @@ LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
 MOST_BAD_LINES = 0.01
+MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
+MOST_BAD_LINES_KEPT = 100_000
+MOST_NAMES_SHOWN = 20
 
 logger = logging.getLogger("h100_dual")
 
@@ -1330,10 +1363,11 @@ class Chunk:
 
 @dataclass
 class Documents:
-    """The documents of a chunk, in order: normalised texts, their languages, and what was bad."""
+    """The documents of a chunk, in order: normalised texts, languages, sources, and what was bad."""
 
     texts: list[str]
     languages: list[str]
+    sources: list[str | None]
     bad: list[dict[str, Any]]
     line_count: int
 
@@ -1427,8 +1461,8 @@ def read_chunks(cfg: TrainConfig, files: list[Path]) -> Iterator[Chunk]:
         yield from reader
 
 
-def parse_record(record: Any, text_column: str) -> tuple[str, str]:
-    """Return text and language of one JSON line or table row.
+def parse_record(record: Any, text_column: str) -> tuple[str, str, str | None]:
+    """Return text, language and source of one JSON line or table row.
 
     Raises:
         ValueError: with the reason in Korean.
@@ -1444,7 +1478,7 @@ def parse_record(record: Any, text_column: str) -> tuple[str, str]:
         raise ValueError("JSON 객체가 아닙니다")
     if text_column not in record:
         raise ValueError(f"'{text_column}' 열이 없습니다")
-    text, language = record[text_column], record.get("lang")
+    text, language, source = record[text_column], record.get("lang"), record.get("source")
     if not isinstance(text, str):
         raise ValueError(f"'{text_column}' 값이 문자열이 아닙니다")
     if not text.isascii():
@@ -1453,7 +1487,8 @@ def parse_record(record: Any, text_column: str) -> tuple[str, str]:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("짝이 없는 서로게이트가 있습니다") from None
-    return text, language.lower() if isinstance(language, str) and language else detect_language(text)
+    language = language.lower() if isinstance(language, str) and language else detect_language(text)
+    return text, language, source if isinstance(source, str) else None
 
 
 def detect_language(text: str) -> str:
@@ -1478,27 +1513,39 @@ def split_plain_text(chunk: Chunk) -> Documents:
             texts.append(unicodedata.normalize("NFC", "\n".join(paragraph)))
             languages.append(detect_language(texts[-1]))
             paragraph = []
-    return Documents(texts, languages, bad, len(chunk.lines))
+    return Documents(texts, languages, [None] * len(texts), bad, len(chunk.lines))
 
 
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
     """Read the documents of a chunk; blank lines and empty texts are no documents, bad lines are listed."""
     if chunk.file.endswith(".txt"):
         return split_plain_text(chunk)
-    texts, languages, bad, blank = [], [], [], 0
+    texts, languages, sources, bad, blank = [], [], [], [], 0
     for number, record in enumerate(chunk.lines, chunk.first_line):
         if isinstance(record, bytes) and not record.strip():
             blank += 1
             continue
         try:
-            text, language = parse_record(record, text_column)
+            text, language, source = parse_record(record, text_column)
         except ValueError as error:
             bad.append({"file": chunk.file, "line": number, "reason": str(error)})
             continue
         if text:
             texts.append(text)
             languages.append(language)
-    return Documents(texts, languages, bad, len(chunk.lines) - blank)
+            sources.append(source)
+    return Documents(texts, languages, sources, bad, len(chunk.lines) - blank)
+
+
+def assign_streams(documents: Documents, names: list[str]) -> np.ndarray:
+    """Index of each document's stream (int16): its source's where ``names`` has that, else its language's.
+
+    -1 where ``names`` has neither; without names (no ``--mix``) there is one stream.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    pairs = zip(documents.sources, documents.languages, strict=True)
+    found = [index.get(source, index.get(language, -1)) if names else 0 for source, language in pairs]
+    return np.array(found, np.int16)
 
 
 # --- work over all cores ---
@@ -1572,7 +1619,7 @@ class Scan:
     """What the first pass over a corpus found."""
 
     languages: list[str]  # names; a document's language is an index into them
-    document_language: np.ndarray  # uint8 a document
+    document_language: np.ndarray  # uint16 a document
     document_key: np.ndarray  # uint64 a document: a hash of its content
     document_bytes: np.ndarray  # uint32 a document
     sample: list[tuple[int, int, str]]  # (sampling key, content key, text), evenly spread over the documents
@@ -1592,9 +1639,24 @@ def content_keys(text: str) -> tuple[int, int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), len(data)
 
 
-def scan_chunk(state: tuple[str, bool], task: tuple[Chunk, int]) -> tuple:
+@dataclass
+class ScannedChunk:
+    """What the first pass found in one chunk; the texts are those that may go into the sample."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    languages: list[str]
+    sources: set[str]
+    left_out: int  # documents that --mix doesn't name
+    named: set[int]  # streams that have a document here
+    sample: list[tuple[int, int, str]]
+    bad: list[dict[str, Any]]
+    line_count: int
+
+
+def scan_chunk(state: tuple[str, list[str], bool], task: tuple[Chunk, int]) -> ScannedChunk:
     """First pass over one chunk; texts whose sampling key is under the bound are handed back too."""
-    text_column, sampling = state
+    text_column, mix_names, sampling = state
     chunk, bound = task
     documents = parse_chunk(chunk, text_column)
     keys = [content_keys(text) for text in documents.texts]
@@ -1603,9 +1665,18 @@ def scan_chunk(state: tuple[str, bool], task: tuple[Chunk, int]) -> tuple:
         for (first, second, _), text in zip(keys, documents.texts, strict=True)
         if sampling and second < bound
     ]
-    firsts = np.array([key[0] for key in keys], np.uint64)
-    lengths = np.array([key[2] for key in keys], np.uint32)
-    return firsts, lengths, documents.languages, sample, documents.bad, documents.line_count
+    streams = assign_streams(documents, mix_names)
+    return ScannedChunk(
+        np.array([key[0] for key in keys], np.uint64),
+        np.array([key[2] for key in keys], np.uint32),
+        documents.languages,
+        {source for source in documents.sources if source} if mix_names else set(),
+        int((streams < 0).sum()),
+        set(streams.tolist()),
+        sample,
+        documents.bad,
+        documents.line_count,
+    )
 
 
 class BoundedSample:
@@ -1642,35 +1713,49 @@ def scan_corpus(cfg: TrainConfig, files: list[Path], workers: int) -> Scan:
 
     Raises:
         RuntimeError: more than 1 % of the lines are bad, or no document is left.
+        UsageProblem: ``--mix`` names what the corpus hasn't.
     """
-    names: dict[str, int] = {}
-    keys, lengths, languages, bad = [], [], [], []
-    bad_count = line_count = byte_count = 0
+    index: dict[str, int] = {}
+    keys, lengths, languages, bad, named, sources = [], [], [], [], set(), set()
+    bad_count = line_count = byte_count = left_out = 0
     sample = BoundedSample(TOKENIZER_SAMPLE_BYTES)
     progress = Progress("말뭉치 읽는 중", estimated_bytes(files))
+    mix_names = list(cfg.mix_counts)
     sampling = cfg.tokenizer is None and cfg.init_from is None
     tasks = ((chunk, sample.bound) for chunk in read_chunks(cfg, files))
-    for found in parallel_map(scan_chunk, (cfg.text_column, sampling), tasks, workers):
-        first, length, language, texts, wrong, lines = found
-        keys.append(first)
-        lengths.append(length)
-        languages.append(np.array([names.setdefault(name, len(names)) for name in language], np.uint8))
-        sample.add(texts)
-        bad += wrong[: max(0, 100_000 - len(bad))]
-        bad_count += len(wrong)
-        line_count += lines
-        byte_count += int(length.sum())
+    for found in parallel_map(scan_chunk, (cfg.text_column, mix_names, sampling), tasks, workers):
+        keys.append(found.keys)
+        lengths.append(found.lengths)
+        languages.append(np.array([index.setdefault(name, len(index)) for name in found.languages], np.uint16))
+        sample.add(found.sample)
+        bad += found.bad[: max(0, MOST_BAD_LINES_KEPT - len(bad))]
+        bad_count += len(found.bad)
+        line_count += found.line_count
+        byte_count += int(found.lengths.sum())
+        left_out += found.left_out
+        named |= found.named
+        sources |= found.sources if len(sources) < MOST_NAMES_SHOWN else set()
         progress.update(byte_count)
-    scan = Scan(
-        list(names),
-        *(np.concatenate(part) if part else np.array([]) for part in (languages, keys, lengths)),
-        sample.trim(),
-        bad,
-        bad_count,
-        line_count,
-    )
+    parts = (np.concatenate(part) if part else np.array([]) for part in (languages, keys, lengths))
+    scan = Scan(list(index), *parts, sample.trim(), bad, bad_count, line_count)
     check_scan(cfg, scan)
+    check_mix(mix_names, named, left_out, scan.languages, sorted(sources))
     return scan
+
+
+def check_mix(names: list[str], found: set[int], left_out: int, languages: list[str], sources: list[str]) -> None:
+    """Refuse a name of ``--mix`` that no document has; say how many documents no name stands for.
+
+    Raises:
+        UsageProblem: naming what there is.
+    """
+    lacking = [name for number, name in enumerate(names) if number not in found]
+    if lacking:
+        there = f"lang: {', '.join(languages[:MOST_NAMES_SHOWN])}"
+        there += f"; source: {', '.join(sources[:MOST_NAMES_SHOWN])}" if sources else ""
+        raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름 {there})"])
+    if left_out:
+        logger.info(f"⚠️  --mix에 없는 문서 {left_out:,}개는 학습에 쓰지 않습니다")
 
 
 def estimated_bytes(files: list[Path]) -> int:
@@ -1842,46 +1927,94 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
 class Corpus:
     """A prepared corpus, memory-mapped.
 
-    ``train`` and ``val`` are streams of token ids that begin with an end-of-text token and carry one
-    after each document; document i is ``stream[offsets[i]:offsets[i + 1] - 1]``.
+    Each of ``streams`` (one for each name of ``--mix``, else just one) and ``val`` is a stream of token
+    ids that begins with an end-of-text token and carries one after each document; document i is
+    ``stream[offsets[i]:offsets[i + 1] - 1]``.
     """
 
     path: Path
     tokenizer: Any
-    train: np.ndarray
+    streams: tuple[np.ndarray, ...]
     val: np.ndarray
     val_offsets: np.ndarray  # int64 (documents + 1)
-    val_languages: np.ndarray  # uint8 a document
+    val_languages: np.ndarray  # uint16 a document
     val_bytes: np.ndarray  # uint32 a document
     report: dict[str, Any]
 
     def rows(self, max_seq_length: int) -> int:
         """Training rows of an epoch: each has ``max_seq_length`` targets, each token is a target once."""
-        return (len(self.train) - 1) // max_seq_length
+        return sum(stream_rows(self.streams, max_seq_length))
 
 
-def encode_chunk(state: tuple, chunk: Chunk) -> tuple:
-    """Second pass over one chunk: training tokens as one array, held-out documents one by one."""
-    text_column, encode, names, bounds, end_of_text, dtype = state
-    documents = parse_chunk(chunk, text_column)
-    languages = np.array([names[name] for name in documents.languages], np.uint8)
+def stream_rows(streams: Iterable[np.ndarray], max_seq_length: int) -> list[int]:
+    """Rows of each stream; neighbouring rows share one token."""
+    return [(len(stream) - 1) // max_seq_length for stream in streams]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the second pass turns texts into tokens."""
+
+    text_column: str
+    encode: Callable[[list[str]], list[np.ndarray]]
+    languages: dict[str, int]
+    mix_names: list[str]
+    bounds: np.ndarray  # a language's largest content key that is held out
+    end: np.ndarray  # the end-of-text token, in the cache's dtype
+
+
+def encode_chunk(how: Encoding, chunk: Chunk) -> tuple[list[tuple], list[tuple], np.ndarray]:
+    """Second pass over one chunk.
+
+    Returns, a stream, its training tokens, documents' lengths and languages; the held-out documents
+    one by one; and a language's documents, bytes, tokens and eojeols (languages, 4).
+    """
+    documents = parse_chunk(chunk, how.text_column)
+    languages = np.array([how.languages[name] for name in documents.languages], np.uint16)
     keys = [content_keys(text) for text in documents.texts]
-    held = [key[0] <= bounds[language] > 0 for key, language in zip(keys, languages.tolist(), strict=True)]
-    ids = encode(documents.texts)
-    end = np.array([end_of_text], dtype)
-    train = [part for tokens, out in zip(ids, held, strict=True) if not out for part in (tokens.astype(dtype), end)]
-    val = [
-        (key[0], tokens.astype(dtype), int(language), key[2])
-        for key, tokens, language, out in zip(keys, ids, languages, held, strict=True)
-        if out
+    held = np.array([key[0] <= how.bounds[index] > 0 for key, index in zip(keys, languages, strict=True)], bool)
+    ids = how.encode(documents.texts)
+    lengths = np.array([len(tokens) + 1 for tokens in ids], np.int64)
+    counts = np.zeros((len(how.languages), 4), np.int64)
+    sizes = [
+        (1, key[2], len(tokens), len(text.split()))
+        for text, key, tokens in zip(documents.texts, keys, ids, strict=True)
     ]
-    lengths = np.array([len(tokens) + 1 for tokens, out in zip(ids, held, strict=True) if not out], np.int64)
-    counts = np.zeros((len(names), 4), np.int64)  # a language: documents, bytes, tokens, eojeols
-    for text, key, tokens, language in zip(documents.texts, keys, ids, languages, strict=True):
-        counts[language] += (1, key[2], len(tokens), len(text.split()))
-    stream = np.concatenate(train) if train else np.array([], dtype)
-    kept = languages[~np.array(held, bool)] if held else languages
-    return stream, lengths, kept, val, counts
+    np.add.at(counts, languages, np.array(sizes, np.int64).reshape(-1, 4))
+    ids = [tokens.astype(how.end.dtype) for tokens in ids]
+    val = [(keys[i][0], ids[i], int(languages[i]), keys[i][2]) for i in np.flatnonzero(held)]
+    stream_of = np.where(held, -1, assign_streams(documents, how.mix_names))
+    parts = []
+    for stream in range(max(1, len(how.mix_names))):
+        chosen = np.flatnonzero(stream_of == stream)
+        tokens = [part for i in chosen for part in (ids[i], how.end)]
+        parts.append((np.concatenate([how.end[:0], *tokens]), lengths[chosen], languages[chosen]))
+    return parts, val, counts
+
+
+class StreamWriter:
+    """Writes one stream of training tokens, and beside it its documents' offsets and languages."""
+
+    def __init__(self, folder: Path, index: int, end: np.ndarray):
+        self.stem = folder / f"train-{index}"
+        self.file = open(f"{self.stem}.bin", "wb")  # noqa: SIM115  (close() ends it)
+        self.lengths: list[np.ndarray] = [np.array([1], np.int64)]
+        self.languages: list[np.ndarray] = [np.array([], np.uint16)]
+        self.file.write(end.tobytes())
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, languages: np.ndarray) -> None:
+        """Append documents."""
+        self.file.write(tokens.tobytes())
+        self.lengths.append(lengths)
+        self.languages.append(languages)
+
+    def close(self) -> int:
+        """Finish the files and return the number of tokens."""
+        self.file.close()
+        offsets = np.cumsum(np.concatenate(self.lengths))
+        np.save(f"{self.stem}_offsets.npy", offsets)
+        np.save(f"{self.stem}_languages.npy", np.concatenate(self.languages))
+        return int(offsets[-1])
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int) -> None:
@@ -1895,27 +2028,22 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     check_disk(folder, int(scan.document_bytes.sum()) * dtype().itemsize // 2)
     names = {name: index for index, name in enumerate(scan.languages)}
-    state = (cfg.text_column, encode, names, bounds, tokenizer.eos_token_id, dtype)
-    progress = Progress("토큰화하는 중", len(scan.document_key))
     end = np.array([tokenizer.eos_token_id], dtype)
-    lengths, languages, val = [np.array([1], np.int64)], [], []
-    counts = np.zeros((len(names), 4), np.int64)
-    with open(folder / "train.bin", "wb") as stream:
-        stream.write(end.tobytes())
-        for tokens, length, language, held, count in parallel_map(
-            encode_chunk, state, read_chunks(cfg, files), workers
-        ):
-            stream.write(tokens.tobytes())
-            lengths.append(length)
-            languages.append(language)
-            val += held
-            counts += count
-            progress.update(int(counts[:, 0].sum()))
-    np.save(folder / "train_offsets.npy", np.cumsum(np.concatenate(lengths)))
-    np.save(folder / "train_languages.npy", np.concatenate(languages))
+    how = Encoding(cfg.text_column, encode, names, list(cfg.mix_counts), bounds, end)
+    progress = Progress("토큰화하는 중", len(scan.document_key))
+    writers = [StreamWriter(folder, index, end) for index in range(max(1, len(how.mix_names)))]
+    val, counts = [], np.zeros((len(names), 4), np.int64)
+    for parts, held, count in parallel_map(encode_chunk, how, read_chunks(cfg, files), workers):
+        for writer, part in zip(writers, parts, strict=True):
+            writer.add(*part)
+        val += held
+        counts += count
+        progress.update(int(counts[:, 0].sum()))
+    tokens = [writer.close() for writer in writers]
     write_held_out(folder, sorted(val, key=lambda item: item[0]), end)
     report = corpus_report(scan, counts, len(tokenizer), engine)
-    report["train_tokens"] = (folder / "train.bin").stat().st_size // end.itemsize
+    report["train_tokens"] = sum(tokens)
+    report["streams"] = dict(zip(how.mix_names or ["all"], tokens, strict=True))
     report["val_documents"] = len(val)
     report["val_by_language"] = {name: sum(item[2] == index for item in val) for name, index in names.items()}
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
@@ -1979,7 +2107,7 @@ def write_held_out(folder: Path, documents: list[tuple], end: np.ndarray) -> Non
     np.concatenate(parts).tofile(folder / "val.bin")
     lengths = [1, *(len(tokens) + 1 for _, tokens, _, _ in documents)]
     np.save(folder / "val_offsets.npy", np.cumsum(np.array(lengths, np.int64)))
-    np.save(folder / "val_languages.npy", np.array([item[2] for item in documents], np.uint8))
+    np.save(folder / "val_languages.npy", np.array([item[2] for item in documents], np.uint16))
     np.save(folder / "val_bytes.npy", np.array([item[3] for item in documents], np.uint32))
 
 
@@ -2073,7 +2201,7 @@ def open_corpus(folder: Path) -> Corpus:
     return Corpus(
         folder,
         load_tokenizer(folder / "tokenizer"),
-        np.memmap(folder / "train.bin", dtype, "r"),
+        tuple(np.memmap(folder / f"train-{index}.bin", dtype, "r") for index in range(len(report["streams"]))),
         np.memmap(folder / "val.bin", dtype, "r"),
         *(np.load(folder / f"val_{name}.npy") for name in ("offsets", "languages", "bytes")),
         report,
@@ -2169,9 +2297,9 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def row_at(position: np.ndarray, rows: int, seed: int) -> np.ndarray:
-    """Rows of the corpus at positions of the run: a pure function of (seed, epoch, index).
+    """Rows of a stream at positions in it: a pure function of (seed, epoch, index).
 
-    Position p is the p-th row that the run reads, over all ranks; each epoch is a new permutation.
+    Position p is the p-th row that the run reads of it, over all ranks; each epoch is a new permutation.
     """
     position = np.asarray(position, np.uint64)
     epoch, index = position // np.uint64(rows), position % np.uint64(rows)
@@ -2179,19 +2307,55 @@ def row_at(position: np.ndarray, rows: int, seed: int) -> np.ndarray:
     return permute(index, rows, key).astype(np.int64)
 
 
+def mix_slots(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The stream of each of ``sum(counts)`` slots, spread evenly, and how many of its slots come before.
+
+    Each slot goes to the stream that is furthest behind its share, so that every global batch is
+    mixed about as the whole is.
+    """
+    whole, taken = sum(counts), [0] * len(counts)
+    stream, rank = np.empty(whole, np.int64), np.empty(whole, np.int64)
+    for slot in range(whole):
+        chosen = max(range(len(counts)), key=lambda index: counts[index] * (slot + 1) - whole * taken[index])
+        stream[slot], rank[slot] = chosen, taken[chosen]
+        taken[chosen] += 1
+    return stream, rank
+
+
+class RowOrder:
+    """Which row of which stream stands at a position of the run: a pure function, in O(1) memory.
+
+    Slots repeat, so any ``sum(counts)`` rows in a row have the proportions of ``counts`` exactly; a
+    stream's own rows come in the order of ``row_at``, a new permutation each time it is used up.
+    """
+
+    def __init__(self, rows: list[int], counts: list[int], seed: int):
+        self.rows, self.counts, self.seed = rows, counts, seed
+        self.slot_stream, self.slot_rank = mix_slots(counts)
+
+    def __call__(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stream and row (int64) at each position (int64)."""
+        round_, slot = np.divmod(np.asarray(position, np.int64), len(self.slot_stream))
+        stream, row = self.slot_stream[slot], np.empty(len(position), np.int64)
+        for index, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            here = stream == index
+            own = round_[here] * count + self.slot_rank[slot[here]]
+            row[here] = row_at(own, rows, self.seed + (index << 32))
+        return stream, row
+
+
 class PackedRows(torch.utils.data.Dataset):
-    """Rows of ``max_seq_length + 1`` tokens, by position in the run; neighbours share one token."""
+    """Rows of ``max_seq_length + 1`` tokens; neighbours share one token."""
 
-    def __init__(self, stream: np.ndarray, max_seq_length: int, seed: int):
-        self.stream, self.length, self.seed = stream, max_seq_length, seed
-        self.rows = (len(stream) - 1) // max_seq_length
+    def __init__(self, streams: tuple[np.ndarray, ...], max_seq_length: int):
+        self.streams, self.length = streams, max_seq_length
 
-    def __getitems__(self, positions: list[int]) -> torch.Tensor:
-        """Return the rows at ``positions`` as an int64 tensor (len(positions), max_seq_length + 1)."""
-        starts = row_at(np.array(positions), self.rows, self.seed) * self.length
-        batch = np.empty((len(positions), self.length + 1), np.int64)
-        for target, start in zip(batch, starts.tolist(), strict=True):
-            target[:] = self.stream[start : start + self.length + 1]
+    def __getitems__(self, places: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the rows at ``places`` (stream, row) as an int64 tensor (rows, max_seq_length + 1)."""
+        batch = np.empty((len(places), self.length + 1), np.int64)
+        for target, (stream, row) in zip(batch, places, strict=True):
+            start = row * self.length
+            target[:] = self.streams[stream][start : start + self.length + 1]
         return torch.from_numpy(batch)
 
 
@@ -2215,16 +2379,50 @@ class RankPositions:
             yield list(range(first, first + size))
 
 
+class PlacedBatches:
+    """Micro-batches of (stream, row), for micro-batches of positions.
+
+    Worked out for many micro-batches at a time: numpy takes hardly longer for a block than for one.
+    """
+
+    def __init__(self, positions: RankPositions, order: RowOrder, block: int = 256):
+        self.positions, self.order, self.block = positions, order, block
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = iter(self.positions)
+        while block := list(itertools.islice(batches, self.block)):
+            places = zip(*(part.tolist() for part in self.order(np.concatenate(block))), strict=True)
+            for batch in block:
+                yield list(itertools.islice(places, len(batch)))
+
+
 def keep(batch: torch.Tensor) -> torch.Tensor:
     """Collate nothing: the data set hands out whole batches."""
     return batch
 
 
+def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
+    """The order in which a run reads its corpus."""
+    counts = list(cfg.mix_counts.values()) or [MIX_WINDOW]
+    return RowOrder(stream_rows(corpus.streams, cfg.max_seq_length), counts, cfg.seed)
+
+
+def stream_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, float]:
+    """How many times a run of ``tokens`` tokens reads each stream of the corpus."""
+    order = row_order(cfg, corpus)
+    read = tokens / cfg.max_seq_length / sum(order.counts)
+    names = cfg.mix_counts or ["all"]
+    return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
+
+
 def make_loader(cfg: TrainConfig, corpus: Corpus, positions: RankPositions) -> torch.utils.data.DataLoader:
     """Batches of rows in pinned memory, read ahead of the step by ``num_workers`` processes."""
     return torch.utils.data.DataLoader(
-        PackedRows(corpus.train, cfg.max_seq_length, cfg.seed),
-        batch_sampler=positions,
+        PackedRows(corpus.streams, cfg.max_seq_length),
+        batch_sampler=PlacedBatches(positions, row_order(cfg, corpus)),
         collate_fn=keep,
         num_workers=cfg.num_workers,
         prefetch_factor=4 if cfg.num_workers else None,
@@ -2627,6 +2825,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "total_steps": run.total_steps,
         "epoch": state.tokens_seen / (rows * run.cfg.max_seq_length),
+        "stream_epochs": stream_epochs(run.cfg, run.corpus, state.tokens_seen),
         "tokens_seen": state.tokens_seen,
         "loss": state.loss,
         **state.evaluation,
@@ -3208,9 +3407,10 @@ def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag) -> Run:
     world_size = accelerator.num_processes
     rows = corpus.rows(cfg.max_seq_length)
     steps = total_steps(cfg, rows, world_size)
-    if rows == 0 or steps == 0:
+    if steps == 0 or 0 in stream_rows(corpus.streams, cfg.max_seq_length):
         raise RuntimeError(
-            f"말뭉치({len(corpus.train):,} 토큰)가 한 스텝({cfg.tokens_per_step(world_size):,} 토큰)보다 작습니다. "
+            f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({cfg.tokens_per_step(world_size):,} 토큰)보다 "
+            f"작거나, --mix의 한쪽이 한 행({cfg.max_seq_length:,} 토큰)보다 작습니다. "
             "--batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
         )
     decoder = build_model(cfg, corpus.tokenizer, accelerator.device)
@@ -3237,7 +3437,10 @@ def log_start(run: Run) -> None:
         f"파라미터 {parameters / 1e6:,.1f}M, 스텝당 {run.step_tokens:,} 토큰, 모두 {tokens:,} 토큰 "
         f"({tokens / (rows * cfg.max_seq_length):.2f} 에포크), 어텐션 {run.backend}"
     )
-    if cfg.max_steps is None and cfg.max_tokens is None and left:
+    for name, epochs in stream_epochs(cfg, corpus, tokens).items() if cfg.mix else ():
+        often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
+        logger.info(f"   • {name}: 비율 {cfg.mix_counts[name] / MIX_WINDOW:.1%}, {epochs:.2f} 에포크{often}")
+    if cfg.max_steps is None and cfg.max_tokens is None and cfg.mix is None and left:
         logger.info(f"   마지막 전역 배치를 채우지 못하는 {left // cfg.max_seq_length:,}개 행은 읽지 않습니다")
     if peak_flops(run.accelerator.device):
         logger.info("   MFU = 토큰/s x (6N + 12 x 층 x 은닉 x 길이) / 최대 FLOP/s")

@@ -168,3 +168,25 @@ def test_results_of_a_training_run_are_not_touched_and_those_of_a_test_are_repla
 def test_a_checkpoint_can_be_named_by_its_weights_file():
     assert t.checkpoint_dir("a/checkpoint-10/pytorch_model.bin") == Path("a/checkpoint-10")
     assert t.checkpoint_dir("a/checkpoint-10") == Path("a/checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("typed", "shares"),
+    [
+        ("ko=0.7,en=0.3", "en=0.3,ko=0.7"),
+        (" ko = 7 , en = 3 ", "en=0.3,ko=0.7"),
+        ("a=1,b=1,c=1", "a=0.334,b=0.333,c=0.333"),
+        ("ko=1", "ko=1"),
+        ("위키=0.5,a=b=0.5", "a=b=0.5,위키=0.5"),
+    ],
+)
+def test_the_shares_of_a_mix_are_thousandths_that_sum_up_to_one(typed, shares):
+    cfg = t.parse_args(["--mix", typed])
+    assert cfg.mix == shares
+    assert sum(cfg.mix_counts.values()) == 1000
+
+
+@pytest.mark.parametrize("typed", ["ko", "ko=", "=1", "ko=x", "ko=-1", "ko=0", "ko=1,ko=2", "ko=1,en=0.0001", "ko=1,"])
+def test_a_mix_that_can_not_be_meant_is_refused(typed):
+    with pytest.raises(t.UsageProblem, match="--mix"):
+        t.parse_args(["--mix", typed])

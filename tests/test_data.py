@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import os
+import tempfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -33,7 +34,10 @@ def documents_of(path: Path) -> t.Documents:
     """Everything a reader finds in a file."""
     parts = [t.parse_chunk(chunk, "text") for chunk in t.read_chunks(config(path.parent), [path])]
     return t.Documents(
-        *([item for part in parts for item in getattr(part, name)] for name in ("texts", "languages", "bad")),
+        *(
+            [item for part in parts for item in getattr(part, name)]
+            for name in ("texts", "languages", "sources", "bad")
+        ),
         sum(part.line_count for part in parts),
     )
 
@@ -186,7 +190,7 @@ def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
     texts = wild_documents(300)
     corpus = prepared(tmp_path, texts)
     end = corpus.tokenizer.eos_token_id
-    train, val = stream_documents(corpus.train, end), stream_documents(corpus.val, end)
+    train, val = stream_documents(corpus.streams[0], end), stream_documents(corpus.val, end)
     backend = corpus.tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts]
@@ -197,10 +201,33 @@ def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
     assert train == [item for item in ids if item not in kept]  # in the corpus's order
 
 
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    t.save_tokenizer(t.train_tokenizer(wild_documents(300), 512), folder)
+    return folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=80), chunk=st.integers(1, 300), more=st.booleans())
+def test_any_list_of_documents_comes_back_from_the_cache_token_for_token(tokenizer_folder, texts, chunk, more):
+    good = [unicodedata.normalize("NFC", text) for text in [*texts, "하나는 있는 문서"] if text]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "CHUNK_BYTES", chunk)
+        if more:
+            texts = [item for text in texts for item in (text, "")]  # empty ones are no documents
+        corpus = prepared(Path(name), [*texts, "하나는 있는 문서"], "--tokenizer", str(tokenizer_folder))
+        end = corpus.tokenizer.eos_token_id
+        found = Counter(stream_documents(corpus.streams[0], end) + stream_documents(corpus.val, end))
+        backend = corpus.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        assert found == Counter(tuple(backend.encode(text, add_special_tokens=False).ids) for text in good)
+
+
 def test_equal_documents_are_never_on_both_sides(tmp_path):
     corpus = prepared(tmp_path, [f"같은 문서 {index % 50}" for index in range(200)], "--validation-split", "0.2")
     end = corpus.tokenizer.eos_token_id
-    assert not set(stream_documents(corpus.train, end)) & set(stream_documents(corpus.val, end))
+    assert not set(stream_documents(corpus.streams[0], end)) & set(stream_documents(corpus.val, end))
 
 
 def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypatch):
@@ -242,7 +269,7 @@ def test_several_processes_prepare_what_one_does(tmp_path, monkeypatch):
     one = prepared(tmp_path / "one", texts)
     monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)
     two = prepared(tmp_path / "two", texts)
-    assert np.array_equal(one.train, two.train)
+    assert np.array_equal(one.streams[0], two.streams[0])
     assert np.array_equal(one.val, two.val)
     assert one.report == two.report
 
@@ -323,8 +350,8 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumul
 
 def test_rows_are_slices_of_the_stream_one_apart():
     stream = np.arange(101, dtype=np.uint16)
-    rows = t.PackedRows(stream, 10, seed=3)
-    batch = rows.__getitems__(list(range(10)))
+    places = zip(*(part.tolist() for part in t.RowOrder([10], [1000], seed=3)(np.arange(10))), strict=True)
+    batch = t.PackedRows((stream,), 10).__getitems__(list(places))
     assert batch.shape == (10, 11)
     assert batch.dtype == torch.int64
     assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 10))
@@ -358,6 +385,113 @@ def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, 
     whole = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(0, 6))))
     rest = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(4, 6))))
     assert [batch.tolist() for batch in whole[4:]] == [batch.tolist() for batch in rest]
+
+
+# --- --mix ---
+
+MIXES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 60)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MIXES, st.integers(0, 2**31 - 1), st.integers(0, 5000))
+def test_every_window_has_the_mixs_proportions_and_each_streams_epoch_is_a_permutation(streams, seed, start):
+    text = ",".join(f"s{index}={share}" for index, (share, _) in enumerate(streams))
+    counts = list(dataclasses.replace(t.TrainConfig(), mix=t.parse_mix(text)).mix_counts.values())
+    rows = [size for _, size in streams]
+    order = t.RowOrder(rows, counts, seed)
+    stream, _ = order(np.arange(start, start + 1000))
+    assert np.bincount(stream, minlength=len(counts)).tolist() == counts
+    longest = max(-(-size * 1000 // count) for size, count in zip(rows, counts, strict=True))
+    stream, row = order(np.arange(longest + 1000))
+    for index, size in enumerate(rows):
+        assert sorted(row[stream == index][:size].tolist()) == list(range(size))
+    one_by_one = [tuple(part.item() for part in order(np.array([start + offset]))) for offset in range(3)]
+    block = order(np.arange(start, start + 3))
+    assert one_by_one == [tuple(pair) for pair in zip(*(part.tolist() for part in block), strict=True)]
+
+
+def test_a_batch_is_mixed_about_as_the_whole_is():
+    stream, _ = t.mix_slots([700, 300])
+    for size in (10, 64):
+        parts = np.convolve(stream, np.ones(size), "valid")
+        assert abs(parts - 0.3 * size).max() <= 1
+
+
+def test_without_a_mix_the_order_is_that_of_the_one_stream():
+    stream, row = t.RowOrder([777], [1000], seed=5)(np.arange(3000))
+    assert not stream.any()
+    assert np.array_equal(row, t.row_at(np.arange(3000), 777, 5))
+
+
+def labelled_documents() -> list[dict[str, str]]:
+    korean = [{"text": f"한국어 기사 {index} " * 9, "lang": "ko", "source": "news"} for index in range(120)]
+    chat = [{"text": f"한국어 대화 {index} " * 9, "lang": "ko", "source": "chat"} for index in range(120)]
+    return [*korean, *chat, *({"text": f"English words {index} " * 9, "lang": "en"} for index in range(120))]
+
+
+@pytest.mark.parametrize(
+    ("mix", "streams"),
+    [
+        ("en=0.3,ko=0.7", {"en": {"English words"}, "ko": {"한국어 기사", "한국어 대화"}}),
+        ("chat=0.2,ko=0.4,en=0.4", {"chat": {"한국어 대화"}, "en": {"English words"}, "ko": {"한국어 기사"}}),
+    ],
+)
+def test_a_mix_goes_by_language_and_by_source_where_that_is_named(tmp_path, mix, streams):
+    corpus = prepared(tmp_path, labelled_documents(), "--mix", mix)
+    assert list(corpus.report["streams"]) == list(streams)
+    end = corpus.tokenizer.eos_token_id
+    for stream, (name, openings) in zip(corpus.streams, streams.items(), strict=True):
+        texts = [corpus.tokenizer.decode(ids) for ids in stream_documents(stream, end)]
+        assert {" ".join(text.split()[:2]) for text in texts} == openings
+        assert corpus.report["streams"][name] == len(stream)
+        offsets = np.load(corpus.path / f"train-{list(streams).index(name)}_offsets.npy")
+        ids = stream_documents(stream, end)
+        assert [tuple(stream[a : b - 1].tolist()) for a, b in itertools.pairwise(offsets)] == ids
+    held = sum(len(stream_documents(part, end)) for part in (*corpus.streams, corpus.val))
+    assert held == 360
+
+
+def test_documents_that_a_mix_does_not_name_are_left_out_and_said(tmp_path, caplog):
+    t.logger.propagate = True
+    with caplog.at_level("INFO", "h100_dual"):
+        corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=1")
+    assert "문서 120개는 학습에 쓰지 않습니다" in caplog.text
+    assert "English" not in corpus.tokenizer.decode(corpus.streams[0])
+
+
+def test_a_mix_of_what_the_corpus_has_not_is_refused_with_what_it_has(tmp_path):
+    with pytest.raises(t.UsageProblem, match=r"'fr' .*lang: ko, en; source: chat, news"):
+        prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,fr=0.5")
+
+
+def test_other_shares_of_the_same_names_use_the_same_cache(tmp_path):
+    first = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,en=0.5")
+    assert prepared(tmp_path, labelled_documents(), "--mix", "en=9,ko=1").path == first.path
+    assert prepared(tmp_path, labelled_documents()).path != first.path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_path, workers):
+    corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.7,en=0.3")
+    cfg = config(tmp_path, "--mix", "ko=0.7,en=0.3", "--num-workers", str(workers))
+
+    def batches(world_size: int, size: int) -> list[list[list[int]]]:
+        here = dataclasses.replace(cfg, batch_size=size)
+        ranks = [
+            t.make_loader(here, corpus, t.RankPositions(here, rank, world_size, range(2, 6)))
+            for rank in range(world_size)
+        ]
+        return [sorted(row for part in parts for row in part.tolist()) for parts in zip(*ranks, strict=True)]
+
+    assert batches(1, 4) == batches(2, 2) == batches(4, 1)
+
+
+def test_a_run_knows_how_many_epochs_of_each_stream_it_makes(tmp_path):
+    corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.25,en=0.75")
+    cfg = config(tmp_path, "--mix", "ko=0.25,en=0.75")
+    en, ko = t.stream_rows(corpus.streams, cfg.max_seq_length)
+    found = t.stream_epochs(cfg, corpus, 4000 * cfg.max_seq_length)
+    assert found == pytest.approx({"en": 3000 / en, "ko": 1000 / ko})
 
 
 def test_dummy_data_is_the_same_everywhere_and_says_its_languages(tmp_path):

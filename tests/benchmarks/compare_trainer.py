@@ -30,7 +30,7 @@ class Rows(torch.utils.data.Dataset):
     """The packed rows of the training stream as Trainer reads them: labels are the row itself."""
 
     def __init__(self, corpus: ours.Corpus, max_seq_length: int):
-        self.stream, self.length, self.count = corpus.train, max_seq_length, corpus.rows(max_seq_length)
+        self.stream, self.length, self.count = corpus.streams[0], max_seq_length, corpus.rows(max_seq_length)
 
     def __len__(self) -> int:
         return self.count
