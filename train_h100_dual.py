@@ -234,7 +234,7 @@ class TrainConfig:
     validation_split: float = option(
         "data", "F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005
     )
-    mix: str | None = option("data", "NAME=F,...", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
+    mix: str | None = option("data", "ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
     dummy_data: bool = switch("data", {"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
     cache_dir: Path | None = option("data", "PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
     num_workers: int | None = option(
@@ -3401,18 +3401,21 @@ def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag) -> Run:
     """Create the process group, the model and the optimizer, and wrap them for training.
 
     Raises:
-        RuntimeError: the corpus is smaller than one global batch.
+        RuntimeError: the corpus is smaller than one global batch, or a stream than one row.
     """
     accelerator = build_accelerator(cfg)
     world_size = accelerator.num_processes
-    rows = corpus.rows(cfg.max_seq_length)
-    steps = total_steps(cfg, rows, world_size)
-    if steps == 0 or 0 in stream_rows(corpus.streams, cfg.max_seq_length):
+    steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), world_size)
+    if steps == 0:
         raise RuntimeError(
             f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({cfg.tokens_per_step(world_size):,} 토큰)보다 "
-            f"작거나, --mix의 한쪽이 한 행({cfg.max_seq_length:,} 토큰)보다 작습니다. "
-            "--batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
+            "작습니다. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
         )
+    for name, rows in zip(cfg.mix_counts, stream_rows(corpus.streams, cfg.max_seq_length), strict=False):
+        if not rows:
+            raise RuntimeError(
+                f"--mix: '{name}' 문서가 한 행({cfg.max_seq_length:,} 토큰)보다 적습니다. 빼거나 더하세요"
+            )
     decoder = build_model(cfg, corpus.tokenizer, accelerator.device)
     causal_loss = CausalLoss(decoder)
     if cfg.compile:

@@ -149,7 +149,7 @@ def help_groups() -> dict[str, dict[str, str]]:
         if re.fullmatch(r"\S[^:]*:", line):
             name = None
             options = groups.setdefault(line[:-1], {})
-        elif found := re.match(r"  (--\S+(?: (?:\[[^\]]+\]|[A-Z]+(?:\|[A-Z]+)?|\S+\|\S+))?)(?: +(.*))?$", line):
+        elif found := re.match(r"  (--\S+(?: (?:\[[^\]]+\]|[A-Z]+(?:\|[A-Z]+)?|\S+[|,]\S+))?)(?: +(.*))?$", line):
             name = found[1]
             options[name] = found[2] or ""
         elif line.startswith(" " * 34) and name:
@@ -260,7 +260,7 @@ def test_the_tree_shows_every_name_that_the_program_writes():
     cache_files = {"tokenizer", "corpus.json", *re.findall(r'folder / f?"(\w+\.(?:bin|npy))"', SCRIPT)}
     for name in {*written} - cache_files | {"pytorch_model.bin"}:
         pattern = re.sub(r"\\\{.*?\\\}", r"\\w+", re.escape(name))
-        if not name.startswith((".", "val_{", "dummy-")):
+        if not name.startswith((".", "val_{", "train-{", "dummy-")):
             assert any(re.fullmatch(pattern, one) for one in shown), name
 
 
