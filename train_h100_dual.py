@@ -1240,7 +1240,8 @@ SPLIT_PATTERN = (
 )
 CHUNK_BYTES = 4 << 20
 SMALL_CORPUS_BYTES = 16 << 20
-TOKENIZER_SAMPLE_BYTES = 48 << 20
+TOKENIZER_SAMPLE_CHARACTERS = 32 << 20
+TOKENIZER_SAMPLE_WORDS = 600_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
@@ -1588,6 +1589,31 @@ def parallel_map(function: Callable, state: Any, items: Iterable, workers: int) 
             yield pending.popleft().result()
 
 
+def call_in_child(title: str, function: Callable[[], None]) -> None:
+    """Run a long call in a process of its own: all its memory is given back, and a signal needn't wait for it.
+
+    Raises:
+        RuntimeError: the process died.
+    """
+    process = multiprocessing.get_context("fork").Process(target=run_child, args=(function,))
+    process.start()
+    try:
+        with heartbeat(title):  # its thread starts after the fork
+            process.join()
+    finally:
+        process.kill()
+        process.join()
+    if process.exitcode:
+        reason = "메모리가 부족했을 수 있습니다" if process.exitcode < 0 else "콘솔 로그의 오류를 보세요"
+        raise RuntimeError(f"{title} 하위 프로세스가 죽었습니다 (종료 코드 {process.exitcode}, {reason})")
+
+
+def run_child(function: Callable[[], None]) -> None:
+    """What a child of ``call_in_child`` does."""
+    enter_worker(function, None)
+    function()
+
+
 class Progress:
     """Says every few seconds how far a long stage is, with the time left where the whole is known."""
 
@@ -1718,7 +1744,7 @@ def scan_corpus(cfg: TrainConfig, files: list[Path], workers: int) -> Scan:
     index: dict[str, int] = {}
     keys, lengths, languages, bad, named, sources = [], [], [], [], set(), set()
     bad_count = line_count = byte_count = left_out = 0
-    sample = BoundedSample(TOKENIZER_SAMPLE_BYTES)
+    sample = BoundedSample(TOKENIZER_SAMPLE_CHARACTERS)
     progress = Progress("말뭉치 읽는 중", estimated_bytes(files))
     mix_names = list(cfg.mix_counts)
     sampling = cfg.tokenizer is None and cfg.init_from is None
@@ -2019,12 +2045,18 @@ class StreamWriter:
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int) -> None:
     """Prepare a corpus into ``folder``: both passes, the tokenizer, the streams and the report."""
+    # Each helper keeps one core busy by itself; a pool of threads in it would also be lost in its forks.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     scan = scan_corpus(cfg, files, workers)
     bounds = held_out_bounds(scan, cfg.validation_split)
     source = cfg.tokenizer or cfg.init_from
-    tokenizer = load_tokenizer(source) if source else train_own_tokenizer(cfg, scan, bounds)
-    save_tokenizer(tokenizer, folder / "tokenizer")
+    if source:
+        tokenizer = load_tokenizer(source)
+        save_tokenizer(tokenizer, folder / "tokenizer")
+    else:
+        tokenizer = train_own_tokenizer(cfg, scan, bounds, folder / "tokenizer")
     encode, engine = make_encoder(tokenizer, [item[2] for item in scan.sample[:200]] or ["한국어 English 123"])
+    scan.sample.clear()
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     check_disk(folder, int(scan.document_bytes.sum()) * dtype().itemsize // 2)
     names = {name: index for index, name in enumerate(scan.languages)}
@@ -2053,20 +2085,30 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
     write_json(folder / "corpus.json", report)
 
 
-def train_own_tokenizer(cfg: TrainConfig, scan: Scan, bounds: np.ndarray) -> Any:
+def train_own_tokenizer(cfg: TrainConfig, scan: Scan, bounds: np.ndarray, folder: Path) -> Any:
     """Train a tokenizer on the scan's sample without the held-out documents, and say how it went."""
     highest = int(bounds.max())  # leaves out a little more than needed, and never less
-    texts = [text for _, key, text in scan.sample if key > highest]
-    scan.sample[:] = [item for item in scan.sample if item[1] > highest]
+    scan.sample[:] = limit_words([item for item in scan.sample if item[1] > highest], TOKENIZER_SAMPLE_WORDS)
+    texts = [text for _, _, text in scan.sample]
     size = sum(len(text) for text in texts)
     logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서 {size / 1e6:.1f}M자)")
     start = time.monotonic()
-    with heartbeat("토크나이저 학습 중"):
-        tokenizer = train_tokenizer(texts, cfg.vocab_size)
+    call_in_child("토크나이저 학습 중", lambda: save_tokenizer(train_tokenizer(texts, cfg.vocab_size), folder))
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) < cfg.vocab_size:
         logger.info(f"⚠️  말뭉치가 작아 어휘를 {cfg.vocab_size:,}개가 아니라 {len(tokenizer):,}개로 정했습니다")
     logger.info(f"✅ 토크나이저 학습 완료: 어휘 {len(tokenizer):,} ({time.monotonic() - start:.1f}초)")
     return tokenizer
+
+
+def limit_words(sample: list[tuple[int, int, str]], most: int) -> list[tuple[int, int, str]]:
+    """The first items of a sample, up to ``most`` distinct words: these are what the trainer's memory goes by."""
+    words: set[str] = set()
+    for count, (_, _, text) in enumerate(sample):
+        words.update(text.split())
+        if len(words) > most:
+            return sample[: count + 1]
+    return sample
 
 
 @contextmanager
@@ -3406,7 +3448,7 @@ def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag) -> Run:
     accelerator = build_accelerator(cfg)
     world_size = accelerator.num_processes
     steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), world_size)
-    if steps == 0:
+    if steps == 0 or corpus.rows(cfg.max_seq_length) == 0:
         raise RuntimeError(
             f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({cfg.tokens_per_step(world_size):,} 토큰)보다 "
             "작습니다. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"

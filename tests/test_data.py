@@ -231,15 +231,33 @@ def test_equal_documents_are_never_on_both_sides(tmp_path):
 
 
 def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypatch):
-    seen = []
     train = t.train_tokenizer
-    monkeypatch.setattr(t, "train_tokenizer", lambda texts, size: seen.extend(texts) or train(seen, size))
+
+    def train_and_tell(texts: list[str], size: int):
+        (tmp_path / "seen.json").write_text(json.dumps(texts))  # the training has a process of its own
+        return train(texts, size)
+
+    monkeypatch.setattr(t, "train_tokenizer", train_and_tell)
     texts = wild_documents(300)
     corpus = prepared(tmp_path, texts)
+    seen = json.loads((tmp_path / "seen.json").read_text())
     held = {corpus.tokenizer.decode(ids) for ids in stream_documents(corpus.val, corpus.tokenizer.eos_token_id)}
     assert held
     assert seen
     assert not held & set(seen)
+    assert set(seen) <= {unicodedata.normalize("NFC", text) for text in texts}
+
+
+def test_the_tokenizers_sample_is_bounded_by_its_distinct_words():
+    sample = [(index, index, f"word{index} and word{index}") for index in range(100)]
+    assert t.limit_words(sample, 11) == sample[:11]
+    assert t.limit_words(sample, 1000) == sample
+
+
+def test_a_tokenizer_training_that_dies_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "train_tokenizer", lambda texts, size: os.kill(os.getpid(), 9))
+    with pytest.raises(RuntimeError, match="종료 코드 -9"):
+        prepared(tmp_path, wild_documents(100))
 
 
 def test_at_least_thirty_documents_of_each_language_are_held_out(tmp_path):
