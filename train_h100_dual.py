@@ -223,7 +223,7 @@ class TrainConfig:
         "data",
         "PATH",
         parse_path,
-        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[:CONFIG[:SPLIT]]",
+        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
         default=Path("../../../../datasets"),
     )
     tokenizer: str | None = option("data", "PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
@@ -804,6 +804,7 @@ def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
     a new cache and a 100 GB one costs two reads.
     """
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, cfg.validation_split, list(cfg.mix_counts)]
+    parts += [] if files else [str(cfg.dataset_path)]
     for path in files:
         info = path.stat()
         with open(path, "rb") as stream:
@@ -1440,12 +1441,39 @@ def read_table_chunks(path: Path, text_column: str) -> Iterator[Chunk]:
         raise RuntimeError(f"parquet 파일이 손상되었습니다: {path} ({error})") from error
 
 
+def split_hub_name(name: str) -> tuple[str, str, str, str]:
+    """Repository, revision, configuration and split of ``hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]``."""
+    repository, config, split = [*name.removeprefix("hf:").split(":"), "", ""][:3]
+    repository, _, revision = repository.partition("@")
+    return repository, revision, config, split or "train"
+
+
+def pin_hub_revision(name: str) -> str:
+    """Name of a data set of the hub with the revision that it has now, so that what is read can't change.
+
+    Raises:
+        RuntimeError: the hub can't be reached or doesn't know the data set.
+    """
+    import huggingface_hub
+
+    repository, revision, config, split = split_hub_name(name)
+    try:
+        commit = huggingface_hub.dataset_info(repository, revision=revision or None).sha
+    except Exception as error:  # of the hub, of its HTTP client, or of the network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(
+            f"허브의 데이터셋을 열 수 없습니다: {repository} ({reason}). "
+            "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요"
+        ) from error
+    return f"hf:{repository}@{commit}:{config}:{split}"
+
+
 def read_hub_chunks(name: str) -> Iterator[Chunk]:
-    """Stream a data set of the hub, ``hf:ORG/NAME[:CONFIG[:SPLIT]]``; nothing of it is executed."""
+    """Stream a data set of the hub; nothing of it is executed."""
     import datasets
 
-    repository, config, split = [*name.removeprefix("hf:").split(":"), "", ""][:3]
-    stream = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+    repository, revision, config, split = split_hub_name(name)
+    stream = datasets.load_dataset(repository, config or None, split=split, revision=revision or None, streaming=True)
     first_line = 1
     for batch in stream.iter(1024):
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -2197,6 +2225,8 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
+    if not files:
+        cfg = replace(cfg, dataset_path=Path(pin_hub_revision(str(cfg.dataset_path))))
     folder = cfg.cache_dir / corpus_key(cfg, files)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with file_lock(folder.with_suffix(".lock")):  # another run may be at it

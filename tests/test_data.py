@@ -6,8 +6,11 @@ import dataclasses
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import tempfile
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import WILD_TEXTS, config, options, write_corpus
@@ -118,6 +122,60 @@ def test_parquet_rows_are_documents(tmp_path):
     assert found.bad[0]["line"] == 2
 
 
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, list]:
+    """A hub with one data set, whose commits and rows a test sets; what was asked of it is kept."""
+    import datasets
+    import huggingface_hub
+
+    state = {"sha": "first", "rows": [], "asked": []}
+
+    def load(name: str, config: str | None, **more):
+        state["asked"].append((name, config, more["split"], more["revision"]))
+        assert more["streaming"]
+        return datasets.Dataset.from_list(state["rows"]).to_iterable_dataset()
+
+    def info(name: str, revision: str | None = None):
+        if name != "org/name":
+            raise ConnectionError("no route to the hub")
+        return huggingface_hub.hf_api.DatasetInfo(id=name, sha=revision or state["sha"], private=False, tags=[])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+    return state
+
+
+def test_rows_of_a_hub_data_set_are_documents_of_one_pinned_commit(tmp_path, hub):
+    hub["rows"] = [{"text": "하나", "lang": "ko"}, {"text": None, "lang": "ko"}, {"text": "three", "lang": None}] * 600
+    name = t.pin_hub_revision("hf:org/name:wiki:test")
+    chunks = list(t.read_hub_chunks(name))
+    found = [t.parse_chunk(chunk, "text") for chunk in chunks]
+    assert [chunk.first_line for chunk in chunks] == [1, 1025]
+    assert [text for part in found for text in part.texts] == ["하나", "three"] * 600
+    assert [bad["line"] for part in found for bad in part.bad] == list(range(2, 1800, 3))
+    assert hub["asked"] == [("org/name", "wiki", "test", "first")]
+    assert t.split_hub_name("hf:org/name") == ("org/name", "", "", "train")
+
+
+def test_another_hub_data_set_or_commit_makes_another_cache(tmp_path, hub):
+    hub["rows"] = [{"text": text} for text in wild_documents(100)]
+
+    def path(name: str) -> Path:
+        cfg = config(tmp_path, "--dataset-path", name)
+        cfg.logs_dir.mkdir(exist_ok=True)
+        return t.prepare_corpus(cfg).path
+
+    first = path("hf:org/name")
+    assert path("hf:org/name") == first == path("hf:org/name@first")
+    hub["sha"] = "second"
+    assert len({first, path("hf:org/name"), path("hf:org/name:wiki")}) == 3
+
+
+def test_a_hub_that_can_not_be_reached_is_named(hub):
+    with pytest.raises(RuntimeError, match=r"org/other \(no route to the hub\)"):
+        t.pin_hub_revision("hf:org/other")
+
+
 def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "CHUNK_BYTES", 16)
     path = tmp_path / "a.txt"
@@ -169,7 +227,11 @@ def test_missing_and_empty_data_is_refused_by_name(tmp_path, make):
 def prepared(folder: Path, documents: list, *more: str) -> t.Corpus:
     path = write_corpus(folder / "corpus.jsonl", documents)
     os.utime(path, (0, len(documents)))  # the same file each time it is written
-    cfg = config(folder, "--dataset-path", str(path), *more)
+    return prepare(folder, *more)
+
+
+def prepare(folder: Path, *more: str) -> t.Corpus:
+    cfg = config(folder, "--dataset-path", str(folder / "corpus.jsonl"), *more)
     cfg.logs_dir.mkdir(exist_ok=True)
     return t.prepare_corpus(cfg)
 
@@ -324,6 +386,62 @@ def test_leftovers_of_a_killed_preparation_are_cleared_and_never_opened(tmp_path
     assert not torn.exists()
 
 
+def in_a_process(function, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_kill_9_at_any_moment_of_the_preparation_leaves_nothing_that_a_run_would_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)  # helper processes, as for a large corpus
+    monkeypatch.setattr(t, "CHUNK_BYTES", 20_000)
+    texts = wild_documents(3000)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    start = time.monotonic()
+    whole = prepared(tmp_path / "whole", texts)
+    seconds = time.monotonic() - start
+    interrupted = 0
+    for share in np.linspace(0.05, 1.0, 12):
+        process = in_a_process(prepared, tmp_path / "killed", texts)
+        process.join(seconds * share)
+        helpers = children_of(process.pid) if process.is_alive() else []
+        process.kill()
+        process.join()
+        interrupted += process.exitcode == -9
+        for path in (tmp_path / "killed" / "cache").glob("*/corpus.json"):
+            if ".tmp-" not in path.parent.name:  # it is there: then it is whole
+                assert np.array_equal(t.open_corpus(path.parent).streams[0], whole.streams[0])
+                shutil.rmtree(path.parent)
+        wait_for("the helpers' end", lambda left=helpers: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    assert interrupted >= 6
+    again = prepared(tmp_path / "killed", texts)
+    assert np.array_equal(again.streams[0], whole.streams[0])
+    assert np.array_equal(again.val, whole.val)
+    assert list(again.path.parent.glob("*.tmp-*")) == []
+
+
+def test_two_runs_started_at_once_prepare_a_corpus_once(tmp_path, monkeypatch):
+    write = t.write_cache
+
+    def write_and_tell(*arguments) -> None:
+        with open(tmp_path / "written", "a") as log:
+            log.write(f"{os.getpid()}\n")
+        write(*arguments)
+
+    monkeypatch.setattr(t, "write_cache", write_and_tell)
+    write_corpus(tmp_path / "corpus.jsonl", wild_documents(2000))
+    runs = [in_a_process(prepare, tmp_path) for _ in range(3)]
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert len((tmp_path / "written").read_text().splitlines()) == 1
+
+
 def test_no_documents_held_out_means_no_evaluation_rows(tmp_path):
     corpus = prepared(tmp_path, wild_documents(100), "--validation-split", "0")
     assert len(corpus.val_offsets) == 1
@@ -407,7 +525,7 @@ def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, 
 
 # --- --mix ---
 
-MIXES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 60)), min_size=1, max_size=4)
+MIXES = st.lists(st.tuples(st.integers(10, 700), st.integers(1, 60)), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)

@@ -178,9 +178,8 @@ def main() -> None:
     size = big.stat().st_size
     print(f"| corpus | {size / 1e9:.2f} GB |\n| preparing | {seconds:.0f} s ({size / 1e6 / seconds:.1f} MB/s) |")
     print(f"| peak memory over all processes | {peak / 1e9:.2f} GB ({anonymous / 1e9:.2f} GB anonymous) |")
-    print(
-        "".join(f"| {name} | {value:.3f} |\n" for name, value in time_opening(arguments, args.folder).items()), end=""
-    )
+    for name, value in time_opening(arguments).items():
+        print(f"| {name} | {value:.3f} |")
     kept = np.array(flat_memory(arguments)) / 1e6
     print("| memory while reading an epoch (MB, anonymous) | " + ", ".join(f"{value:.0f}" for value in kept[:, 0]), "|")
     print("| the same, mapped pages of the cache | " + ", ".join(f"{value:.0f}" for value in kept[:, 1]), "|")
