@@ -1242,6 +1242,7 @@ SPLIT_PATTERN = (
 CHUNK_BYTES = 4 << 20
 SMALL_CORPUS_BYTES = 16 << 20
 TOKENIZER_SAMPLE_CHARACTERS = 32 << 20
+CHECK_SAMPLE_CHARACTERS = 1 << 20  # on which the fast engine is compared with the tokenizer
 TOKENIZER_SAMPLE_WORDS = 600_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
@@ -1708,16 +1709,16 @@ class ScannedChunk:
     line_count: int
 
 
-def scan_chunk(state: tuple[str, list[str], bool], task: tuple[Chunk, int]) -> ScannedChunk:
+def scan_chunk(state: tuple[str, list[str]], task: tuple[Chunk, int]) -> ScannedChunk:
     """First pass over one chunk; texts whose sampling key is under the bound are handed back too."""
-    text_column, mix_names, sampling = state
+    text_column, mix_names = state
     chunk, bound = task
     documents = parse_chunk(chunk, text_column)
     keys = [content_keys(text) for text in documents.texts]
     sample = [
         (second, first, text[:LONGEST_SAMPLE_TEXT])
         for (first, second, _), text in zip(keys, documents.texts, strict=True)
-        if sampling and second < bound
+        if second < bound
     ]
     streams = assign_streams(documents, mix_names)
     return ScannedChunk(
@@ -1772,12 +1773,12 @@ def scan_corpus(cfg: TrainConfig, files: list[Path], workers: int) -> Scan:
     index: dict[str, int] = {}
     keys, lengths, languages, bad, named, sources = [], [], [], [], set(), set()
     bad_count = line_count = byte_count = left_out = 0
-    sample = BoundedSample(TOKENIZER_SAMPLE_CHARACTERS)
+    own_tokenizer = cfg.tokenizer is None and cfg.init_from is None
+    sample = BoundedSample(TOKENIZER_SAMPLE_CHARACTERS if own_tokenizer else CHECK_SAMPLE_CHARACTERS)
     progress = Progress("말뭉치 읽는 중", estimated_bytes(files))
     mix_names = list(cfg.mix_counts)
-    sampling = cfg.tokenizer is None and cfg.init_from is None
     tasks = ((chunk, sample.bound) for chunk in read_chunks(cfg, files))
-    for found in parallel_map(scan_chunk, (cfg.text_column, mix_names, sampling), tasks, workers):
+    for found in parallel_map(scan_chunk, (cfg.text_column, mix_names), tasks, workers):
         keys.append(found.keys)
         lengths.append(found.lengths)
         languages.append(np.array([index.setdefault(name, len(index)) for name in found.languages], np.uint16))
@@ -1964,8 +1965,14 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
     if engine is None:
         return encode_ordinary, "tokenizers"
 
+    def encode_one(text: str) -> np.ndarray:
+        try:
+            return engine.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
+            return encode_ordinary([text])[0]
+
     def encode_fast(texts: list[str]) -> list[np.ndarray]:
-        return [engine.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return [encode_one(text) for text in texts]
 
     pairs = zip(encode_fast(sample), encode_ordinary(sample), strict=True)
     if not all(np.array_equal(fast, ordinary) for fast, ordinary in pairs):
@@ -2083,7 +2090,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
         save_tokenizer(tokenizer, folder / "tokenizer")
     else:
         tokenizer = train_own_tokenizer(cfg, scan, bounds, folder / "tokenizer")
-    encode, engine = make_encoder(tokenizer, [item[2] for item in scan.sample[:200]] or ["한국어 English 123"])
+    encode, engine = make_encoder(tokenizer, [item[2] for item in scan.sample[:400]])
     scan.sample.clear()
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     check_disk(folder, int(scan.document_bytes.sum()) * dtype().itemsize // 2)

@@ -400,10 +400,12 @@ def test_kill_9_at_any_moment_of_the_preparation_leaves_nothing_that_a_run_would
     monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)  # helper processes, as for a large corpus
     monkeypatch.setattr(t, "CHUNK_BYTES", 20_000)
     texts = wild_documents(3000)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
+    for name in ("whole", "timed", "killed"):
+        (tmp_path / name).mkdir()
+    whole = prepared(tmp_path / "whole", texts)  # with everything imported that a preparation imports
+    shutil.copy(tmp_path / "whole" / "corpus.jsonl", tmp_path / "timed")
     start = time.monotonic()
-    whole = prepared(tmp_path / "whole", texts)
+    in_a_process(prepare, tmp_path / "timed").join()
     seconds = time.monotonic() - start
     interrupted = 0
     for share in np.linspace(0.05, 1.0, 12):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 
 import numpy as np
@@ -51,6 +52,36 @@ def test_special_tokens_are_its_own(tokenizer):
 @example("한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x")
 def test_the_fast_engine_gives_the_same_ids(tokenizer, text):
     text = unicodedata.normalize("NFC", text)
+    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
+    assert engine == "tiktoken"
+    assert encode([text])[0].tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def random_text(draw: random.Random) -> str:
+    """Some characters from anywhere in Unicode, half of them from ranges that matter here."""
+    ranges = [(0, 0x7F), (0xAC00, 0xD7A3), (0x1100, 0x11FF), (0x3130, 0x318F), (0x1F300, 0x1FAFF), (0x2000, 0x206F)]
+    characters = []
+    for _ in range(draw.randint(0, 60)):
+        low, high = draw.choice([*ranges, *[(0, 0xD7FF), (0xE000, 0x10FFFF)] * 3])
+        characters.append(chr(draw.randint(low, high)) * draw.choice((1, 1, 1, 4)))
+    return "".join(characters)
+
+
+def test_the_fast_engine_gives_the_same_ids_on_10000_random_strings(tokenizer):
+    draw = random.Random(0)
+    texts = [unicodedata.normalize("NFC", random_text(draw)) for _ in range(10_000)]
+    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
+    assert engine == "tiktoken"
+    ordinary = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    different = [
+        text for text, fast, slow in zip(texts, encode(texts), ordinary, strict=True) if fast.tolist() != slow.ids
+    ]
+    assert different == []
+
+
+@pytest.mark.parametrize("blank", [" ", "\u00a0", "\n", " \n"])
+def test_a_text_of_blanks_alone_is_no_end_of_the_run(tokenizer, blank):
+    text = blank * 300_000 + "끝"
     encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
     assert engine == "tiktoken"
     assert encode([text])[0].tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
