@@ -1241,9 +1241,9 @@ SPLIT_PATTERN = (
 )
 CHUNK_BYTES = 4 << 20
 SMALL_CORPUS_BYTES = 16 << 20
-TOKENIZER_SAMPLE_CHARACTERS = 32 << 20
+TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
 CHECK_SAMPLE_CHARACTERS = 1 << 20  # on which the fast engine is compared with the tokenizer
-TOKENIZER_SAMPLE_WORDS = 600_000  # distinct ones: the trainer takes 1.2 KB for each
+TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000

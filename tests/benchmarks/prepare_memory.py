@@ -20,12 +20,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+from common import ROOT, config, corpus_file, provenance, table
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import train_h100_dual as ours  # noqa: E402
+import train_h100_dual as ours
 
 SAMPLE_SECONDS = 0.1
 
@@ -65,81 +64,73 @@ def vary(text: str, draw: random.Random) -> str:
 
 
 def tree_memory(root: int) -> tuple[int, int]:
-    """Bytes that a process and its descendants hold together: with shared pages counted once, and private ones."""
+    """Bytes of anonymous memory that a process and its descendants hold, and of files that they map.
+
+    A page that several share counts once; of mapped files (the libraries) the process with most counts.
+    """
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue
+            continue  # it has just ended
         children.setdefault(parent, []).append(int(folder.name))
-    pending, total, anonymous = [root], 0, 0
+    pending, anonymous, mapped = [root], 0, 0
     while pending:
         pid = pending.pop()
         pending += children.get(pid, [])
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            anonymous += 1024 * kilobytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss_Anon")
+            mapped = max(mapped, 1024 * kilobytes(Path(f"/proc/{pid}/status"), "RssFile"))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        fields = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
-        total += fields["Pss"] * 1024
-        anonymous += fields["Pss_Anon"] * 1024
-    return total, anonymous
+    return anonymous, mapped
 
 
-def watch(command: list[str], log: Path) -> tuple[float, int, int]:
-    """Run a command; return its seconds, peak memory and peak anonymous memory over its tree."""
-    start, peak, anonymous = time.monotonic(), 0, 0
+def kilobytes(path: Path, name: str) -> int:
+    """A figure that the kernel tells about a process; 0 where it has none."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[0] == f"{name}:"), 0)
+
+
+def watch(command: list[str], log: Path) -> tuple[float, tuple[int, int]]:
+    """Run a command; return its seconds, and the (anonymous, mapped) memory of its tree when that was most."""
+    start, peak = time.monotonic(), (0, 0)
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            now, private = tree_memory(process.pid)
-            if now > peak:
-                last = log.read_text().splitlines()[-1:] or [""]
-                print(f"{time.monotonic() - start:7.1f} s  {now / 1e9:.2f} GB  {last[0]}", flush=True)
-            peak, anonymous = max(peak, now), max(anonymous, private)
+            peak = max(peak, tree_memory(process.pid), key=sum)
             time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise RuntimeError(f"preparing failed ({process.returncode}); see {log}")
-    return time.monotonic() - start, peak, anonymous
+    return time.monotonic() - start, peak
 
 
-def options(corpus: Path, folder: Path, vocab_size: int) -> list[str]:
-    """Options of a run that keeps everything below ``folder``."""
-    paths = ["--output-dir", str(folder / "outputs"), "--logs-dir", str(folder / "logs")]
-    cache = ["--cache-dir", str(folder / "cache"), "--vocab-size", str(vocab_size)]
-    return ["--train", "--device", "cpu", "--dataset-path", str(corpus), *paths, *cache]
-
-
-def prepare(arguments: list[str]) -> None:
+def prepare(corpus: str, folder: str, vocab_size: int) -> None:
     """In a process of its own: prepare the corpus as a run's first rank does."""
-    cfg = ours.resolve_config(ours.parse_args(arguments), "cpu")[0]
-    cfg.logs_dir.mkdir(parents=True, exist_ok=True)
+    cfg = config(ours, Path(corpus), Path(folder), f"--vocab-size={vocab_size}")
     ours.set_up_logging(cfg, 0)
-    ours.log_report((corpus := ours.prepare_corpus(cfg)).report, corpus.path)
+    prepared = ours.prepare_corpus(cfg)
+    ours.log_report(prepared.report, prepared.path)
 
 
-def time_opening(arguments: list[str]) -> dict[str, float]:
-    """Seconds to open the prepared cache, and milliseconds to read its first and its last row."""
-    cfg = ours.resolve_config(ours.parse_args(arguments), "cpu")[0]
+def time_opening(cfg: ours.TrainConfig) -> dict[str, str]:
+    """How long it takes to open the prepared cache, and to read its first and its last row."""
     import transformers  # noqa: F401  (a run imports it in any case)
 
     start = time.perf_counter()
     corpus = ours.prepare_corpus(cfg)
-    opening = time.perf_counter() - start
-    last = ours.stream_rows(corpus.streams, 2048)[0] - 1
-    rows = ours.PackedRows(corpus.streams, 2048)
-    found = {"opening_s": opening}
-    for name, row in (("first_row_ms", 0), ("last_row_ms", last)):
+    found = {"opening the cache": f"{time.perf_counter() - start:.2f} s"}
+    rows = ours.PackedRows(corpus.streams, cfg.max_seq_length)
+    for name, row in (("first", 0), ("last", ours.stream_rows(corpus.streams, cfg.max_seq_length)[0] - 1)):
         start = time.perf_counter()
         rows.__getitems__([(0, row)])
-        found[name] = 1000 * (time.perf_counter() - start)
+        found[f"reading the {name} row"] = f"{1000 * (time.perf_counter() - start):.2f} ms"
     return found
 
 
-def flat_memory(arguments: list[str]) -> list[tuple[int, int]]:
-    """Bytes of (anonymous, file-backed) memory of this process, eleven times while it reads one epoch."""
-    cfg = ours.resolve_config(ours.parse_args(arguments), "cpu")[0]
+def read_an_epoch(cfg: ours.TrainConfig) -> list[tuple[int, int]]:
+    """MB of (anonymous, file-backed) memory of this process, before and ten times while it reads one epoch."""
     corpus = ours.prepare_corpus(cfg)
     steps = corpus.rows(cfg.max_seq_length) // (cfg.batch_size * cfg.gradient_accumulation_steps)
     loader = ours.make_loader(cfg, corpus, ours.RankPositions(cfg, 0, 1, range(steps)))
@@ -151,38 +142,39 @@ def flat_memory(arguments: list[str]) -> list[tuple[int, int]]:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes of this process's anonymous and file-backed pages in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return int(fields["RssAnon"]) * 1024, int(fields["RssFile"]) * 1024
+    """MB of this process's anonymous and file-backed pages in memory."""
+    return tuple(kilobytes(Path("/proc/self/status"), name) // 1024 for name in ("RssAnon", "RssFile"))
 
 
 def main() -> None:
     """Make the corpus, prepare it, open it, read an epoch of it, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path, help="a .jsonl(.gz) file whose text the large corpus is made of")
+    parser.add_argument("corpus", metavar="CORPUS", type=corpus_file, help="what the large corpus is made of")
     parser.add_argument("--gigabytes", type=float, default=5.0)
     parser.add_argument("--vocab-size", type=int, default=65536)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/prepare_memory"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    big = args.folder / f"big-{args.gigabytes:g}.jsonl"
+    big, log = args.folder / f"big-{args.gigabytes:g}.jsonl", args.folder / "prepare.log"
     if not big.exists():
         make_corpus(args.corpus, big, int(args.gigabytes * 1e9))
     shutil.rmtree(args.folder / "cache", ignore_errors=True)
-    arguments = options(big, args.folder, args.vocab_size)
-    call = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prepare_memory as p; "
-    command = [sys.executable, "-c", call + f"p.prepare({arguments!r})"]
-    seconds, peak, anonymous = watch(command, args.folder / "prepare.log")
-    print((args.folder / "prepare.log").read_text())
-    size = big.stat().st_size
-    print(f"| corpus | {size / 1e9:.2f} GB |\n| preparing | {seconds:.0f} s ({size / 1e6 / seconds:.1f} MB/s) |")
-    print(f"| peak memory over all processes | {peak / 1e9:.2f} GB ({anonymous / 1e9:.2f} GB anonymous) |")
-    for name, value in time_opening(arguments).items():
-        print(f"| {name} | {value:.3f} |")
-    kept = np.array(flat_memory(arguments)) / 1e6
-    print("| memory while reading an epoch (MB, anonymous) | " + ", ".join(f"{value:.0f}" for value in kept[:, 0]), "|")
-    print("| the same, mapped pages of the cache | " + ", ".join(f"{value:.0f}" for value in kept[:, 1]), "|")
+    call = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prepare_memory; "
+    call += f"prepare_memory.prepare({str(big)!r}, {str(args.folder)!r}, {args.vocab_size})"
+    seconds, peak = watch([sys.executable, "-c", call], log)
+    print(log.read_text(), flush=True)
+    size, cfg = big.stat().st_size, config(ours, big, args.folder, f"--vocab-size={args.vocab_size}")
+    rows = {
+        "corpus": f"{size / 1e9:.2f} GB",
+        "preparing it, tokenizer included": f"{seconds:.0f} s ({size / 1e6 / seconds:.1f} MB/s)",
+        "peak memory over all processes": f"{sum(peak) / 1e9:.2f} GB ({peak[0] / 1e9:.2f} GB of it anonymous)",
+        **time_opening(cfg),
+    }
+    kept = list(zip(*read_an_epoch(cfg), strict=True))
+    rows["anonymous memory while reading an epoch, MB"] = ", ".join(map(str, kept[0]))
+    rows["file-backed memory (the cache's pages), MB"] = ", ".join(map(str, kept[1]))
+    print(table(("what", "figure"), rows.items()))
+    print(f"\n{provenance('torch', 'tokenizers', 'tiktoken')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Compare tokenizers trained with our SPLIT_PATTERN and with plain ByteLevel splitting, on documents kept out of both.
+
+    .venv/bin/python tests/benchmarks/tokenizer_table.py ../shared/data/mixed_pretraining.jsonl.gz
+
+Training sample, vocabulary sizes, trainer and held-out documents are the same; only the splitting differs.  See
+README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tokenizers
+from common import ROOT, config, corpus_file, document_batches, provenance, table
+
+sys.path.insert(0, str(ROOT))
+import train_h100_dual as t
+
+HELD_OUT_CHARACTERS = 16 << 20  # the most that is kept in memory to measure on
+LANGUAGES = {"ko": "Korean", "en": "English"}
+
+
+def split_corpus(cfg: t.TrainConfig, share: float) -> tuple[list[str], dict[str, list[str]]]:
+    """The training sample, drawn as the preparation draws it, and a language's held-out texts."""
+    sample, held = t.BoundedSample(t.TOKENIZER_SAMPLE_CHARACTERS), t.BoundedSample(HELD_OUT_CHARACTERS)
+    language_of: dict[int, str] = {}
+    bound = int(share * 2**64)
+    for batch in document_batches(t, cfg):
+        for text, language in zip(batch.texts, batch.languages, strict=True):
+            first, second, _ = t.content_keys(text)  # equal texts have equal keys, and so fall on one side
+            if first >= bound:
+                sample.add([(second, first, text[: t.LONGEST_SAMPLE_TEXT])])
+            elif language in LANGUAGES:
+                held.add([(second, first, text)])
+                language_of[first] = language
+    texts = [text for _, _, text in t.limit_words(sample.trim(), t.TOKENIZER_SAMPLE_WORDS)]
+    kept = {key: text for _, key, text in held.trim()}
+    return texts, {name: [text for key, text in kept.items() if language_of[key] == name] for name in LANGUAGES}
+
+
+def plain_splitting() -> Any:
+    """While it lasts, train_tokenizer splits as ByteLevel does by itself (GPT-2's pattern)."""
+    from tokenizers import pre_tokenizers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return mock.patch.object(tokenizers.pre_tokenizers, "Sequence", lambda steps: plain)
+
+
+SPLITTINGS: dict[str, Callable[[], Any]] = {"ours": nullcontext, "plain ByteLevel": plain_splitting}
+
+
+def count_tokens(encode: Callable, texts: list[str]) -> int:
+    """Tokens of all texts, a thousand at a time."""
+    return sum(len(ids) for first in range(0, len(texts), 1000) for ids in encode(texts[first : first + 1000]))
+
+
+def measure(
+    splitting: str, size: int, sample: list[str], held: dict[str, list[str]]
+) -> tuple[dict[str, int], list[str]]:
+    """Train one tokenizer; return a language's tokens, and the first cells of its line."""
+    start = time.perf_counter()
+    with SPLITTINGS[splitting]():
+        tokenizer = t.train_tokenizer(sample, size)
+    seconds = time.perf_counter() - start
+    encode, engine = t.make_encoder(tokenizer, sample[:200])
+    print(f"{splitting}, {size:,}: {seconds:.0f} s to train", file=sys.stderr)
+    tokens = {name: count_tokens(encode, texts) for name, texts in held.items()}
+    return tokens, [f"{len(tokenizer):,}", splitting, engine]
+
+
+def result_rows(args: argparse.Namespace, sample: list[str], held: dict[str, list[str]]) -> list[list[str]]:
+    """One line a vocabulary and splitting: bytes a token and tokens an eojeol of each language."""
+    sizes = {name: sum(len(text.encode()) for text in texts) for name, texts in held.items()}
+    words = {name: sum(len(text.split()) for text in texts) for name, texts in held.items()}
+    rows = []
+    for size in args.sizes:
+        found = {splitting: measure(splitting, size, sample, held) for splitting in SPLITTINGS}
+        reference = found["plain ByteLevel"][0]
+        for tokens, cells in found.values():
+            for name in held:
+                cells += [f"{sizes[name] / tokens[name]:.3f}", f"{tokens[name] / words[name]:.3f}"]
+                cells += [f"{tokens[name] / reference[name]:.3f}"]
+            rows.append(cells)
+    return rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", metavar="CORPUS", type=corpus_file, help=".jsonl, .jsonl.gz or .jsonl.zst with text")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 32768, 65536], help="of the vocabularies")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of documents to measure on (default 0.1)")
+    args = parser.parse_args()
+    if not 0 < args.held_out < 1:
+        parser.error(f"--held-out {args.held_out}: give a share between 0 and 1, such as 0.1")
+    if min(args.sizes) < 384:
+        parser.error(f"--sizes {min(args.sizes)}: give 384 or more")
+    return args
+
+
+def main() -> None:
+    """Print the table."""
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="tokenizer_table_") as folder:
+        sample, held = split_corpus(config(t, args.corpus, Path(folder)), args.held_out)
+    held = {name: texts for name, texts in held.items() if texts}
+    if not sample or not held:
+        sys.exit(f"{args.corpus}: too few Korean and English documents; give a larger corpus or another --held-out")
+    parts = [
+        f"{LANGUAGES[name]} {len(texts):,} documents, {sum(len(text.encode()) for text in texts) / 1e6:.2f} MB, "
+        f"{sum(len(text.split()) for text in texts):,} eojeols"
+        for name, texts in held.items()
+    ]
+    size = sum(map(len, sample)) / 1e6
+    print(f"Trained on {len(sample):,} documents ({size:.1f} M characters). Measured on: {'; '.join(parts)}.\n")
+    columns = ("bytes a token", "tokens an eojeol", "tokens to plain")
+    head = ["vocabulary", "splitting", "engine", *(f"{LANGUAGES[name]}, {what}" for name in held for what in columns)]
+    print(table(head, result_rows(args, sample, held)))
+    print(f"\n{provenance('tokenizers', 'transformers', 'tiktoken')}")
+
+
+if __name__ == "__main__":
+    main()
