@@ -4,7 +4,7 @@
 # starts torchrun with train_h100_dual.py in the background, and watches or stops the run.
 #
 # Everything about training belongs to train_h100_dual.py, whose options pass through untouched.
-# Exit codes: 0 done, 1 environment or run failed, 2 usage, 3 not running (--status, --stop),
+# Exit codes: 0 done, 1 environment or run failed, 2 usage, 3 not running (--status, --follow, --stop),
 # 130 stopped by a signal in the foreground.
 
 set -euo pipefail
@@ -16,12 +16,16 @@ readonly TRAIN_SCRIPT="$SCRIPT_DIR/train_h100_dual.py"
 readonly VENV_DIR="$SCRIPT_DIR/.venv"
 readonly FIRST_LOG_WAIT=60 # seconds to wait for the run's first line
 readonly FIRST_LOG_SHOW=5  # seconds of it to show
-readonly OWN_OPTIONS="--num-gpus --foreground --dry-run --help --status --json --stop --notify --python --no-install"
+readonly NODES_WAIT=600    # seconds to wait for the other machines
+readonly OWN_OPTIONS="--num-gpus --foreground --dry-run --help --nnodes --node-rank --rdzv-endpoint --status --json --follow --stop --notify --python --no-install"
 
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
 export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 
 num_gpus=2
+nnodes=""
+node_rank=""
+rdzv_endpoint=""
 foreground=false
 dry_run=false
 action=run
@@ -63,8 +67,14 @@ usage() {
   --notify CMD                    끝나면 CMD를 실행 (상태 finished|stopped|failed를 인자로 전달)
   --help                          이 도움말
 
+여러 머신:
+  --nnodes N                      머신 수. 머신마다 한 번씩 실행 (기본: 1)
+  --node-rank N                   이 머신의 번호. 0번이 체크포인트를 저장
+  --rdzv-endpoint HOST:PORT       0번 머신의 주소와 빈 포트
+
 관리:
   --status [--json]               실행 상태 (종료 코드 0 실행 중, 1 비정상 종료, 3 실행 중 아님)
+  --follow                        실시간 로그와 진행률 (Ctrl-C로 나가도 학습은 계속)
   --stop                          현재 스텝을 마치고 저장한 뒤 중단
 
 설치:
@@ -82,22 +92,50 @@ need_value() { # need_value OPTION COUNT VALUE
   fi
 }
 
+take_number() { # take_number OPTION VALUE LOW HIGH EXAMPLE: into number, or what is wrong with it into usage_problems
+  number=$3
+  if [[ ! $2 =~ ^[0-9]{1,9}$ ]]; then
+    usage_problems+=("$1: '$2' 값은 정수가 아닙니다 (예: $5)")
+  elif ((10#$2 < $3 || 10#$2 > $4)); then
+    usage_problems+=("$1: '$2' 값은 범위를 벗어났습니다 ($3 이상 $4 이하). 가장 가까운 값: $((10#$2 < $3 ? $3 : $4))")
+  else
+    number=$((10#$2))
+  fi
+}
+
 parse_args() {
-  local usage_problems=()
+  local usage_problems=() number
   while (($#)); do
     case $1 in
-      --num-gpus=* | --notify=* | --python=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --num-gpus=* | --notify=* | --python=* | --nnodes=* | --node-rank=* | --rdzv-endpoint=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        ;;
     esac
     case $1 in
       --num-gpus)
         need_value "$1" $# "${2-}" 2
-        if [[ ! $2 =~ ^[0-9]{1,9}$ ]]; then
-          usage_problems+=("$1: '$2' 값은 정수가 아닙니다 (예: 2)")
-        elif ((10#$2 < 1 || 10#$2 > 64)); then
-          usage_problems+=("$1: '$2' 값은 범위를 벗어났습니다 (1 이상 64 이하). 가장 가까운 값: $((10#$2 < 1 ? 1 : 64))")
-        else
-          num_gpus=$((10#$2))
+        take_number "$1" "$2" 1 64 2
+        num_gpus=$number
+        shift
+        ;;
+      --nnodes)
+        need_value "$1" $# "${2-}" 2
+        take_number "$1" "$2" 1 999 2
+        nnodes=$number
+        shift
+        ;;
+      --node-rank)
+        need_value "$1" $# "${2-}" 0
+        take_number "$1" "$2" 0 998 0
+        node_rank=$number
+        shift
+        ;;
+      --rdzv-endpoint)
+        need_value "$1" $# "${2-}" 10.0.0.1:29500
+        if [[ ! $2 =~ ^[A-Za-z0-9._-]+:0*([1-9][0-9]{0,4})$ ]] || ((BASH_REMATCH[1] > 65535)); then
+          usage_problems+=("$1: '$2' 값은 HOST:PORT가 아닙니다 (예: 10.0.0.1:29500)")
         fi
+        rdzv_endpoint=$2
         shift
         ;;
       --notify)
@@ -116,8 +154,13 @@ parse_args() {
       --help | -h) action=help ;;
       --status) action=status ;;
       --json) as_json=true ;;
+      --follow) action=follow ;;
       --stop) action=stop ;;
-      --foreground=* | --dry-run=* | --no-install=* | --help=* | --status=* | --json=* | --stop=*)
+      --generate | --evaluate | --generate=* | --evaluate=*) # the script's own; they start no run
+        action=use
+        script_args+=("$1")
+        ;;
+      --foreground=* | --dry-run=* | --no-install=* | --help=* | --status=* | --json=* | --follow=* | --stop=*)
         usage_problems+=("${1%%=*}: 값을 받지 않는 옵션입니다. ${1%%=*} 만 쓰세요")
         ;;
       *) script_args+=("$1") ;;
@@ -127,11 +170,24 @@ parse_args() {
   if [[ $as_json == true && $action == run ]]; then
     usage_problems+=("--json: --status 와 함께 쓰세요")
   fi
+  [[ $action != run ]] || check_nodes
   if ((${#usage_problems[@]})); then
     printf '❌ %s\n' "${usage_problems[@]}" >&2
     find_python
     "$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" >/dev/null || true
     exit 2
+  fi
+}
+
+check_nodes() { # adds to usage_problems
+  if [[ -z $nnodes && -n $node_rank$rdzv_endpoint ]]; then
+    usage_problems+=("--node-rank, --rdzv-endpoint: --nnodes N 과 함께 쓰세요")
+  elif ((${nnodes:-1} > 1)); then
+    [[ -n $node_rank ]] || usage_problems+=("--nnodes $nnodes: 이 머신의 번호도 주세요. 예: --node-rank 0")
+    [[ -n $rdzv_endpoint ]] || usage_problems+=("--nnodes $nnodes: 0번 머신의 주소도 주세요. 예: --rdzv-endpoint 10.0.0.1:29500")
+  fi
+  if [[ -n $nnodes ]] && ((${node_rank:-0} >= nnodes)); then
+    usage_problems+=("--node-rank: '$node_rank' 값은 범위를 벗어났습니다 (0 이상 $((nnodes - 1)) 이하). 가장 가까운 값: $((nnodes - 1))")
   fi
 }
 
@@ -179,8 +235,13 @@ install_packages() { # install_packages REQUIREMENTS...
   for requirement in "$@"; do arguments+=(-r "$requirement"); done
   log "📦 필요한 패키지를 $VENV_DIR 에 설치합니다 (처음 한 번, 몇 분 걸립니다)"
   if [[ ! -x $VENV_DIR/bin/python || -e $VENV_DIR/.installing ]]; then
-    "$plain_python" -m venv --clear "$VENV_DIR" ||
+    mkdir -p "$VENV_DIR" || die "디렉토리를 만들지 못했습니다: $VENV_DIR"
+    touch "$VENV_DIR/.installing"
+    rm -rf "${VENV_DIR:?}"/*
+    if ! output=$("$plain_python" -m venv "$VENV_DIR" 2>&1); then
+      printf '%s\n' "$output" >&2
       die "가상 환경을 만들지 못했습니다. 설치하세요: sudo apt install python3-venv"
+    fi
   fi
   touch "$VENV_DIR/.installing"
   output=$(mktemp)
@@ -216,7 +277,8 @@ make_plan() {
   # can't run; its exit code says whether the options (2) or the machine (1) were at fault.
   local output line block=0 background=true
   [[ $foreground == true ]] && background=false
-  output=$("$plain_python" "$TRAIN_SCRIPT" internal:plan "$num_gpus" "$background" "${script_args[@]}") || exit $?
+  output=$("$plain_python" "$TRAIN_SCRIPT" internal:plan "$num_gpus" "$background" \
+    "${rdzv_endpoint%:*}" "${script_args[@]}") || exit $?
   while IFS= read -r line; do
     if [[ -z $line ]] && ((block < 2)); then
       block=$((block + 1))
@@ -231,21 +293,43 @@ make_plan() {
 }
 
 check_environment() {
-  if [[ $dry_run == true && ! -x $python ]]; then
+  if [[ ${plan[torch_told]} == true || ($dry_run == true && ! -x $python) ]]; then
     return
   fi
-  "$python" "$TRAIN_SCRIPT" internal:torch "${plan[gpus]}" || exit $?
+  "$python" "$TRAIN_SCRIPT" internal:torch "${plan[gpus]}" "${script_args[@]}" || exit $?
 }
 
 build_command() {
+  local answer=$'-m\ntorch.distributed.run' agent
+  [[ ! -x $python ]] || answer=$("$python" "$TRAIN_SCRIPT" internal:agent)
+  mapfile -t agent <<<"$answer"
+  local rendezvous=(--standalone)
+  if ((nnodes > 1)); then
+    # torchrun numbers the machines in the alphabetical order of their names; only the first one's is an address too.
+    local name=${rdzv_endpoint%:*}
+    ((node_rank == 0)) || printf -v name '%s~%03d' "$name" "$node_rank"
+    rendezvous=(
+      --nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$rdzv_endpoint" --rdzv-id h100_dual
+      --rdzv-conf "is_host=$((node_rank == 0)),join_timeout=$NODES_WAIT" --local-addr "$name"
+    )
+  fi
   command=(
     env "OMP_NUM_THREADS=${plan[threads]}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400 # a save may take as long as it takes
-    "$python" -m torch.distributed.run --standalone --nproc-per-node "${plan[processes]}"
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead workers' addresses: restarts would hang on them
+    "$python" "${agent[@]}" "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
+    --max-restarts "${plan[max_restarts]}" --signals-to-handle "SIGTERM,SIGINT,SIGQUIT" # and not SIGHUP
     "$TRAIN_SCRIPT" "${script_args[@]}"
   )
   if [[ -n ${plan[add_device]} ]]; then
     command+=(--device "${plan[add_device]}")
+  fi
+  if [[ ${plan[device]} == cpu ]]; then
+    # Threads that wait for each other by spinning leave no core to the loader and the writer of checkpoints.
+    command=(env "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}" "${command[@]:1}")
+  fi
+  if [[ -n ${plan[interface]} ]]; then
+    command=(env "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${plan[interface]}}" "${command[@]:1}")
   fi
 }
 
@@ -259,7 +343,11 @@ print_command() {
 # --- processes ---
 
 pid_is_ours() { # pid_is_ours PID: the living supervisor of these logs, which has their lock open
-  [[ $1 =~ ^[0-9]+$ && /proc/$1/fd/9 -ef ${plan[logs_dir]}/.training.lock ]]
+  [[ $1 =~ ^[0-9]+$ && /proc/$1/fd/9 -ef $logs_lock ]]
+}
+
+runs_elsewhere() { # whether another machine that shares these logs holds their lock
+  [[ -e $pid_file && -e $logs_lock ]] && ! flock -n "$logs_lock" true
 }
 
 read_pid() { # read_pid PID_FILE
@@ -270,7 +358,6 @@ read_pid() { # read_pid PID_FILE
 
 acquire_lock() {
   # Held on descriptors 8 and 9 by the launcher and its supervisor, so a kill -9 can't leave them behind.
-  local output_lock="${plan[output_dir]}/.launcher.lock" logs_lock="${plan[logs_dir]}/.training.lock"
   # Looked at first, so that a refused start makes no directory.
   [[ ! -e $logs_lock ]] || flock -n "$logs_lock" true || refuse_second_run
   [[ ! -e $output_lock ]] || flock -n "$output_lock" true || refuse_shared_output "$output_lock"
@@ -281,12 +368,22 @@ acquire_lock() {
   flock -n 8 || refuse_shared_output "$output_lock"
 }
 
+holder_of() { # holder_of LOCK DESCRIPTOR PID_FILE: the PID of who holds a lock, which may be about to write it down
+  local pid tries
+  for ((tries = 0; tries < 20; tries++)); do
+    pid=$(read_pid "$3")
+    [[ ! /proc/${pid:-0}/fd/$2 -ef $1 ]] || break
+    sleep 0.1
+  done
+  printf '%s' "${pid:-?}"
+}
+
 refuse_second_run() {
-  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
+  die "이미 실행 중인 학습이 있습니다 (PID $(holder_of "$logs_lock" 9 "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
 }
 
 refuse_shared_output() { # refuse_shared_output LOCK
-  die "이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID $(read_pid "$1")): ${plan[output_dir]} (다른 --output-dir 를 주세요)"
+  die "이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID $(holder_of "$1" 8 "$1")): ${plan[output_dir]} (다른 --output-dir 를 주세요)"
 }
 
 rotate_console_log() {
@@ -297,31 +394,40 @@ rotate_console_log() {
 }
 
 supervise() { # supervise: runs the command to its end; the PID in the file is this shell's
-  local child="" signals=0 state code=0 outcome=failed
+  local child="" signals=0 state code=0 outcome=failed reason logged
   RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
   export RUN_ID
   trap 'signals=$((signals + 1)); pass_signal "$child" "$signals"' TERM INT
   trap '' HUP
   printf '%s\n' "$$" >"$pid_file"
-  printf '%s\n' "$$" >"${plan[output_dir]}/.launcher.lock"
+  printf '%s\n' "$$" >"$output_lock"
   # What torchrun itself says goes to the detail log; the run's own state file says how it ended.
   # A session of its own keeps the terminal's Ctrl-C away from it: it gets one signal, from here.
   # Should this shell be killed, torchrun hears it as a request to stop.
   local guard=()
+  logged=$(stat -c %s "$detail_log" 2>/dev/null || printf 0)
   if command -v setpriv >/dev/null; then guard=(setpriv --pdeathsig TERM --); fi
-  setsid "${guard[@]}" "${command[@]}" 2>>"${plan[logs_dir]}/training_detail_rank_0.log" </dev/null 8>&- 9>&- &
+  setsid "${guard[@]}" "${command[@]}" 2>>"$detail_log" </dev/null 8>&- 9>&- &
   child=$!
   ((signals == 0)) || kill -TERM "$child" 2>/dev/null || true
   while kill -0 "$child" 2>/dev/null; do
     code=0
-    wait "$child" || code=$?
+    wait "$child" 2>/dev/null || code=$? # not bash's own word of a killed child
   done
   ((signals == 0)) || outcome=stopped
-  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "프로세스가 비정상 종료했습니다 (코드 $code)")
+  reason="프로세스가 비정상 종료했습니다 (코드 $code)"
+  if ((nnodes > 1)) && tail -c "+$((logged + 1))" "$detail_log" | grep -q 'Rendezvous[A-Za-z]*Error'; then
+    reason="다른 머신과 연결하지 못했거나 연결이 끊겼습니다. 그 머신의 로그와 --rdzv-endpoint 를 확인하세요"
+  fi
+  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$reason")
   ((code == 0 || signals)) || [[ $state != finished ]] || state=failed
   if [[ $state == failed ]]; then
-    [[ -s $console_log ]] || tail -n 15 "${plan[logs_dir]}/training_detail_rank_0.log" # no word of the run itself
-    log "❌ 학습이 실패로 끝났습니다 (코드 $code). 자세한 내용: ${plan[logs_dir]}/training_detail_rank_0.log"
+    if [[ $reason == 다른* ]] && ! grep -q '^❌' "$console_log"; then # no word of the run itself
+      log "❌ $reason"
+    elif [[ ! -s $console_log ]]; then # nor of torchrun's rendezvous
+      tail -n 15 "$detail_log"
+    fi
+    log "❌ 학습이 실패로 끝났습니다 (코드 $code). 자세한 내용: $detail_log"
   fi
   rm -f "$pid_file"
   if [[ -n $notify ]]; then
@@ -347,10 +453,11 @@ pass_signal() { # pass_signal CHILD COUNT: the first asks torchrun to stop, the 
 }
 
 start_foreground() {
+  if [[ -t 1 ]]; then show_foreground; fi
   local tee_pid code=0
   exec > >(
     trap '' HUP
-    exec tee -i -a "$console_log"
+    exec tee -i -a "$console_log" 8>&- 9>&-
   )
   tee_pid=$!
   supervise || code=$?
@@ -359,26 +466,42 @@ start_foreground() {
   exit "$code"
 }
 
+show_foreground() {
+  # On a terminal the run writes to the log alone, and a process beside it shows the log with a progress bar.
+  local follower code=0
+  : >>"$console_log"
+  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 8>&- 9>&- &
+  follower=$!
+  exec >>"$console_log" 2>&1
+  supervise || code=$?
+  kill -TERM "$follower" 2>/dev/null || true
+  wait "$follower" || true
+  exit "$code"
+}
+
 start_background() {
-  local pid
+  local pid width look stop
   log "🔄 백그라운드 모드로 실행됩니다"
   log "📋 로그 파일: $(shown_path "$console_log")"
   log "📋 실시간 로그 확인: tail -f $(shown_path "$console_log")"
   log ""
   : >"$console_log"
+  trap 'log ""; log "백그라운드에서 계속 실행 중... (PID ${pid-})"; exit 0' INT
   setsid nohup "$BASH" "$SCRIPT_PATH" internal:supervise "${plan[output_dir]}" "${plan[logs_dir]}" "$notify" "$python" \
-    "${command[@]}" >>"$console_log" 2>&1 </dev/null &
+    "${plan[processes]}" "${command[@]}" >>"$console_log" 2>&1 </dev/null &
   pid=$!
   exec 8>&- 9>&-
-  trap 'log ""; log "백그라운드에서 계속 실행 중... (PID $pid)"; exit 0' INT
   log "✅ 백그라운드 학습 시작됨!"
   log "🔢 프로세스 ID: $pid"
   log "📄 PID 파일: $(shown_path "$pid_file")"
   log ""
   log "🔍 학습 상태 확인 명령어:"
+  width=$(columns "tail -f $(shown_path "$console_log")")
   log "  tail -f $(shown_path "$console_log")     # 실시간 로그"
-  log "  ps -p $pid                             # 프로세스 상태"
-  log "  kill $pid                              # 학습 중단"
+  printf -v look '%-*s' "$width" "ps -p $pid"
+  printf -v stop '%-*s' "$width" "kill $pid"
+  log "  $look     # 프로세스 상태"
+  log "  $stop     # 학습 중단"
   log ""
   log "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):"
   log "----------------------------------------"
@@ -408,6 +531,12 @@ report_first_seconds() { # report_first_seconds PID
   esac
 }
 
+columns() { # columns TEXT: what it takes on a terminal, where everything but ASCII (Hangul) is two wide
+  # A letter of Hangul is one character, or three bytes in the C locale.
+  local ascii=${1//[! -~]/} letter=가
+  printf '%s' "$((${#ascii} + (${#1} - ${#ascii}) * 2 / ${#letter}))"
+}
+
 shown_path() { # shown_path PATH: as it can be typed here
   if [[ $1 == "$PWD"/* ]]; then
     printf '%s' ".${1#"$PWD"}"
@@ -417,6 +546,8 @@ shown_path() { # shown_path PATH: as it can be typed here
 }
 
 start_run() {
+  node_rank=${node_rank:-0} nnodes=${nnodes:-1}
+  export GROUP_RANK=$node_rank GROUP_WORLD_SIZE=$nnodes # as torchrun tells it to the workers
   make_plan
   banner
   log "🔍 H100 학습 환경 확인 중..."
@@ -430,6 +561,7 @@ start_run() {
     return
   fi
   set_log_paths
+  wait_for_machines
   acquire_lock
   rotate_console_log
   log "🎯 학습 시작!"
@@ -440,9 +572,39 @@ start_run() {
   fi
 }
 
+wait_for_machines() { # the first one waits in torchrun for the others; these wait here for the first one
+  ((nnodes > 1)) || return 0
+  log "⏳ 다른 머신을 기다립니다 (0번: $rdzv_endpoint, 최대 $((NODES_WAIT / 60))분)"
+  ((node_rank > 0)) || return 0
+  local deadline=$((SECONDS + NODES_WAIT))
+  # shellcheck disable=SC2016 # for the other bash
+  until timeout 5 bash -c 'exec 3<>"/dev/tcp/$1/$2"' probe "${rdzv_endpoint%:*}" "${rdzv_endpoint##*:}" 2>/dev/null; do
+    ((SECONDS < deadline)) ||
+      die "0번 머신이 응답하지 않습니다: $rdzv_endpoint (거기서 --node-rank 0 으로 시작했는지, 방화벽이 막지 않는지 확인하세요)"
+    sleep 1
+  done
+}
+
+use_checkpoint() { # --generate and --evaluate: one process in the foreground, without the lock and files of a run
+  "$plain_python" "$TRAIN_SCRIPT" internal:use "${script_args[@]}" || exit $?
+  ensure_environment
+  command=("$python" "$TRAIN_SCRIPT" "${script_args[@]}")
+  if [[ $dry_run == true ]]; then
+    print_command
+    return
+  fi
+  exec "${command[@]}"
+}
+
 set_log_paths() {
-  console_log="${plan[logs_dir]}/training_console.log"
-  pid_file="${plan[logs_dir]}/training.pid"
+  # Machines may share the directories or not: beside the first one's, each one's files have names of their own.
+  local node=""
+  ((node_rank == 0)) || node="_node_$node_rank"
+  console_log="${plan[logs_dir]}/training_console${node}.log"
+  pid_file="${plan[logs_dir]}/training${node}.pid"
+  logs_lock="${plan[logs_dir]}/.training${node}.lock"
+  output_lock="${plan[output_dir]}/.launcher${node}.lock"
+  detail_log="${plan[logs_dir]}/training_detail_rank_$((node_rank * ${plan[processes]:-1})).log"
 }
 
 find_run() { # where the run is that --status and --stop speak of
@@ -451,6 +613,27 @@ find_run() { # where the run is that --status and --stop speak of
     plan[${line%%=*}]=${line#*=}
   done < <("$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" || printf 'failed=%s\n' "$?")
   [[ -z ${plan[failed]-} ]] || exit "${plan[failed]}"
+  find_node
+  export GROUP_RANK=$node_rank
+}
+
+find_node() { # whose part of a run is meant here: the named machine's, else that of what runs, else of what ran
+  local known=$node_rank file
+  node_rank=${known:-0}
+  set_log_paths
+  if [[ -n $known ]] || pid_is_ours "$(read_pid "$pid_file")"; then
+    return
+  fi
+  for file in "${plan[logs_dir]}"/training_node_*.pid; do
+    [[ $file =~ _([0-9]+)\.pid$ ]] || continue
+    node_rank=${BASH_REMATCH[1]}
+    set_log_paths
+    ! pid_is_ours "$(read_pid "$file")" || return 0
+  done
+  node_rank=0
+  for file in "${plan[output_dir]}"/run_info_node_*.json; do
+    [[ -e ${plan[output_dir]}/run_info.json || ! $file =~ _([0-9]+)\.json$ ]] || node_rank=${BASH_REMATCH[1]}
+  done
   set_log_paths
 }
 
@@ -459,6 +642,8 @@ status_run() {
   find_run
   if pid_is_ours "$(read_pid "$pid_file")"; then
     alive=true code=0
+  elif runs_elsewhere; then
+    alive=true code=0
   elif [[ -e $pid_file ]]; then
     code=1
   fi
@@ -466,32 +651,50 @@ status_run() {
   exit "$code"
 }
 
-stop_run() {
-  local pid seconds=0
+follow_run() {
+  local pid
   find_run
   pid=$(read_pid "$pid_file")
   if ! pid_is_ours "$pid"; then
     log "실행 중인 학습이 없습니다"
+    status_run
+  fi
+  exec "$plain_python" "$TRAIN_SCRIPT" internal:follow "$pid" follow "${script_args[@]}"
+}
+
+stop_run() {
+  local pid code=0
+  find_run
+  pid=$(read_pid "$pid_file")
+  if ! pid_is_ours "$pid"; then
+    ! runs_elsewhere || die "다른 머신에서 실행 중입니다 (PID $pid). 그 머신에서 --stop 을 실행하세요"
+    log "실행 중인 학습이 없습니다"
     exit 3
   fi
-  kill -TERM "$pid"
-  log "🛑 중단 요청을 보냈습니다 (PID $pid). 현재 스텝을 마치고 저장하는 중..."
-  while pid_is_ours "$pid"; do
-    sleep 0.5
-    seconds=$((seconds + 1))
-    ((seconds % 20)) || log "   저장을 기다리는 중... ($((seconds / 2))초)"
-  done
-  "$plain_python" "$TRAIN_SCRIPT" internal:status false "$as_json" "${script_args[@]}"
+  log "🛑 중단 요청을 보냅니다 (PID $pid). 현재 스텝을 마치고 저장합니다..."
+  # It sends the signal itself, once it has the log open at its end, and shows how the save goes.
+  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$pid" stop "${script_args[@]}" || code=$?
+  pid_is_ours "$pid" || "$plain_python" "$TRAIN_SCRIPT" internal:status false "$as_json" "${script_args[@]}"
+  ((code == 130)) || exit "$code" # stopped is what was asked for
+}
+
+interrupted() { # Ctrl-C before the run has begun
+  printf '\n🛑 시작하기 전에 중단했습니다\n' >&2
+  exit 130
 }
 
 main() {
   if [[ ${1-} == internal:supervise ]]; then
-    plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5
-    command=("${@:6}")
+    plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5 plan[processes]=$6
+    command=("${@:7}")
+    node_rank=$GROUP_RANK nnodes=$GROUP_WORLD_SIZE
     set_log_paths
     supervise
     return
   fi
+  trap interrupted INT
+  printf -v LAUNCHER_COMMAND '%s\036' "$SCRIPT_PATH" "$@"
+  export LAUNCHER_COMMAND # for run_info.json
   parse_args "$@"
   if [[ $action == help ]]; then
     usage
@@ -501,7 +704,9 @@ main() {
   case $action in
     run) start_run ;;
     status) status_run ;;
+    follow) follow_run ;;
     stop) stop_run ;;
+    use) use_checkpoint ;;
   esac
 }
 

@@ -17,19 +17,28 @@ optimizer, checkpoints, metrics, evaluation, loop, ``main``.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until the run has a handler, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,10 +70,19 @@ USAGE_ERROR, ENVIRONMENT_ERROR, STOPPED = 2, 1, 130
 BYTES_PER_TOKEN_ESTIMATE = 5.0
 COMPRESSION_ESTIMATE = 2.5
 
+MEMORY_TO_USE = 0.92  # of a GPU's: the allocator's gaps and what others hold take the rest
+
+# Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
+ASSUMED_MFU = 0.4  # for the time of a run whose speed this machine hasn't measured yet
+CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
+
 CACHE_VERSION = 3  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
+RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
+MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 
 GROUPS = {
     "run": "실행 모드",
@@ -74,23 +92,43 @@ GROUPS = {
     "optimisation": "학습 하이퍼파라미터",
     "hopper": "H100 최적화",
     "saving": "저장과 평가",
+    "faults": "장애 대응",
+    "use": "체크포인트 사용",
     "control": "실행 제어",
 }
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Shape of a decoder with SwiGLU, RMSNorm, rotary positions and tied embeddings."""
+    """Shape of a decoder with SwiGLU, RMSNorm and rotary positions; widths of 0 are as wide as the stream."""
 
     layers: int
     hidden: int
     mlp: int
     head: int
+    query: int = 0
+    key: int = 0
+    tied: bool = True  # input and output embeddings are one
+
+    @property
+    def query_width(self) -> int:
+        """Width of all heads' queries."""
+        return self.query or self.hidden
+
+    @property
+    def key_width(self) -> int:
+        """Width of all heads' keys, and of their values."""
+        return self.key or self.query_width
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Number of parameters, with embeddings shared between input and output."""
-        layer = 4 * self.hidden * self.hidden + 3 * self.hidden * self.mlp + 2 * self.hidden
-        return vocab_size * self.hidden + self.layers * layer + self.hidden
+        """Number of parameters."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return vocab_size * self.hidden * (1 if self.tied else 2) + self.matrix_parameters() + norms
+
+    def matrix_parameters(self) -> int:
+        """Number of parameters in the matrices of the layers."""
+        attention = 2 * self.hidden * (self.query_width + self.key_width)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
 
 
 PRESETS = {
@@ -145,6 +183,16 @@ def parse_path(text: str) -> Path:
     return Path(text) if parse_text(text).startswith("hf:") else Path(os.path.abspath(Path(text).expanduser()))
 
 
+def parse_trackers(text: str) -> str:
+    """Return names of trackers without repeats, as ``tensorboard,wandb``; ``none`` stands alone."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        parse_choice(*TRACKERS)(name)
+    if "none" in names and len(names) > 1:
+        raise ValueError("none은 다른 이름과 함께 쓸 수 없습니다")
+    return ",".join(names)
+
+
 def parse_mix(text: str) -> str:
     """Return shares by name, as ``ko=0.7,en=0.3``, in thousandths that sum up to one, sorted by name."""
     shares: dict[str, float] = {}
@@ -188,7 +236,9 @@ def switch(group: str, flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
 positive = parse_number(int, 1)
 share = parse_number(float, 0, 1)
 DEVICES = ("auto", "cuda", "cpu")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
 ATTENTION = ("auto", "cudnn", "flash", "flash3", "efficient", "math")
 
 
@@ -238,7 +288,7 @@ class TrainConfig:
     dummy_data: bool = switch("data", {"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
     cache_dir: Path | None = option("data", "PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
     num_workers: int | None = option(
-        "data", "N", parse_number(int, 0, 64), "프로세스당 데이터 로더 작업자 수", base=2, cpu=0
+        "data", "N", parse_number(int, 0, 64), "프로세스마다 데이터를 미리 읽는 스레드 수", base=2, cpu=0
     )
     # output
     output_dir: Path = option("output", "PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
@@ -256,6 +306,13 @@ class TrainConfig:
         "optimisation", "N", parse_number(int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256
     )
     gradient_accumulation_steps: int | None = option("optimisation", "N", positive, "기울기 누적 횟수", base=8, test=1)
+    optimizer: str = option(
+        "optimisation",
+        "|".join(OPTIMIZERS),
+        parse_choice(*OPTIMIZERS),
+        "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)",
+        default="adamw",
+    )
     lr_schedule: str = option(
         "optimisation", "|".join(SCHEDULES), parse_choice(*SCHEDULES), "학습률 스케줄", default="cosine"
     )
@@ -270,6 +327,7 @@ class TrainConfig:
         {
             "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
             "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
+            "--fp8": ("fp8", "FP8 행렬곱 + BF16 (Hopper 전용, torchao 필요)"),
             "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
         },
         base="bf16",
@@ -288,11 +346,37 @@ class TrainConfig:
     gradient_checkpointing: bool = switch(
         "hopper", {"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")}, default=False
     )
+    find_batch_size: bool = switch(
+        "hopper", {"--find-batch-size": (True, "GPU 메모리에 들어가는 가장 큰 배치 크기를 찾아 사용")}, default=False
+    )
+    profile: bool = switch(
+        "hopper", {"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")}, default=False
+    )
     # saving and evaluating
     save_steps: int = option("saving", "N", positive, "모델 저장 간격 (스텝)", default=500)
     save_initial: bool = switch("saving", {"--no-save-initial": (False, "초기 모델 저장 비활성화")}, default=True)
     save_total_limit: int | None = option("saving", "N", positive, "남겨 둘 체크포인트 수 (기본: 전부)")
     eval_steps: int = option("saving", "N", positive, "평가 간격 (스텝)", default=500)
+    sample_steps: int = option("saving", "N", positive, "샘플 생성 간격 (스텝)", default=1000)
+    prompt: str | None = option("saving", "TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
+    report_to: str = option(
+        "saving", "NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard"
+    )
+    # faults
+    max_restarts: int | None = option(
+        "faults", "N", parse_number(int, 0, 100), "프로세스가 죽으면 자동으로 이어서 다시 시작할 횟수", base=3, test=0
+    )
+    hang_timeout: float = option(
+        "faults", "MIN", parse_number(float, 0.05, 10_000), "진행이 없으면 실패로 끝낼 때까지의 시간 (분)", default=30
+    )
+    # use
+    generate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
+    evaluate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
+    max_new_tokens: int = option("use", "N", positive, "이어 쓸 최대 토큰 수", default=200)
+    temperature: float = option(
+        "use", "F", parse_number(float, 0, 10), "표본 추출 온도 (0이면 늘 가장 유력한 토큰)", default=0.8
+    )
+    top_p: float = option("use", "F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
     # control
     verbose: bool = switch("control", {"--verbose": (True, "상세 로그 출력")}, default=False)
     # fmt: on
@@ -301,6 +385,11 @@ class TrainConfig:
     def is_test(self) -> bool:
         """Whether this is a short check rather than a training run."""
         return self.mode == "test"
+
+    @property
+    def uses_checkpoint(self) -> bool:
+        """Whether a checkpoint is used, in the foreground, instead of a run being started."""
+        return self.generate is not None or self.evaluate is not None
 
     @property
     def mix_counts(self) -> dict[str, int]:
@@ -398,9 +487,9 @@ def with_default_paths(cfg: TrainConfig, typed: dict[str, Any]) -> TrainConfig:
 ADAPTED_NAMES = {
     "model_size": "모델 {}",
     "vocab_size": "어휘 {:,}",
-    "max_seq_length": "길이 {} 토큰",
+    "max_seq_length": "길이 {}",
     "precision": "{}",
-    "compile": "torch.compile 없음",
+    "compile": "컴파일 없음",
 }
 
 
@@ -455,6 +544,17 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         cfg.dummy_data and cfg.dataset_path != default_dataset_path(),
         "--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요",
     )
+    refuse(cfg.generate and cfg.evaluate, "--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요")
+    used = "--generate" if cfg.generate else "--evaluate"
+    refuse(cfg.uses_checkpoint and not cfg.is_test, f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요")
+    refuse(
+        cfg.generate and not cfg.prompt,
+        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"',
+    )
+    refuse(
+        cfg.evaluate and uses_dummy_data(cfg),
+        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE",
+    )
     return problems
 
 
@@ -463,6 +563,10 @@ def cpu_problems(cfg: TrainConfig) -> list[str]:
     problems = []
     if cfg.device == "cpu" and cfg.precision == "fp16":
         problems.append("--fp16: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
+    if cfg.device == "cpu" and cfg.precision == "fp8":
+        problems.append("--fp8: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
+    if cfg.device == "cpu" and cfg.find_batch_size:
+        problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
     if cfg.device == "cpu" and cfg.attention not in ("auto", "flash", "math"):
         problems.append(f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     return problems
@@ -488,6 +592,35 @@ def display_width(text: str) -> int:
     import unicodedata
 
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def fit_width(text: str, columns: int) -> str:
+    """As much of ``text`` as takes at most ``columns`` on a terminal."""
+    while display_width(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def wrap_width(text: str, columns: int) -> list[str]:
+    """Cut a text into lines that take at most ``columns`` on a terminal, after a space where there is one."""
+    lines, line = [], ""
+    for word in re.findall(r"\S+\s*", text):
+        if line and display_width(line + word.rstrip()) > columns:
+            lines.append(line.rstrip())
+            line = ""
+        line += word
+        while display_width(line.rstrip()) > columns:  # a word that is longer than a line
+            head = fit_width(line, columns)
+            lines.append(head)
+            line = line[len(head) :]
+    return [*lines, line.rstrip()] if line else lines
+
+
+def format_duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds as 3일 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    days, minutes = divmod(minutes, 24 * 60)
+    return (f"{days:,}일 " if days else "") + f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def help_text() -> str:
@@ -534,18 +667,20 @@ class EnvironmentProblem(RuntimeError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU as nvidia-smi reports it; memory in MiB."""
+    """One visible GPU as nvidia-smi reports it; memory in MiB, use in percent where it is known."""
 
     name: str
     total: int
     used: int
+    use: int | None = None
 
 
-def query_gpus() -> list[Gpu]:
+def query_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Ask nvidia-smi for the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    values = "index,uuid,name,memory.total,memory.used,utilization.gpu"
+    query = ["nvidia-smi", f"--query-gpu={values}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -554,10 +689,11 @@ def query_gpus() -> list[Gpu]:
         ) from error
     found = {}
     for line in answer.strip().splitlines():
-        index, uuid, name, total, used = (part.strip() for part in line.split(","))
-        gpu = Gpu(name, *(int(value) if value.isdigit() else 0 for value in (total, used)))
+        index, uuid, name, total, used, *more = (part.strip() for part in line.split(","))
+        use = int(more[0]) if more and more[0].isdigit() else None
+        gpu = Gpu(name, *(int(value) if value.isdigit() else 0 for value in (total, used)), use)
         found[index] = found[uuid] = gpu
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [gpu for key, gpu in found.items() if key.isdigit()]
     wanted = [key.strip() for key in visible.split(",") if key.strip()]
@@ -629,6 +765,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def read_text(path: Path) -> str:
+    """Content of a small file; empty if it isn't there."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def known_numbers(value: Any) -> Any:
     """Replace what JSON has no word for, NaN and infinities, by null."""
     if isinstance(value, dict):
@@ -637,34 +778,97 @@ def known_numbers(value: Any) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object so that a reader never sees half of it."""
+    """Write a JSON object so that a reader never sees half of it.
+
+    On a full disk the old file's own room has to do: better a state that a kill may tear than none.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(known_numbers(content), ensure_ascii=False, indent=2, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(known_numbers(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC or not path.exists():
+            raise
+        with open(path, "r+b") as stream:
+            stream.write(text.encode())
+            stream.truncate()
 
 
-def find_latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that holds a training state, or None."""
-    whole = [path for path in list_checkpoints(output_dir) if has_training_state(path)]
-    return whole[-1] if whole else None
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, as ``sha256sum`` prints it."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def has_training_state(checkpoint: Path) -> bool:
-    """Whether a run can go on from a checkpoint: older ones hold only the model."""
-    return all((checkpoint / name).is_file() for name in ("training_info.json", "training_state/state.pt"))
+def make_manifest(folder: Path) -> dict[str, Any]:
+    """Size in bytes and checksum of every file below ``folder``, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_checksum(path)}
+        for path in files
+    }
+    return {"files": entries}
 
 
-def resume_checkpoint(cfg: TrainConfig) -> Path | None:
+def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
+    """What is wrong with a checkpoint, as a Korean phrase; None if it is as its manifest says.
+
+    Looks at the names and sizes of its files, and if ``thorough`` reads them for their checksums,
+    which takes a few seconds for each 10 GB.
+    """
+    try:
+        files = read_json(checkpoint / MANIFEST).get("files") or {}
+        if "training_state/state.pt" not in files:
+            return f"{MANIFEST} 파일이 없거나 깨졌습니다"
+        for name, entry in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} 파일이 없습니다"
+            if path.stat().st_size != entry.get("bytes"):
+                return f"{name} 파일의 크기가 다릅니다"
+            if thorough and file_checksum(path) != entry.get("sha256"):
+                return f"{name} 파일의 내용이 저장한 것과 다릅니다"
+    except OSError as error:
+        return f"읽을 수 없습니다: {error}"
+    return None
+
+
+def find_latest_checkpoint(
+    output_dir: Path, thorough: bool = False, tell: Callable[[str], None] | None = None
+) -> Path | None:
+    """The newest whole checkpoint that a run can go on from, or None; ``tell`` hears of each damaged one after it.
+
+    Older ones hold only the model: the run itself took their training state away.
+    """
+    for path in reversed(list_checkpoints(output_dir)):
+        if not (path / "training_state").is_dir():
+            continue
+        damage = checkpoint_damage(path, thorough)
+        if damage is None:
+            return path
+        if tell is not None:
+            tell(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
+    return None
+
+
+def resume_checkpoint(
+    cfg: TrainConfig, thorough: bool = False, tell: Callable[[str], None] | None = None
+) -> Path | None:
     """The checkpoint from which ``--resume`` goes on; None without ``--resume``.
 
     Raises:
-        FileNotFoundError: there is none, or it holds no training state.
+        FileNotFoundError: there is none, it holds no training state, or it is damaged.
     """
     if cfg.resume is None:
         return None
     if cfg.resume == "auto":
-        found = find_latest_checkpoint(cfg.output_dir)
+        found = find_latest_checkpoint(cfg.output_dir, thorough, tell)
+        if found is None and is_unsaved_run(cfg.output_dir):
+            if tell is not None:
+                tell("아직 체크포인트가 없어 처음부터 시작합니다")
+            return None
         if found is None:
             raise FileNotFoundError(
                 f"이어서 학습할 체크포인트가 없습니다: {cfg.output_dir} "
@@ -672,11 +876,41 @@ def resume_checkpoint(cfg: TrainConfig) -> Path | None:
             )
         return found
     path = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
-    if not has_training_state(path):
+    if not (path / "training_state").is_dir():
         raise FileNotFoundError(
             f"학습 상태가 없는 체크포인트입니다: {path} (training_state/ 가 있는 것을 주거나 --init-from 을 쓰세요)"
         )
+    damage = checkpoint_damage(path, thorough)
+    if damage is not None:
+        raise FileNotFoundError(f"손상된 체크포인트입니다: {path} ({damage}). --resume auto 는 온전한 것을 찾습니다")
     return path
+
+
+def is_unsaved_run(output_dir: Path) -> bool:
+    """Whether a training run began there and ended before its first checkpoint: all there is to resume is its start."""
+    return not list_checkpoints(output_dir) and read_json(output_dir / "run_info.json").get("mode") == "train"
+
+
+def accumulation_is_typed() -> bool:
+    """Whether the person set the accumulation on the command line, so that it isn't ours to change."""
+    return any(word.partition("=")[0] == "--gradient-accumulation-steps" for word in sys.argv)
+
+
+def with_same_step_tokens(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[TrainConfig, str | None]:
+    """Adapt the accumulation so that a step reads as many tokens as it did in the checkpoint of ``info``.
+
+    So other ranks or another batch size give the same global batches.  Returns a Korean line on
+    what was changed; without one, nothing was, and ``resume_problems`` tells what doesn't fit.
+    """
+    wanted = info["tokens_seen"] // max(1, info["step"])
+    steps, rest = divmod(wanted, replace(cfg, gradient_accumulation_steps=1).tokens_per_step(world_size))
+    if rest or steps in (0, cfg.gradient_accumulation_steps) or accumulation_is_typed():
+        return cfg, None
+    note = (
+        f"스텝당 토큰({wanted:,})을 체크포인트와 같게 두려고 기울기 누적을 "
+        f"{cfg.gradient_accumulation_steps} → {steps} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
+    )
+    return replace(cfg, gradient_accumulation_steps=steps), note
 
 
 def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fingerprint: str | None) -> list[str]:
@@ -688,10 +922,11 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems = []
-    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config"]
+    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
     fixed += [] if cfg.model_config or cfg.init_from else ["model_size"]
+    before_options = {"optimizer": "adamw", **info["options"]}  # checkpoints from before there was a choice
     for name in fixed:
-        value, typed = info["options"].get(name), "--" + name.replace("_", "-")
+        value, typed = before_options.get(name), "--" + name.replace("_", "-")
         if str(getattr(cfg, name)) != str(value):
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
@@ -721,13 +956,16 @@ def check_output(cfg: TrainConfig) -> None:
             problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)")
     if problems:
         raise EnvironmentProblem(problems)
-    if run_is_alive(cfg.output_dir):
+    if node_rank():  # in a shared directory the first machine, which judges it, may be at work already
+        return
+    if run_is_alive(cfg.output_dir, patience=30 if is_restart(read_json(cfg.output_dir / "run_info.json")) else 0):
         raise EnvironmentProblem(
             f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock_owner(cfg.output_dir)}): {cfg.output_dir} "
             "(다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"
         )
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if earlier and cfg.resume is None and read_json(cfg.output_dir / "run_info.json").get("mode") != "test":
+    info = read_json(cfg.output_dir / "run_info.json")
+    if earlier and cfg.resume is None and info.get("mode") != "test" and not is_restart(info):
         raise EnvironmentProblem(
             f"이전 학습의 결과가 있습니다: {cfg.output_dir} "
             "(이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요)"
@@ -741,9 +979,12 @@ def can_write(folder: Path) -> bool:
     probe = next(path for path in (folder, *folder.parents) if path.parent.exists())
     try:
         probe.mkdir()
-        probe.rmdir()
+    except FileExistsError:  # another rank was faster
+        return can_write(folder)
     except OSError:
         return False
+    with suppress(OSError):  # another rank may use it already
+        probe.rmdir()
     return True
 
 
@@ -752,16 +993,140 @@ def lock_owner(output_dir: Path) -> str:
     return (output_dir / ".lock").read_text().strip() or "?"
 
 
-def run_is_alive(output_dir: Path) -> bool:
-    """Whether a process holds the lock of ``output_dir``; looks without taking or making it."""
+def node_rank() -> int:
+    """Number of this machine in a run on several, as torchrun, and before it the launcher, announce it."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
+def node_count() -> int:
+    """Number of machines, announced likewise."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def run_info_path(output_dir: Path) -> Path:
+    """Where it stands how a run goes on this machine; the first machine's file speaks for the whole run.
+
+    Machines may share the directory or not, so each one's file has a name of its own.
+    """
+    return output_dir / (f"run_info_node_{node_rank()}.json" if node_rank() else "run_info.json")
+
+
+def log_path(logs_dir: Path, name: str) -> Path:
+    """One of the launcher's files on this machine, which the other machines' may lie beside."""
+    stem, _, ending = name.partition(".")
+    return logs_dir / (f"{stem}_node_{node_rank()}.{ending}" if node_rank() else name)
+
+
+def run_is_alive(output_dir: Path, patience: float = 0.0) -> bool:
+    """Whether a process holds the lock of ``output_dir``; looks without taking or making it.
+
+    A killed worker's helpers hold it a few seconds longer: ``patience`` waits for them.
+    """
     try:
         with open(output_dir / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:
-        return True
+        if patience <= 0:
+            return True
+        time.sleep(0.5)
+        return run_is_alive(output_dir, patience - 0.5)
     return False
+
+
+# --- restarts by torchrun: what a worker's successor has to know before anything heavy is imported ---
+
+
+def run_id() -> str | None:
+    """What one start of the launcher, or of torchrun, has in common over all its restarts."""
+    return os.environ.get("RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def is_restart(info: dict[str, Any]) -> bool:
+    """Whether the run that ``info`` (its ``run_info.json``) speaks of is this one, so that its workers died."""
+    known = "RUN_ID" in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return known and "TORCHELASTIC_RUN_ID" in os.environ and info.get("run_id") == run_id()
+
+
+def restarts_left() -> int:
+    """How often torchrun will still start the workers again."""
+    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+    most, used = (int(os.environ.get(name, "0")) for name in names)
+    return most - used
+
+
+def end_agent() -> None:
+    """Ask torchrun to end, and don't hear it when it asks us."""
+    with suppress(ValueError):  # not in the main thread: the watchdog's process leaves anyway
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def give_up() -> int:
+    """Exit code of a worker whose run has failed; the first of several machines takes the others' agents along."""
+    if node_count() > 1 and node_rank() == 0:
+        end_agent()
+    return ENVIRONMENT_ERROR
+
+
+def check_restart(cfg: TrainConfig) -> int | None:
+    """Decide, in a worker that torchrun started again, whether to go on; returns an exit code if not.
+
+    torchrun would repeat every fault.  One whose cause is known has set the state to failed, and one
+    that comes again before the run got beyond it (the host may be a step ahead) would come each time.
+    """
+    path = run_info_path(cfg.output_dir)
+    info = read_json(path)
+    if not is_restart(info):
+        return None
+    if info["state"] != "running":
+        return give_up() if info["state"] == "failed" else 0
+    if os.environ.get("RANK") != "0":
+        return None
+    step, failed_at = int(read_text(cfg.output_dir / ".progress") or 0), info.get("restarts", [])
+    if failed_at and step <= failed_at[-1] + 1:
+        text = f"같은 곳(스텝 {step:,})에서 학습 프로세스가 두 번 잇따라 죽어 더 다시 시작하지 않습니다"
+        write_json(path, {**info, "state": "failed", "error": text, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        print(f"❌ {text}. 자세한 내용: {display_path(cfg.logs_dir)}/training_detail_rank_*.log", flush=True)
+        return give_up()
+    write_json(path, {**info, "restarts": [*failed_at, step]})
+    return None
+
+
+def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
+    """Go on from the run's own newest checkpoint, once its loop has begun; before that, as it was asked to."""
+    info = read_json(cfg.output_dir / "run_info.json")
+    begun = is_restart(info) and "first_step" in info
+    return replace(cfg, resume="auto") if begun and find_latest_checkpoint(cfg.output_dir, thorough=True) else cfg
+
+
+def check_use(cfg: TrainConfig) -> None:
+    """Check, before anything heavy is imported, what --generate and --evaluate ask for.
+
+    Raises:
+        UsageProblem: the options can't be meant.
+        EnvironmentProblem: there is no checkpoint, or no data, at the path.
+    """
+    problems = validate_config(resolve_config(cfg, "cpu")[0])
+    if problems:
+        raise UsageProblem(problems)
+    path = checkpoint_dir(os.path.abspath(Path(cfg.generate or cfg.evaluate).expanduser()))
+    newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
+    hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
+    if not path.exists():
+        problems.append(f"체크포인트가 없습니다: {path} ({hint})")
+    elif not (path / "config.json").is_file():
+        problems.append(f"체크포인트가 아닙니다: {path} (config.json이 없습니다. {hint})")
+    try:
+        if cfg.evaluate:
+            corpus_files(cfg)
+    except FileNotFoundError as error:
+        problems.append(str(error))
+    except PermissionError as error:
+        problems.append(f"읽을 권한이 없습니다: {error.filename}")
+    if problems:
+        raise EnvironmentProblem(problems)
 
 
 def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str]]:
@@ -795,6 +1160,40 @@ def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, 
     if in_use and not cfg.is_test:
         raise EnvironmentProblem(in_use)
     return "cuda", num_gpus, notes
+
+
+def node_interface(host: str) -> str:
+    """Name of the interface through which this machine reaches the first one, at ``host``; empty if it isn't found.
+
+    gloo would take the one that this machine's own name stands for, which is 127.0.1.1 on Debian and Ubuntu.
+
+    Raises:
+        EnvironmentProblem: ``host`` can't be reached from here, or isn't this machine although it is the first.
+    """
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"--rdzv-endpoint: '{host}' 에 닿을 수 없습니다 ({error.strerror}). 0번 머신의 주소를 확인하세요"
+            ) from error
+        own, first = probe.getsockname()[0], probe.getpeername()[0]
+        if first.startswith("127.") and host not in ("localhost", first):
+            raise EnvironmentProblem(
+                f"--rdzv-endpoint: '{host}' 이(가) 이 머신에서는 {first} 입니다. 다른 머신에서도 닿는 IP 주소를 쓰세요"
+            )
+        if node_rank() == 0 and own != first:
+            raise EnvironmentProblem(
+                f"--rdzv-endpoint: '{host}' 은(는) 이 머신({own})이 아닙니다. --node-rank 0 인 머신의 주소를 쓰세요"
+            )
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no IPv4 address
+                answer = fcntl.ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return ""
 
 
 def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
@@ -861,28 +1260,186 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
         source if source.is_file() and source.suffix == ".json" else checkpoint_dir(source) / "config.json"
     )
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    if not all(isinstance(values.get(name), int) for name in needed):
+    if not all(isinstance(values.get(name), int) for name in needed) or any("experts" in name for name in values):
         return None
     layers, hidden, mlp, heads = (values[name] for name in needed)
-    return Preset(layers, hidden, mlp, hidden // heads), str(source)
+    head = values.get("head_dim") or hidden // heads
+    keys = head * (values.get("num_key_value_heads") or heads)
+    return Preset(layers, hidden, mlp, head, head * heads, keys, values.get("tie_word_embeddings", True)), str(source)
 
 
-def estimate_memory(cfg: TrainConfig, shape: Preset) -> int:
-    """Bytes that a rank needs at its peak.
+def planned_vocab_size(cfg: TrainConfig) -> int:
+    """Vocabulary that the model will have, as far as the files of ``--init-from`` or ``--tokenizer`` tell it."""
+    source = cfg.init_from or cfg.tokenizer
+    if source is None:
+        return cfg.vocab_size
+    folder = checkpoint_dir(Path(source).expanduser())
+    if cfg.init_from:
+        return read_json(folder / "config.json").get("vocab_size") or cfg.vocab_size
+    content = read_json(folder / "tokenizer.json")
+    words = (content.get("model") or {}).get("vocab") or ()
+    size = max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
+    return -(-size // 128) * 128 or cfg.vocab_size
 
-    About 0.6 GB for the libraries themselves; fp32 weights, gradients and two Adam moments; under
-    mixed precision a half copy of the weights; per token and layer what the backward pass keeps (two
-    residuals in fp32, eight hidden and four MLP vectors); the logits in half, in fp32, their gradient.
+
+def loss_rows(tokens: int, vocab_size: int) -> int:
+    """Rows of logits that the loss holds at a time: all that take 2 GiB in fp32, else pieces of at most 1 GiB."""
+    size = 4 * tokens * vocab_size
+    pieces = 1 if size <= 2 << 30 else -(-size >> 30)
+    return -(-tokens // pieces)
+
+
+def optimizer_bytes(cfg: TrainConfig, shape: Preset) -> int:
+    """Bytes of the optimizer's state: two fp32 moments a parameter, and under Muon one in the layers' matrices."""
+    saved = shape.matrix_parameters() if cfg.optimizer == "muon" else 0
+    return 8 * shape.parameter_count(cfg.vocab_size) - 4 * saved
+
+
+def layer_bytes(cfg: TrainConfig, shape: Preset) -> tuple[int, int]:
+    """Bytes of a token in one layer: what is kept for the backward pass, and what that adds while it is there.
+
+    As transformers' Llama layer leaves them: the residual stream stays in fp32.  Compiled, norms and
+    SwiGLU are worked out again; eager, autocast makes a half copy for each projection.  Only "math"
+    attention keeps a matrix of scores.  Counted in what autograd saved (``tests/test_memory.py``).
     """
     half = 4 if cfg.precision == "fp32" else 2
-    parameters = shape.parameter_count(cfg.vocab_size)
-    state = parameters * (16 + (0 if half == 4 else 2))
-    layer = 4 * 4 * shape.hidden + half * (8 * shape.hidden + 4 * shape.mlp)
-    tokens = cfg.batch_size * cfg.max_seq_length
-    activations = tokens * (
-        layer + shape.layers * 4 * shape.hidden if cfg.gradient_checkpointing else layer * shape.layers
-    )
-    return 600_000_000 + state + activations + tokens * cfg.vocab_size * (half + 8)
+    attention = 2 * shape.query_width + 2 * shape.key_width
+    if cfg.compile:
+        kept = 8 * shape.hidden + half * (2 * shape.hidden + attention + 3 * shape.mlp)
+    else:
+        copies = 2 if half == 4 else 5
+        kept = 16 * shape.hidden + half * (copies * shape.hidden + attention + 4 * shape.mlp)
+    if cfg.attention == "math":
+        kept += (4 + (half == 2)) * cfg.max_seq_length * shape.query_width // shape.head
+    return kept, 8 * shape.hidden + half * shape.mlp
+
+
+def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[str, int]:
+    """Bytes that a rank needs at its peak, by what needs them.
+
+    The peak is in the loss, where all layers' activations are there and the logits, in the backward
+    pass just after it, or at its end, where all gradients are.  One process without accumulation has
+    no gradients before; DDP's buckets are always there and are the gradients themselves.  0.6 GB are
+    for the libraries (CUDA context, cuBLAS, NCCL).
+    """
+    half = 4 if cfg.precision == "fp32" else 2
+    parameters, tokens = shape.parameter_count(cfg.vocab_size), cfg.batch_size * cfg.max_seq_length
+    kept, working = (tokens * size for size in layer_bytes(cfg, shape))
+    head = cfg.vocab_size * shape.hidden
+    rows = loss_rows(tokens, cfg.vocab_size)
+    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens)
+    ends = tokens * shape.hidden * (8 + half) + half * head  # the last norm; the gradients that the loss leaves
+    copies = 0 if half == 4 else 2 * (parameters - head * (1 if shape.tied else 2))
+    layers = tokens * 4 * shape.hidden * shape.layers if cfg.gradient_checkpointing else kept * shape.layers
+    again = kept if cfg.gradient_checkpointing else 0
+    early = 4 * parameters if world_size > 1 or cfg.gradient_accumulation_steps > 1 else 0
+    late = 4 * parameters * (2 if cfg.compile and world_size == 1 and early else 1)
+    phases = [  # gradients, half copies, activations, logits
+        (early, copies + (0 if half == 4 else 2 * head), layers + ends, logits),
+        (early, copies * (not again), layers + ends + again + working, 4 * head),
+        (late, 0, kept + working, 8 * head * shape.tied),
+    ]
+    gradients, copies, activations, logits = max(phases, key=sum)
+    return {
+        "가중치": 4 * parameters,
+        "기울기": gradients,
+        "옵티마이저": optimizer_bytes(cfg, shape),
+        "활성값": activations,
+        "로짓": logits,
+        "반정밀도 사본": copies,
+        "라이브러리": 600_000_000,
+    }
+
+
+def memory_words(parts: dict[str, int]) -> str:
+    """The parts of an estimate in GiB, as a sum."""
+    return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30)
+
+
+def with_batch_size(cfg: TrainConfig, size: int) -> TrainConfig:
+    """Another batch size, with the accumulation that leaves the tokens of a step as they are; ``size`` divides them."""
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps
+    return replace(cfg, batch_size=size, gradient_accumulation_steps=rows // size)
+
+
+def batch_sizes(cfg: TrainConfig) -> list[int]:
+    """Every batch size with which a step can read the tokens that the options give it."""
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps
+    return [size for size in range(1, rows + 1) if rows % size == 0]
+
+
+def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[str]:
+    """Options with which a run fits into ``memory`` bytes by the estimate, each group as it can be typed."""
+
+    def fits(changed: TrainConfig) -> bool:
+        return sum(estimate_memory(changed, model_shape(changed)[0], world_size).values()) <= memory
+
+    def batch_words(changed: TrainConfig) -> str | None:
+        for size in reversed(batch_sizes(cfg)):
+            smaller = with_batch_size(changed, size)
+            if size <= cfg.batch_size and fits(smaller):
+                steps = smaller.gradient_accumulation_steps
+                more = f" --batch-size {size} --gradient-accumulation-steps {steps}"
+                return "" if size == cfg.batch_size else more
+        return None
+
+    found = [batch_words(cfg)]
+    if not cfg.gradient_checkpointing:
+        batch = batch_words(replace(cfg, gradient_checkpointing=True))
+        found.append(None if batch is None else f" --gradient-checkpointing{batch}")
+    if not (cfg.resume or cfg.model_config or cfg.init_from):
+        smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
+        names = [name for name in smaller if fits(replace(cfg, model_size=name))]
+        found.append(f" --model-size {names[-1]}" if names else None)
+    return [words.strip() for words in found if words]
+
+
+def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> tuple[str | None, bool]:
+    """A sentence if a run needs all or more of its smallest GPU's memory, and whether it is more."""
+    shape = model_shape(cfg)
+    gpu = min(gpus, key=lambda gpu: gpu.total, default=None)
+    if shape is None or gpu is None or not gpu.total:
+        return None, False
+    if cfg.find_batch_size:
+        cfg = with_batch_size(cfg, 1)
+    parts, memory = estimate_memory(cfg, shape[0], world_size), gpu.total << 20
+    needed = sum(parts.values())
+    if needed <= MEMORY_TO_USE * memory:
+        return None, False
+    options = ", 또는 ".join(fitting_options(cfg, world_size, MEMORY_TO_USE * memory))
+    advice = f"들어가는 설정: {options}" if options else "--max-seq-length 를 줄이거나 메모리가 더 큰 GPU를 쓰세요"
+    verdict = "부족합니다" if needed > memory else "빠듯합니다"
+    return (
+        f"GPU 메모리가 {verdict}: GPU당 {needed / 2**30:.1f} GiB가 필요하고 {gpu.name}에는 {memory / 2**30:.1f} GiB가 "
+        f"있습니다 ({memory_words(parts)}). {advice}"
+    ), needed > memory
+
+
+def named_peak_flops(gpu_name: str) -> float | None:
+    """Peak FLOP/s of a GPU by its name; None where it isn't known."""
+    return next((value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name), None)
+
+
+def speed_key(cfg: TrainConfig, world_size: int, gpu_name: str | None) -> str:
+    """Names what decides the speed of a run, in the file of measured speeds; ``gpu_name`` is None on a CPU."""
+    names = [item.name for item in fields(TrainConfig) if item.metadata["group"] in ("model", "hopper")]
+    names += ["vocab_size", "batch_size", "max_seq_length"]
+    values = [f"{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) is not None]
+    return ", ".join([gpu_name or f"CPU {os.cpu_count()}", f"processes={world_size}", *values])
+
+
+def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str | None, tokens: int) -> str:
+    """How long ``tokens`` take, and what tells so: a run that was measured here, or an assumed MFU."""
+    speed = read_json(cfg.cache_dir / "speed.json").get(speed_key(cfg, world_size, gpu_name))
+    if speed:
+        return f"{format_duration(tokens / speed)} (이 머신에서 잰 {speed:,.0f} 토큰/s)"
+    shape, peak = model_shape(cfg), gpu_name and named_peak_flops(gpu_name)
+    if shape is None or not peak:
+        return "알 수 없음 (한 번 실행하면 그 속도로 계산)"
+    per_token = 6 * shape[0].parameter_count(cfg.vocab_size)
+    per_token += 12 * shape[0].layers * shape[0].hidden * cfg.max_seq_length
+    seconds = tokens * per_token / (ASSUMED_MFU * peak * world_size)
+    return f"{format_duration(seconds)} (MFU {ASSUMED_MFU:.0%} 가정)"
 
 
 def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
@@ -911,27 +1468,34 @@ def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     return problems
 
 
+def planned_checkpoint(cfg: TrainConfig) -> Path | None:
+    """``resume_checkpoint`` before the start; None on other machines than the first, which may not have it."""
+    return None if node_rank() else resume_checkpoint(cfg)
+
+
 def planned_resume_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     """``resume_problems`` as far as they can be told before the corpus is opened; FileNotFoundError as there."""
-    checkpoint = resume_checkpoint(cfg)
+    checkpoint = planned_checkpoint(cfg)
     if checkpoint is None:
         return []
     files = corpus_files(cfg)
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
-    return resume_problems(cfg, world_size, read_json(checkpoint / "training_info.json"), report.get("fingerprint"))
+    info = read_json(checkpoint / "training_info.json")
+    cfg, _ = with_same_step_tokens(cfg, world_size, info)
+    return resume_problems(cfg, world_size, info, report.get("fingerprint"))
 
 
 def check_disk_for_checkpoints(cfg: TrainConfig, steps: int | None) -> str | None:
     """A sentence if the checkpoints that the options plan can't fit beside the output; None if they can.
 
-    A checkpoint holds the weights in fp32; the newest two, and one that is being written, also two
-    Adam moments.
+    A checkpoint holds the weights in fp32; the newest two, and one that is being written, also the
+    optimizer's state.
     """
     shape = model_shape(cfg)
     if shape is None or steps is None:
         return None
     count = min(-(-steps // cfg.save_steps), cfg.save_total_limit or steps) + 1 + cfg.save_initial
-    needed = 4 * shape[0].parameter_count(cfg.vocab_size) * (count + 2 * min(count, 3))
+    needed = count * 4 * shape[0].parameter_count(cfg.vocab_size) + min(count, 3) * optimizer_bytes(cfg, shape[0])
     existing = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed <= free:
@@ -949,12 +1513,32 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
     return list_data_files(cfg.dataset_path)
 
 
-def plan(argv: list[str], num_gpus: int, background: bool) -> int:
-    """Print, for the launcher, ``name=value`` lines, an empty line, and what a person sees before the start."""
-    cfg = parse_args(argv)
-    typed_device = cfg.device
+@dataclass(frozen=True)
+class Start:
+    """What a run would start with on this machine."""
+
+    cfg: TrainConfig
+    gpus: list[Gpu]  # that it uses
+    processes: int
+    interface: str  # towards the first of several machines
+    notes: list[str]  # what was adapted to the GPUs that are there
+    adapted: list[str]  # and to a CPU
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return node_count() * self.processes
+
+
+def plan_start(cfg: TrainConfig, num_gpus: int, first_node: str) -> Start:
+    """Complete the options on this machine, and refuse what can't run here.
+
+    Raises:
+        UsageProblem: the options can't be used together.
+        EnvironmentProblem: with all that is lacking.
+    """
+    typed_device, interface, lacking = cfg.device, "", []
     gpus = [] if cfg.device == "cpu" else query_gpus()
-    lacking = []
     try:
         device, processes, notes = plan_device(cfg, gpus, num_gpus)
     except EnvironmentProblem as error:  # go on as if the GPUs were there, to tell what else is lacking
@@ -963,31 +1547,70 @@ def plan(argv: list[str], num_gpus: int, background: bool) -> int:
     wrong, lacking = validate_config(cfg), lacking + cpu_problems(cfg)
     if wrong or (lacking and typed_device == "cpu"):
         raise UsageProblem(wrong + lacking)
-    problems = lacking + plan_problems(cfg, processes)
+    if node_count() > 1:
+        try:
+            interface = node_interface(first_node)
+        except EnvironmentProblem as error:
+            lacking += error.problems
+    problems = lacking + plan_problems(cfg, node_count() * processes)
     if problems:
         raise EnvironmentProblem(problems)
+    return Start(cfg, gpus[:processes], processes, interface, notes, adapted)
+
+
+def fit_problems(start: Start, cfg: TrainConfig, steps: int | None) -> list[str]:
+    """What is short of room on the disk or a GPU: told in a test, refused in train (EnvironmentProblem)."""
+    disk = None if node_rank() else check_disk_for_checkpoints(cfg, steps)
+    memory, too_large = memory_problem(cfg, start.gpus, start.world_size)
+    problems = [text for text, fatal in ((disk, True), (memory, too_large)) if text and fatal]
+    if problems and not cfg.is_test:
+        raise EnvironmentProblem(problems)
+    return [text for text in (disk, memory) if text]
+
+
+def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
+    """Print, for the launcher, ``name=value`` lines, an empty line, and what a person sees before the start.
+
+    ``first_node`` is the address of the first of several machines.
+    """
+    typed = parse_args(argv)
+    start = plan_start(typed, num_gpus, first_node)
+    cfg, notes, world_size, done = start.cfg, start.notes, start.world_size, 0
+    checkpoint = planned_checkpoint(cfg)
+    if checkpoint is not None:
+        info = read_json(checkpoint / "training_info.json")
+        cfg, note = with_same_step_tokens(cfg, world_size, info)
+        notes += [note] if note else []
+        done = info["step"]
     files = corpus_files(cfg)
     tokens, exact = estimate_tokens(cfg, files)
     steps = None
     if cfg.max_steps or tokens is not None:
-        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, processes)
-    problem = check_disk_for_checkpoints(cfg, steps)
-    if problem and not cfg.is_test:
-        raise EnvironmentProblem(problem)
-    notes += [problem] if problem else []
+        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, world_size)
+    cfg = replace(cfg, vocab_size=planned_vocab_size(cfg))
+    notes += fit_problems(start, cfg, steps)
+    torch_told = not start.gpus and not missing_packages()
     values = {
-        "device": device,
-        "processes": processes,
-        "threads": max(1, (os.cpu_count() or 1) // processes),
+        "device": cfg.device,
+        "processes": start.processes,
+        "threads": max(1, (os.cpu_count() or 1) // start.processes),
         "output_dir": cfg.output_dir,
         "logs_dir": cfg.logs_dir,
-        "add_device": "" if typed_device == device else device,
-        "gpus": len(gpus[:processes]),
+        "max_restarts": cfg.max_restarts,
+        "add_device": "" if typed.device == cfg.device else cfg.device,
+        "gpus": len(start.gpus),
+        "interface": start.interface,
+        "torch_told": "true" if torch_told else "false",
     }
     print("\n".join(f"{name}={value}" for name, value in values.items()), end="\n\n")
-    print("\n".join(check_lines(cfg, gpus[:processes], files, notes)), end="\n\n")
-    print("\n".join(info_lines(cfg, processes, background, (steps, exact))))
-    print("\n".join(f"⚠️  {note}" for note in adapted))
+    if torch_told:  # without a GPU there is nothing to ask PyTorch itself: one question less
+        check_torch(needs_cuda=False, argv=argv)
+    print("\n".join(check_lines(cfg, start.gpus, files, notes)), end="\n\n")
+    print("\n".join(info_lines(cfg, world_size, background, (steps, exact))))
+    if steps is not None:
+        left = max(0, steps - done) * cfg.tokens_per_step(world_size)
+        print(f"   • 예상 시간: {estimated_time(cfg, world_size, start.gpus[0].name if start.gpus else None, left)}")
+    print("\n".join(f"⚠️  {note}" for note in start.adapted))
     return 0
 
 
@@ -1014,9 +1637,11 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
     ``known`` holds the steps of the run and whether they come from a tokenised corpus.
     """
     steps, exact = known
+    count = node_count()
+    nodes = f" (머신 {count}대 x {world_size // count}개, 이 머신은 {node_rank()}번)" if count > 1 else ""
     step_tokens = cfg.tokens_per_step(world_size)
     shape = model_shape(cfg)
-    gib = estimate_memory(cfg, shape[0]) / 2**30 if shape else None
+    memory = estimate_memory(cfg, shape[0], world_size) if shape and not cfg.find_batch_size else None
     length = "테스트 모드" if cfg.is_test else "실제 학습 모드"
     length += f" ({cfg.max_steps}스텝)" if cfg.max_steps else f" ({cfg.max_epochs}에포크)"
     run_mark = "" if exact or cfg.max_steps else " (추정)"
@@ -1024,21 +1649,28 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
     parameters = (
         f"{shape[0].parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({shape[1]})" if shape else "모델을 읽은 뒤 정해집니다"
     )
+    per_parameter = steps * step_tokens / shape[0].parameter_count(cfg.vocab_size) if steps and shape else None
     engine = cfg.precision.upper() + (" + torch.compile" if cfg.compile else "")
     lines = [
         "📋 학습 정보",
         "=================================",
         f"🎯 모드: {length}",
         "🔧 하이퍼파라미터:",
-        f"   • 배치 크기: {cfg.batch_size}",
+        f"   • 배치 크기: {'--find-batch-size 로 찾음' if cfg.find_batch_size else cfg.batch_size}",
         f"   • 학습률: {format_value(cfg.learning_rate)}",
         f"   • 최대 시퀀스 길이: {cfg.max_seq_length}",
         f"   • Mixed Precision: {cfg.precision}",
         f"   • 모델 컴파일: {str(cfg.compile).lower()}",
-        f"   • 기울기 누적: {cfg.gradient_accumulation_steps}",
+        f"   • 기울기 누적: {'배치 크기에 맞춤' if cfg.find_batch_size else cfg.gradient_accumulation_steps}",
+        f"   • 옵티마이저: {cfg.optimizer}",
         f"   • 모델 파라미터: {parameters}",
         f"   • 스텝당 토큰: {step_tokens:,}",
         f"   • 전체 학습: {whole}",
+        *(
+            [f"   • 파라미터당 토큰: {per_parameter:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})"]
+            if per_parameter
+            else []
+        ),
         "📁 경로:",
         f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
         *([f"   • 데이터 혼합: {cfg.mix}"] if cfg.mix else []),
@@ -1049,12 +1681,13 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
         f"   • 초기 모델 저장: {str(cfg.save_initial).lower()}",
         f"   • 백그라운드 실행: {str(background).lower()}",
         "🚀 H100 설정:" if cfg.device == "cuda" else "🚀 실행 설정 (CPU):",
-        f"   • {'GPU' if cfg.device == 'cuda' else 'CPU 프로세스'} 수: {world_size}",
+        f"   • {'GPU' if cfg.device == 'cuda' else 'CPU 프로세스'} 수: {world_size}{nodes}",
         f"   • 분산 학습: {'DDP' if world_size > 1 else '없음 (단일 프로세스)'}",
         f"   • 최적화: {engine}",
     ]
-    if gib is not None:
-        lines.append(f"   • 예상 메모리: {'GPU' if cfg.device == 'cuda' else '프로세스'}당 {gib:.1f} GiB (추정)")
+    if memory is not None:
+        whose, gib = "GPU" if cfg.device == "cuda" else "프로세스", sum(memory.values()) / 2**30
+        lines.append(f"   • 예상 메모리: {whose}당 {gib:.1f} GiB (추정: {memory_words(memory)})")
     return lines
 
 
@@ -1080,7 +1713,33 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def check_torch(needs_cuda: bool) -> int:
+def agent_arguments() -> list[str]:
+    """Arguments with which Python starts torchrun so that, asked to stop, it waits for a last save of any length.
+
+    Newer ones read TORCH_ELASTIC_SHUTDOWN_TIMEOUT; in torch 2.11 the 30 s after which it kills its
+    workers stand in the code only.
+    """
+    import importlib.util
+
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in read_text(torch / "distributed" / "launcher" / "api.py"):
+        return ["-m", "torch.distributed.run"]
+    longer = "from torch.distributed.elastic.multiprocessing import PContext; PContext.close.__defaults__ = None, 86400"
+    return ["-c", f"{longer}; import torch.distributed.run; torch.distributed.run.main()"]
+
+
+def fp8_problem(capability: tuple[int, int]) -> str | None:
+    """What keeps ``--fp8`` from running with this Python on a GPU of this compute capability, in Korean."""
+    if capability < (8, 9):
+        return f"--fp8: 이 GPU(compute capability {capability[0]}.{capability[1]})에는 FP8이 없습니다. --bf16 을 쓰세요"
+    try:
+        importlib.metadata.version("torchao")
+    except importlib.metadata.PackageNotFoundError:
+        return f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao"
+    return None
+
+
+def check_torch(needs_cuda: bool, argv: list[str]) -> int:
     """Print PyTorch's line of the environment check; ask it for CUDA only where a GPU was seen."""
     version = importlib.metadata.version("torch")
     if not needs_cuda:
@@ -1096,76 +1755,410 @@ def check_torch(needs_cuda: bool) -> int:
             f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
         )
     print(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
+    problem = fp8_problem(torch.cuda.get_device_capability()) if parse_args(argv).precision == "fp8" else None
+    if problem:
+        raise EnvironmentProblem(problem)
     return 0
 
 
-def read_last_metrics(output_dir: Path) -> dict[str, Any]:
-    """The newest logged step of a run, with the newest evaluation's values added."""
-    merged: dict[str, Any] = {}
+# --- watching a run: --status, --follow, and the bar of --foreground ---
+
+
+def recent_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The newest lines of ``metrics.jsonl``, oldest first, without one that is being written."""
+    path, found = output_dir / "metrics.jsonl", []
     try:
-        lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        with open(path, "rb") as stream:
+            stream.seek(max(0, path.stat().st_size - RECENT_METRICS_BYTES))
+            lines = stream.read().splitlines()
     except FileNotFoundError:
-        return merged
-    for line in lines[-2000:]:
-        try:
-            merged.update(json.loads(line))
-        except ValueError:
-            continue  # the line that is being written right now
-    return merged
+        return []
+    for line in lines:
+        with suppress(ValueError):  # cut off by where we began to read, or not whole yet
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
+
+
+def seconds_left(records: list[dict[str, Any]], step: int | None, total_steps: int | None) -> float | None:
+    """Time to the end at the pace of the last logged steps, evaluations and saves included; None if unknown."""
+    logged = [record for record in records if "loss" in record][-100:]
+    if len(logged) < 2 or step is None or total_steps is None:
+        return None
+    first, last = logged[0], logged[-1]
+    pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    return max(0.0, (total_steps - step) * pace)
+
+
+def this_runs_info(output_dir: Path, pid: str | None) -> dict[str, Any]:
+    """``run_info.json``; empty if it is an earlier run's while the one of the supervisor ``pid`` hasn't got there."""
+    info = read_json(run_info_path(output_dir))
+    return info if pid is None or str(info.get("run_id")).partition("-")[0] == pid else {}
 
 
 STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
+WARNING_NAMES = {"skipped_steps": "건너뛴 스텝", "restarts": "자동 재시작", "failed_saves": "실패한 저장"}
 
 
-def print_status(output_dir: Path, alive: bool, as_json: bool) -> int:
-    """Print how a run stands; ``alive`` says whether the launcher found its process."""
-    info, metrics = read_json(output_dir / "run_info.json"), read_last_metrics(output_dir)
+def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
+    """How a run stands, as ``--status --json`` prints it; ``alive`` says whether the launcher found its process."""
+    pid = read_text(log_path(cfg.logs_dir, "training.pid")).strip() if alive else None
+    info = this_runs_info(cfg.output_dir, pid)
+    records = [] if alive and not info else recent_metrics(cfg.output_dir)
+    metrics = {name: value for record in records for name, value in record.items()}
     state = info.get("state")
     if alive:
         state = "running"
     elif state == "running":
         state = "failed"
-    latest = list_checkpoints(output_dir)
-    status = {
+    gpus, gpu_problem = [], None
+    if alive and info.get("options", {}).get("device") == "cuda":
+        try:
+            visible = info["machine"].get("visible_devices")
+            gpus = query_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})[: info["world_size"]]
+        except EnvironmentProblem as error:
+            gpu_problem = str(error)
+    latest = list_checkpoints(cfg.output_dir)
+    figures = ("loss", "val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")
+    figures += ("tokens_per_second", "mfu", "memory_gb")
+    total = info.get("total_steps")
+    return {
         "state": state,
+        "pid": int(pid) if pid else None,
+        "started": info.get("started"),
         "step": metrics.get("step"),
-        "total_steps": info.get("total_steps"),
-        **{name: metrics.get(name) for name in ("loss", "val_bits_per_byte", "tokens_per_second", "mfu", "memory_gb")},
+        "total_steps": total,
+        **{name: metrics.get(name) for name in figures},
+        "seconds_left": seconds_left(records, metrics.get("step"), total) if alive else None,
+        "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
+        "gpu_problem": gpu_problem,
         "last_checkpoint": str(latest[-1]) if latest else None,
+        "warnings": {name: warning_count(info.get(name, 0)) for name in WARNING_NAMES},
         "error": info.get("error"),
     }
+
+
+def warning_count(value: int | list[int]) -> int:
+    """A count in ``run_info.json``; of the restarts it holds the steps."""
+    return len(value) if isinstance(value, list) else value
+
+
+def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> int:
+    """Print how a run stands."""
+    status = run_status(cfg, alive)
     if as_json:
         print(json.dumps(status, ensure_ascii=False))
         return 0
-    print(f"📊 상태: {STATE_NAMES.get(state, '기록 없음')}")
-    labels = {
-        "step": "스텝",
-        "loss": "손실",
-        "val_bits_per_byte": "검증 bits/byte",
-        "tokens_per_second": "토큰/s",
-        "mfu": "MFU",
-        "memory_gb": "메모리(GB)",
-        "last_checkpoint": "마지막 체크포인트",
-        "error": "오류",
-    }
-    for name, label in labels.items():
-        if status[name] is not None:
-            total = f" / {status['total_steps']:,}" if name == "step" and status["total_steps"] else ""
-            number = f"{status[name]:,.4g}" if isinstance(status[name], float) else status[name]
-            print(f"   • {label}: {number}{total}")
+    state = STATE_NAMES.get(status["state"], "기록 없음")
+    print(f"📊 상태: {state}" + (f" (PID {status['pid']})" if status["pid"] else ""))
+    for label, text in status_lines(cfg, status):
+        print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
     return 0
+
+
+def status_lines(cfg: TrainConfig, status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is known of a run: a label and a text each."""
+    if status["step"] is not None:
+        total = status["total_steps"]
+        yield "스텝", f"{status['step']:,}" + (f" / {total:,} ({status['step'] / total:.1%})" if total else "")
+    elif status["pid"]:
+        lines = read_text(log_path(cfg.logs_dir, "training_console.log")).split("\n")
+        yield "지금", fit_width(next((line.strip() for line in reversed(lines) if line.strip()), "시작하는 중"), 55)
+    if status["seconds_left"] is not None:
+        yield "남은 시간", format_duration(status["seconds_left"])
+    if status["loss"] is not None:
+        yield "손실", f"{status['loss']:.4f}"
+    if status["val_bits_per_byte"] is not None:
+        parts = {name: status[f"val_bits_per_byte_{name}"] for name in ("ko", "en")}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if value is not None)
+        yield "검증 bits/byte", f"{status['val_bits_per_byte']:.4f}" + (f" ({shown})" if shown else "")
+    if status["tokens_per_second"] is not None:
+        mfu = f", MFU {status['mfu']:.1%}" if status["mfu"] is not None else ""
+        yield "속도", f"{status['tokens_per_second']:,.0f} 토큰/s{mfu}"
+    if status["memory_gb"] is not None:
+        yield "메모리", f"{status['memory_gb']:.1f} GB"
+    for index, gpu in enumerate(status["gpus"]):
+        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
+        yield f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"
+    if status["gpu_problem"]:
+        yield "GPU", status["gpu_problem"]
+    if status["last_checkpoint"]:
+        path = Path(status["last_checkpoint"])
+        shown = display_path(path) if display_width(display_path(path)) <= 40 else path.name
+        yield "마지막 체크포인트", f"{shown} ({format_duration(time.time() - path.stat().st_mtime)} 전)"
+    warnings = [f"{name} {status['warnings'][key]:,}" for key, name in WARNING_NAMES.items() if status["warnings"][key]]
+    if warnings:
+        yield "경고", ", ".join(warnings)
+    if status["error"]:
+        yield "오류", status["error"]
+
+
+def stage_line(title: str, share: float, left: float | None) -> str:
+    """What the log says of a long stage before training; the follower of the log makes a bar of it."""
+    return f"   {title}: {share:.0%}, 남은 시간 {'-' if left is None else format_duration(left)}"
+
+
+def waiting_line(title: str, seconds: float) -> str:
+    """What the log says of a call that can't tell how far it is."""
+    return f"   {title}... {format_duration(seconds)} 지남"
+
+
+STAGE_LINE = re.compile(
+    r"   (?:(?P<title>[^:]+): (?P<percent>\d+)%, 남은 시간 (?P<left>\S.*)|(?P<waiting>.+\.\.\. .+ 지남))"
+)
+
+
+def progress_bar(share: float, text: str, columns: int) -> str:
+    """A bar with a text behind it, in at most ``columns`` of a terminal; the text alone where a bar has no room.
+
+    ASCII: block characters are two columns wide on some Korean terminals.
+    """
+    room = min(30, columns - display_width(text) - 8)
+    if room < 6:
+        return fit_width(text, columns)
+    filled = int(room * share)
+    return f"[{'=' * filled}{'-' * (room - filled)}] {int(100 * share):3}% {text}"
+
+
+def short_number(value: float) -> str:
+    """A number in a few characters: 9,876 or 98.8k or 1.23M."""
+    if value < 10_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e3:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
+
+
+class LogFollower:
+    """Shows the console log as it grows, and on a terminal a line below it that tells how far the run is.
+
+    The workers write lines to the log and nothing else, so that it stays free of bars.
+    """
+
+    def __init__(self, cfg: TrainConfig, pid: str):
+        self.cfg, self.pid = cfg, pid
+        self.live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.ended = self.stopping = False  # set from outside
+        self.unfinished = b""  # the begin of a line
+        self.stage: re.Match | None = None
+        self.begun = time.monotonic()
+        self.metrics_stamp: tuple[int, int] | None = None
+        self.records: list[dict[str, Any]] = []
+
+    def is_running(self) -> bool:
+        """Whether the supervisor lives: it holds the lock of the logs on descriptor 9."""
+        try:
+            return not self.ended and os.path.samefile(f"/proc/{self.pid}/fd/9", self.cfg.logs_dir / ".training.lock")
+        except OSError:
+            return False
+
+    def follow(self, stream: Any) -> None:
+        """Show what ``stream``, the log, holds from where it stands, and what comes, until the run ends."""
+        running = True
+        while running:
+            running = self.is_running()  # asked first, so that the last lines are not missed
+            self.show(stream.read())
+            if running:
+                self.draw(self.progress())
+                time.sleep(0.3)
+        self.show(b"\n" if self.unfinished else b"")
+        self.draw("")
+
+    def show(self, content: bytes) -> None:
+        """Print the whole lines of what was added to the log; on a terminal a stage's go into the bar."""
+        *lines, self.unfinished = (self.unfinished + content).split(b"\n")
+        shown = []
+        for line in (line.decode("utf-8", "replace") for line in lines):
+            self.stage = STAGE_LINE.fullmatch(line) if self.live else None
+            if self.stage is None:
+                shown.append(line + "\n")
+        if shown:
+            self.draw("")
+            print("".join(shown), end="", flush=True)
+
+    def draw(self, text: str) -> None:
+        """Replace the line at the bottom."""
+        if self.live:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+
+    def progress(self) -> str:
+        """How far the run is, in one line of the terminal."""
+        columns = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
+        step, total = self.trained()
+        if total and not self.stopping:
+            logged = next((record for record in reversed(self.records) if "loss" in record), None)
+            parts = [f"{step:,}/{total:,}"]
+            if logged is not None:
+                loss = "-" if logged["loss"] is None else f"{logged['loss']:.4f}"
+                parts += [f"손실 {loss}", f"{short_number(logged['tokens_per_second'])} 토큰/s"]
+            left = seconds_left(self.records, step, total)
+            parts += [f"{format_duration(left)} 남음"] if left is not None else []
+            return progress_bar(step / total, "  ".join(parts), columns)
+        if self.stage is not None and self.stage["title"]:
+            text = f"{self.stage['title']}  {self.stage['left']} 남음"
+            return progress_bar(int(self.stage["percent"]) / 100, text, columns)
+        waiting = self.stage["waiting"] if self.stage else None
+        elapsed = time.monotonic() - self.begun
+        text = waiting or f"{'멈추는' if self.stopping else '준비하는'} 중... {format_duration(elapsed)} 지남"
+        return fit_width(f"{'|/-'[int(elapsed / 0.3) % 3]} {text}", columns)
+
+    def trained(self) -> tuple[int, int]:
+        """The last step and the steps of the whole run; both 0 before training."""
+        output = self.cfg.output_dir
+        info, step = this_runs_info(output, self.pid), read_text(output / ".progress").strip()
+        if info.get("state") != "running" or "first_step" not in info or not step:
+            return 0, 0
+        with suppress(FileNotFoundError):
+            found = (output / "metrics.jsonl").stat()
+            if self.metrics_stamp != (found.st_mtime_ns, found.st_size):
+                self.metrics_stamp = found.st_mtime_ns, found.st_size
+                self.records = recent_metrics(output)
+        return int(step), info["total_steps"]
+
+
+LAST_LINES = 10  # of the log that --follow shows before what is new
+EXIT_CODES = {"finished": 0, "stopped": STOPPED}
+
+
+def follow_run(cfg: TrainConfig, pid: str, how: str) -> int:
+    """Follow a run's log to the run's end; returns the exit code of how it stood then.
+
+    ``how``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the
+    run to stop first; "foreground" shows all and ends with SIGTERM, by the launcher that runs it.
+    """
+    follower = LogFollower(cfg, pid)
+    if how == "foreground":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the run: the launcher passes it on
+        signal.signal(signal.SIGTERM, lambda *_: setattr(follower, "ended", True))
+    else:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with open(log_path(cfg.logs_dir, "training_console.log"), "rb") as stream:
+            if how == "follow":
+                lines = stream.read().splitlines(keepends=True)
+                stream.seek(-sum(map(len, lines[-LAST_LINES:])), os.SEEK_END)
+            elif how == "stop":
+                stream.seek(0, os.SEEK_END)
+                os.kill(int(pid), signal.SIGTERM)
+                follower.stopping = True
+            follower.follow(stream)
+    except KeyboardInterrupt:
+        follower.draw("")
+        if how == "stop":
+            print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요")
+        else:
+            print(f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요")
+        return 0
+    except BrokenPipeError:  # whoever read this has seen enough, as in --follow | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return EXIT_CODES.get(str(read_json(run_info_path(cfg.output_dir)).get("state")), ENVIRONMENT_ERROR)
+
+
+def draw_curves(output_dir: Path) -> int:
+    """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    os.nice(10)
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    info = read_json(run_info_path(output_dir))
+    figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
+    model = info.get("options", {}).get("model_size") or "model"
+    figure.suptitle(f"{model}, step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
+    panels = figure.subplots(2, 2).flat
+    for panel, plot in zip(panels, (plot_loss, plot_validation, plot_learning_rate, plot_speed), strict=True):
+        panel.set_xlabel("Step")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.locator_params(axis="x", nbins=5, integer=True)
+        plot(panel, records)
+    temporary = output_dir / f".training_curves.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            FigureCanvasAgg(figure).print_png(stream)
+        os.replace(temporary, output_dir / "training_curves.png")
+    finally:
+        temporary.unlink(missing_ok=True)  # half of it would take room on a full disk
+    return 0
+
+
+def series(records: list[dict[str, Any]], name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
+    """Steps and values of one figure, where it is known."""
+    known = [(record["step"], factor * record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average over about a sixtieth of the values, without the pull of its first value."""
+    keep = 1 - 2 / (max(4, len(values) // 60) + 1)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def plot_loss(panel: Any, records: list[dict[str, Any]]) -> None:
+    """Training loss, raw and smoothed."""
+    steps, losses = series(records, "loss")
+    panel.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="raw")
+    panel.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.5, label="smoothed")
+    panel.set(title="Training loss", ylabel="Cross entropy (nats/token)")
+    panel.legend()
+
+
+def plot_validation(panel: Any, records: list[dict[str, Any]]) -> None:
+    """Bits per byte of the held-out documents: all, Korean, English."""
+    for suffix, label in (("", "all"), ("_ko", "ko"), ("_en", "en")):
+        steps, values = series(records, f"val_bits_per_byte{suffix}")
+        if steps:
+            panel.plot(steps, values, marker="o", markersize=3, label=label)
+    panel.set(title="Validation", ylabel="Bits per byte of text")
+    if panel.lines:
+        panel.margins(y=0.25)  # room for the legend above the curves
+        panel.legend(loc="upper right", ncols=3)
+    else:
+        panel.text(0.5, 0.5, "no evaluation yet", transform=panel.transAxes, ha="center")
+
+
+def plot_learning_rate(panel: Any, records: list[dict[str, Any]]) -> None:
+    """Learning rate of each step."""
+    panel.plot(*series(records, "learning_rate"), color="tab:green")
+    panel.set(title="Learning rate", ylabel="Learning rate of a step")
+    panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    panel.set_ylim(bottom=0)
+
+
+def plot_speed(panel: Any, records: list[dict[str, Any]]) -> None:
+    """Tokens a second over all ranks, and MFU on an axis of its own where it is known."""
+    lines = panel.plot(*series(records, "tokens_per_second"), color="tab:blue", linewidth=1, label="tokens/s")
+    panel.set(title="Speed", ylabel="Tokens/s (all ranks)")
+    panel.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    panel.set_ylim(bottom=0)
+    steps, shares = series(records, "mfu", 100)
+    if steps:
+        right = panel.twinx()
+        lines += right.plot(steps, shares, color="tab:orange", linewidth=1, linestyle="--", label="MFU")
+        right.set_ylabel("MFU (%)")
+        right.set_ylim(0, 100)
+        right.grid(False)
+    panel.legend(handles=lines, loc="lower right", ncols=2)
+    if not steps:
+        panel.set_title("Speed (MFU is not known here)")
 
 
 def finalize_state(output_dir: Path, outcome: str, reason: str) -> int:
     """Set the state of a run whose workers could not; print the state."""
-    info = read_json(output_dir / "run_info.json")
-    if info.get("run_id") != os.environ.get("RUN_ID"):
+    info = read_json(run_info_path(output_dir))
+    if info.get("run_id") != run_id():
         info = {}  # an earlier run's: this one ended before it wrote its own
     if info.get("state") == "running":
         info.update(state=outcome, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if outcome == "failed":
             info["error"] = reason
-        write_json(output_dir / "run_info.json", info)
+        write_json(run_info_path(output_dir), info)
     print(info.get("state", outcome))
     return 0
 
@@ -1177,29 +2170,46 @@ def standalone_main(argv: list[str]) -> int | None:
     """
     try:
         if "--help" in argv or "-h" in argv:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads it may have seen enough
             print(help_text())
             return 0
         if argv[:1] == ["internal:plan"]:
-            return plan(argv[3:], int(argv[1]), argv[2] == "true")
+            return plan(argv[4:], int(argv[1]), argv[2] == "true", argv[3])
         if argv[:1] == ["internal:packages"]:
             print("\n".join(missing_packages()))
             return 0
+        if argv[:1] == ["internal:agent"]:
+            print("\n".join(agent_arguments()))
+            return 0
         if argv[:1] == ["internal:torch"]:
-            return check_torch(argv[1] != "0")
+            return check_torch(argv[1] != "0", argv[2:])
+        if argv[:1] == ["internal:use"]:
+            check_use(parse_args(argv[1:]))
+            return 0
         if argv[:1] == ["internal:paths"]:
             cfg = parse_args(argv[1:])
             print(f"output_dir={cfg.output_dir}\nlogs_dir={cfg.logs_dir}")
             return 0
         if argv[:1] == ["internal:status"]:
-            return print_status(parse_args(argv[3:]).output_dir, argv[1] == "true", argv[2] == "true")
+            return print_status(parse_args(argv[3:]), argv[1] == "true", argv[2] == "true")
+        if argv[:1] == ["internal:curves"]:
+            return draw_curves(Path(argv[1]))
+        if argv[:1] == ["internal:follow"]:
+            return follow_run(parse_args(argv[3:]), argv[1], argv[2])
         if argv[:1] == ["internal:finalize"]:
             return finalize_state(Path(argv[1]), argv[2], argv[3])
-        parse_args(argv)
+        cfg = parse_args(argv)
+        if cfg.uses_checkpoint:
+            for number in (signal.SIGINT, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)  # nothing is lost, so nothing is caught
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin lose far more beside other work
+            check_use(cfg)
+            return None
+        return check_restart(cfg)
     except (UsageProblem, EnvironmentProblem) as error:
         for problem in error.problems:
             print(f"❌ {problem}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
-    return None
 
 
 if __name__ == "__main__":
@@ -1207,28 +2217,38 @@ if __name__ == "__main__":
     if exit_code is not None:
         sys.exit(exit_code)
 
+import faulthandler
 import gc
 import gzip
 import itertools
 import logging
 import multiprocessing
+import pickle
 import random
-import signal
+import select
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch import nn
+from torch.optim.adamw import adamw
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -1248,9 +2268,21 @@ LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
 MOST_BAD_LINES = 0.01
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
+MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
 MOST_BAD_LINES_KEPT = 100_000
 MOST_NAMES_SHOWN = 20
+LOST_NODE_SECONDS = 300  # without a step, after which a stop can't be meant any more
+MOST_MINUTES_APART = 7 * 24 * 60  # that one machine may be ready before another
+BATCHES_AHEAD = 4  # that each thread of the loader reads before the step asks
+TRACKER_PROJECT = "h100_dual"
+DRAWING_INTERVAL = 30.0  # seconds between two drawings of the curves at least
+DRAWING_SECONDS = 60.0  # that one may take
+# What is completed while training, where --prompt names nothing else.
+SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")
+SAMPLE_TOKENS = 64
+COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 
 logger = logging.getLogger("h100_dual")
 
@@ -1259,12 +2291,38 @@ logger = logging.getLogger("h100_dual")
 # ======================================================================================
 
 
+def agent_pid() -> int | None:
+    """The torchrun that started this process; None without one, -1 if it died while this one was imported.
+
+    Under torchrun a new parent means that the agent died; a shell may well go away.  The launcher's
+    agent has this run's name in its environment, and whoever takes over its orphans has not.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parent, name = os.getppid(), os.environ.get("RUN_ID")
+    if name is None:
+        return parent
+    with suppress(OSError):  # it ended just now
+        if f"RUN_ID={name}".encode() in Path(f"/proc/{parent}/environ").read_bytes().split(b"\0"):
+            return parent
+    return -1
+
+
+def count_children(pid: int) -> int:
+    """How many children the threads of a process have; 0 if it is gone."""
+    count = 0
+    with suppress(OSError):  # a thread, or the process, ended meanwhile
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            count += len(Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return count
+
+
 class StopRequested(BaseException):
     """A signal asked to end before the first step; not an Exception, so that nothing swallows it."""
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps.
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and knows how far it is.
 
     Until ``defer`` is called there is nothing worth saving, so a signal ends the run at once.
     Outside the launcher a second signal ends it at once too.
@@ -1273,14 +2331,23 @@ class StopFlag:
     def __init__(self) -> None:
         self.requested = False
         self.deferred = False
+        self.watched = False  # by a Watchdog
+        self.saving = False  # a checkpoint is being written, beside training or at its end
+        self.finishing = False  # this rank has left the loop: the others may be gone
+        self.stepped = False
+        self.progressed: float | None = None  # when, on the monotonic clock; None where no limit holds
+        self.progress_file: int | None = None
         self.deadline = math.inf  # of --max-hours, on the monotonic clock
-        # Under torchrun a new parent means that the agent died; a shell may well go away.
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.parent = agent_pid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
         """Signal handler: set the flag, or leave."""
+        if number == signal.SIGTERM and self.peer_is_gone():  # nobody asked to stop: the agent ends what is left
+            if not self.watched:
+                os._exit(ENVIRONMENT_ERROR)
+            return  # the watchdog does, and keeps the stacks
         if not self.deferred:
             raise StopRequested
         if self.requested:
@@ -1293,7 +2360,138 @@ class StopFlag:
 
     def is_set(self) -> bool:
         """Whether to stop after this step: a signal asked, time is up, or the agent that started us is gone."""
-        return self.requested or time.monotonic() > self.deadline or self.parent not in (None, os.getppid())
+        return self.requested or time.monotonic() > self.deadline or self.agent_is_gone()
+
+    def agent_is_gone(self) -> bool:
+        """Whether the torchrun that started us died."""
+        return self.parent not in (None, os.getppid())
+
+    def peer_is_gone(self) -> bool:
+        """Whether a rank of this machine died while the agent lives: it has fewer children than it started.
+
+        An agent that is being killed hands its children from thread to thread before they get a new
+        parent: what is missing only for a moment is no rank that died.
+        """
+        if self.parent is None or self.finishing:
+            return False
+        for pause in (0, 0.2):
+            time.sleep(pause)
+            children = count_children(self.parent)
+            if self.agent_is_gone() or children >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+                return False
+        return True
+
+    def keep_progress(self, path: Path, step: int) -> None:
+        """Note the step in a file from now on: what a run that is started again knows of the fault's place."""
+        self.progress_file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.pwrite(self.progress_file, b"%12d" % step, 0)
+
+    def finish(self) -> None:
+        """This rank waits for no other any more: what is left takes as long as it takes."""
+        self.finishing = True
+        self.progressed = None
+
+    def mark(self, step: int | None = None) -> None:
+        """Say that this rank goes on; ``step`` is one that has just ended."""
+        if self.finishing:
+            return
+        self.progressed = time.monotonic()
+        if step is not None:
+            self.stepped = True
+            if self.progress_file is not None:
+                os.pwrite(self.progress_file, b"%12d" % step, 0)
+
+
+class Watchdog(threading.Thread):
+    """Ends this rank when it makes no progress, when a rank beside it died, and when its agent did.
+
+    A thread, so that it works while the main thread waits in a collective.  Should something keep
+    the GIL, faulthandler's timer, which is set anew every second, ends the process instead.
+    """
+
+    def __init__(self, cfg: TrainConfig, stop: StopFlag, rank: int):
+        super().__init__(daemon=True, name="watchdog")
+        self.cfg, self.stop, self.rank = cfg, stop, rank
+        stop.watched = True
+        self.detail = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
+        # Python's handlers run in the main thread, which may be stuck: a signal also writes its number here.
+        self.signals, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+    def limit(self) -> float:
+        """Seconds without progress that are too long; the first step may have to compile."""
+        return 60 * (self.cfg.hang_timeout + (COMPILE_MINUTES if self.cfg.compile and not self.stop.stepped else 0))
+
+    def run(self) -> None:
+        """Look once a second."""
+        terminated = False
+        while True:
+            if select.select([self.signals], [], [], 1)[0]:
+                terminated = signal.SIGTERM in os.read(self.signals, 64) or terminated
+            idle = 0.0
+            if self.stop.progressed is not None:
+                faulthandler.dump_traceback_later(self.limit() + 15, exit=True, file=self.detail)
+                idle = time.monotonic() - self.stop.progressed
+            else:
+                faulthandler.cancel_dump_traceback_later()
+            if idle > self.limit():
+                self.report_hang()
+            elif terminated and self.stop.peer_is_gone() and not self.stop.saving:
+                self.write_stacks("another rank died")
+                os._exit(ENVIRONMENT_ERROR)
+            elif terminated and self.node_is_lost(idle) and not self.stop.saving:
+                self.write_stacks("asked to end, but no step ends: another machine is lost")
+                os._exit(ENVIRONMENT_ERROR)
+            elif self.stop.agent_is_gone() and not self.stop.saving and (not self.stop.deferred or idle > 25):
+                os._exit(STOPPED)
+
+    def node_is_lost(self, idle: float) -> bool:
+        """Whether SIGTERM can't have meant a stop: the agent wants a restart because of another machine."""
+        return node_count() > 1 and (not self.stop.deferred or idle > LOST_NODE_SECONDS)
+
+    def write_stacks(self, reason: str) -> None:
+        """Write where every thread of this rank is to its detail log, and what NCCL knows beside it."""
+        print(f"{now()} rank {self.rank}: {reason}; the stacks of all threads:", file=self.detail, flush=True)
+        faulthandler.dump_traceback(file=self.detail, all_threads=True)
+        record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # absent in a build for the CPU
+        if record and self.cfg.device == "cuda" and dist.is_initialized():
+            (self.cfg.logs_dir / f"nccl_trace_rank_{self.rank}").write_bytes(record())
+
+    def report_hang(self) -> NoReturn:
+        """Say once that the run hangs, with every rank's stacks in its log, and end it."""
+        self.write_stacks(f"no progress for {self.cfg.hang_timeout:g} min")
+        if not is_first_here():
+            time.sleep(5)  # the first one speaks for all of this machine, if it can
+        text = f"{self.cfg.hang_timeout:g}분 동안 진행이 없어 학습을 끝냅니다 (--hang-timeout)"
+        logs = f"{display_path(self.cfg.logs_dir)}/training_detail_rank_*.log"
+        fail_run(self.cfg, text, f"각 랭크가 멈춘 곳: {logs}")
+        if node_count() > 1 and not self.stop.agent_is_gone():
+            # It would wait for a lost machine to come to the restart; cut off from the first one, it hears no signal.
+            os.kill(self.stop.parent, signal.SIGKILL)
+        os._exit(ENVIRONMENT_ERROR)
+
+
+def fail_run(cfg: TrainConfig, text: str, more: str) -> None:
+    """Set the run's state to failed and tell the person why, unless another rank has done so."""
+    path, said = run_info_path(cfg.output_dir), f"❌ {text}\n   {more}"
+    if read_json(path).get("run_id") != run_id():  # refused before the directory was this run's
+        if rank_and_world()[0] == 0:
+            print(said, flush=True)
+            end_restarts()
+        return
+    with open(cfg.output_dir / ".state.lock", "w") as lock:  # ranks that fail at the same moment: one speaks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        info = read_json(path)
+        if info.get("state") == "running":
+            write_json(path, {**info, "state": "failed", "error": text, "ended": now()})
+            print(said, flush=True)
+
+
+def end_restarts() -> None:
+    """Ask torchrun to end, where no state tells our successors that a restart changes nothing."""
+    if restarts_left() > 0:
+        end_agent()
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
@@ -1312,7 +2510,7 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
     logging.captureWarnings(True)
     logger.setLevel(logging.DEBUG)
     logger.handlers[:] = [own]
-    if rank == 0:
+    if is_first_here():
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # also under LC_ALL=C
         console = logging.StreamHandler(sys.stdout)
@@ -1329,9 +2527,38 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def is_first_here() -> bool:
+    """Whether this is its machine's first process, which speaks there and keeps its state."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one; else the kernel clears the same pages each step.
+
+    On a CPU that is a tenth of the tiny model's step.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(option, value)
+
+
 def rank_and_world() -> tuple[int, int]:
     """Rank and number of processes as torchrun announces them, before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def installed_trackers(cfg: TrainConfig) -> list[str]:
+    """The trackers of ``--report-to`` whose packages are here; says which are not."""
+    names, have = cfg.report_to.split(","), {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in have and name != "none":
+            logger.info(
+                f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {sys.executable} -m pip install {name})"
+            )
+    return [name for name in names if name in have]
 
 
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
@@ -1341,9 +2568,27 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     the accelerator's counter can't disagree with the data position.
     """
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
-    precision = "no" if cfg.precision == "fp32" else cfg.precision
-    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision=precision, kwargs_handlers=[ddp, group])
+    # Later than the watchdog, which knows more; NCCL's own record is for what it finds first.
+    # Machines wait for each other's tokenisation here, however long.
+    minutes = cfg.hang_timeout + COMPILE_MINUTES + 5 if node_count() == 1 else MOST_MINUTES_APART
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))
+    for names, value in (
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), f"{cfg.logs_dir}/nccl_trace_rank_"),
+    ):
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+    precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
+    if cfg.device == "cpu":
+        keep_freed_memory()
+    accelerator = Accelerator(
+        cpu=cfg.device == "cpu",
+        mixed_precision=precision,
+        kwargs_handlers=[ddp, group],
+        log_with=installed_trackers(cfg) or None,
+        project_config=ProjectConfiguration(logging_dir=str(cfg.logs_dir / "tensorboard")),
+    )
     set_seed(cfg.seed)
     if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -1657,13 +2902,8 @@ class Progress:
             return
         self.last = now
         share = min(1.0, done / max(1, self.whole))
-        left = (now - self.start) * (1 / max(share, 1e-6) - 1)
-        logger.info(f"   {self.title}: {share:.0%}, 남은 시간 {format_duration(left)}")
-
-
-def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds as 1:02:03."""
-    return str(timedelta(seconds=round(seconds)))
+        left = (now - self.start) * (1 / share - 1) if share > 0.001 else None
+        logger.info(stage_line(self.title, share, left))
 
 
 # --- first pass: what is there, what is held out, the tokenizer's sample ---
@@ -1826,13 +3066,18 @@ def check_scan(cfg: TrainConfig, scan: Scan) -> None:
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in scan.bad), encoding="utf-8")
         logger.warning(f"⚠️  읽지 못한 줄 {scan.bad_count:,}개를 건너뛰었습니다: {display_path(path)}")
-    if scan.bad_count > MOST_BAD_LINES * scan.line_count:
-        first = "\n".join(f"   {line['file']}:{line['line']}: {line['reason']}" for line in scan.bad[:5])
-        raise RuntimeError(
-            f"전체 {scan.line_count:,}줄 가운데 {scan.bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:\n{first}"
-        )
+    refuse_bad_lines(scan.bad, scan.bad_count, scan.line_count)
     if not len(scan.document_key):
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
+
+
+def refuse_bad_lines(bad: list[dict[str, Any]], bad_count: int, line_count: int) -> None:
+    """Raise RuntimeError, showing the first of them, if more than 1 % of the lines are bad."""
+    if bad_count > MOST_BAD_LINES * line_count:
+        first = "\n".join(f"   {line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])
+        raise RuntimeError(
+            f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:\n{first}"
+        )
 
 
 def held_out_bounds(scan: Scan, fraction: float) -> np.ndarray:
@@ -2153,7 +3398,7 @@ def heartbeat(title: str, every: float = 10.0) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(every):
-            logger.info(f"   {title}... {format_duration(time.monotonic() - start)} 지남")
+            logger.info(waiting_line(title, time.monotonic() - start))
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -2235,7 +3480,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     if not files:
         cfg = replace(cfg, dataset_path=Path(pin_hub_revision(str(cfg.dataset_path))))
     folder = cfg.cache_dir / corpus_key(cfg, files)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_here():
         with file_lock(folder.with_suffix(".lock")):  # another run may be at it
             if not folder.exists():
                 build_cache(folder, cfg, files)
@@ -2266,11 +3511,16 @@ def build_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
 def sync_tree(folder: Path) -> None:
     """Flush every file and directory under ``folder`` to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -2337,7 +3587,7 @@ def write_dummy_data(folder: Path) -> Path:
         words = [draw.choice(part) for _ in range(draw.randint(3, 16)) for part in choices[lang]]
         return {"text": " ".join(words), "lang": lang}
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     lines = (json.dumps(document(index), ensure_ascii=False) + "\n" for index in range(4000))
     temporary.write_text("".join(lines), encoding="utf-8")
     os.utime(temporary, (0, 0))  # whichever rank comes last, the token cache knows the file by the same time
@@ -2423,19 +3673,22 @@ class RowOrder:
         return stream, row
 
 
-class PackedRows(torch.utils.data.Dataset):
+class PackedRows:
     """Rows of ``max_seq_length + 1`` tokens; neighbours share one token."""
 
-    def __init__(self, streams: tuple[np.ndarray, ...], max_seq_length: int):
-        self.streams, self.length = streams, max_seq_length
+    def __init__(self, streams: tuple[np.ndarray, ...], max_seq_length: int, pinned: bool = False):
+        self.streams, self.length, self.pinned = streams, max_seq_length, pinned
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> torch.Tensor:
-        """Return the rows at ``places`` (stream, row) as an int64 tensor (rows, max_seq_length + 1)."""
-        batch = np.empty((len(places), self.length + 1), np.int64)
-        for target, (stream, row) in zip(batch, places, strict=True):
+    def read(self, places: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the rows at ``places`` (stream, row) as an int64 tensor (rows, max_seq_length + 1).
+
+        Pinned memory comes from PyTorch's pool, which knows when the copy to the GPU has ended.
+        """
+        batch = torch.empty(len(places), self.length + 1, dtype=torch.int64, pin_memory=self.pinned)
+        for target, (stream, row) in zip(batch.numpy(), places, strict=True):
             start = row * self.length
             target[:] = self.streams[stream][start : start + self.length + 1]
-        return torch.from_numpy(batch)
+        return batch
 
 
 class RankPositions:
@@ -2478,11 +3731,6 @@ class PlacedBatches:
                 yield list(itertools.islice(places, len(batch)))
 
 
-def keep(batch: torch.Tensor) -> torch.Tensor:
-    """Collate nothing: the data set hands out whole batches."""
-    return batch
-
-
 def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
     """The order in which a run reads its corpus."""
     counts = list(cfg.mix_counts.values()) or [MIX_WINDOW]
@@ -2497,16 +3745,25 @@ def stream_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, fl
     return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
 
 
-def make_loader(cfg: TrainConfig, corpus: Corpus, positions: RankPositions) -> torch.utils.data.DataLoader:
-    """Batches of rows in pinned memory, read ahead of the step by ``num_workers`` processes."""
-    return torch.utils.data.DataLoader(
-        PackedRows(corpus.streams, cfg.max_seq_length),
-        batch_sampler=PlacedBatches(positions, row_order(cfg, corpus)),
-        collate_fn=keep,
-        num_workers=cfg.num_workers,
-        prefetch_factor=4 if cfg.num_workers else None,
-        pin_memory=cfg.device == "cuda",
-    )
+def make_loader(cfg: TrainConfig, corpus: Corpus, positions: RankPositions) -> Iterator[torch.Tensor]:
+    """Batches of rows, in pinned memory for a GPU, read ahead of the step by ``num_workers`` threads.
+
+    Copying a row takes microseconds and lets go of the GIL, so processes would only add their pipes;
+    what threads keep from the step is the wait for pages that have to come from the disk.
+    """
+    rows = PackedRows(corpus.streams, cfg.max_seq_length, pinned=cfg.device == "cuda")
+    batches = PlacedBatches(positions, row_order(cfg, corpus))
+    if cfg.num_workers == 0:
+        yield from map(rows.read, batches)
+        return
+    pending: deque = deque()
+    with ThreadPoolExecutor(cfg.num_workers, "loader") as pool:
+        for places in batches:
+            pending.append(pool.submit(rows.read, places))
+            if len(pending) > BATCHES_AHEAD * cfg.num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 # ======================================================================================
@@ -2521,14 +3778,14 @@ def causal_attention(
 
     Takes (batch, heads, tokens, head size) and returns (batch, tokens, heads, head size).  Under
     torch.compile transformers builds an explicit mask for its own "sdpa", and with a mask the
-    flash and cuDNN kernels are out of reach.
+    flash and cuDNN kernels are out of reach.  While generating, a single query sees all cached keys.
     """
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
         dropout_p=options.get("dropout") or 0.0,
-        is_causal=True,
+        is_causal=query.shape[2] == key.shape[2],
         scale=options.get("scaling"),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -2553,10 +3810,10 @@ def choose_attention(config: Any, cfg: TrainConfig) -> str:
             raise EnvironmentProblem("--attention flash3: FlashAttention-3가 없습니다. --attention auto 를 쓰세요")
         return "flash_attention_3"
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    special = getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None)
-    if special or layer_types != {"full_attention"}:
+    softcapping = getattr(config, "attn_logit_softcapping", None)
+    if softcapping or getattr(config, "sliding_window", None) or layer_types != {"full_attention"}:
         logger.info("⚠️  이 모델은 특별한 어텐션을 써서 transformers의 기본 구현으로 학습합니다")
-        return "sdpa"
+        return "eager" if softcapping else "sdpa"  # SDPA can't cap
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     return ATTENTION_NAME
 
@@ -2594,14 +3851,25 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, device: torch.device) 
 
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision, torch.bfloat16)
     shape = (cfg.batch_size, config.num_attention_heads, cfg.max_seq_length, head)
     part = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
     with Watch():
         F.scaled_dot_product_attention(part, part, part, is_causal=True)
-    text = " ".join(seen)
-    names = {"cudnn": "cuDNN", "flash_attention_for_cpu": "flash (CPU)", "flash": "flash", "efficient": "efficient"}
-    return next((name for part_name, name in names.items() if part_name in text), "math")
+    return attention_name(" ".join(seen))
+
+
+def attention_name(text: str) -> str:
+    """What the names of operators or kernels say about the attention that ran."""
+    names = {
+        "cudnn": "cuDNN",
+        "flash_attention_for_cpu": "flash (CPU)",
+        "FlashAttnFwdSm90": "FlashAttention-3",
+        "flash": "flash",
+        "efficient": "efficient",
+        "fmha": "efficient",
+    }
+    return next((name for part, name in names.items() if part in text), "math")
 
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
@@ -2642,10 +3910,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if cfg.init_from:
-        path = checkpoint_dir(Path(cfg.init_from).expanduser())
-        model = AutoModelForCausalLM.from_pretrained(
-            path if path.exists() else cfg.init_from, dtype=torch.float32, trust_remote_code=False
-        ).to(device)
+        model = load_model(cfg.init_from).to(device)
         fit_vocabulary(model, tokenizer)
     else:
         set_seed(cfg.seed)
@@ -2660,6 +3925,41 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed.
+
+    Raises:
+        RuntimeError: there is none that can be read, or it lacks weights, for which transformers would
+            take random ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint_dir(Path(source).expanduser())
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path if path.exists() else str(source), dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({reason})") from error
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some versions of transformers take SDPA, which leaves it out
+    return model
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens that a model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token that stands before a document's first one."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def shrink_residual_projections(model: nn.Module) -> None:
@@ -2685,6 +3985,65 @@ def fit_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross entropy of a linear output head, with its gradients worked out beside it.
+
+    While the logits of some rows are at hand, their gradient takes their place, so nothing of the
+    size of all logits is kept for the backward pass and no row is computed twice (as in Hsu et al.,
+    "Liger Kernel", 2024).  Gradients are summed up unscaled, which keeps them in FP16's range.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        """Take (n, width), (vocabulary, width) of one type and (n,); ``rows`` of them at a time."""
+        total, hidden_grad, weight_grad = hidden.new_zeros((), dtype=torch.float32), [], None
+        for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
+            logits = (part @ weight.t()).float()
+            logits.sub_(logits.amax(1, keepdim=True))
+            chosen = logits.gather(1, target)
+            normalizer = logits.exp_().sum(1, keepdim=True)
+            total = total + (normalizer.log() - chosen).sum()
+            grad = logits.div_(normalizer).scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+            grad = grad.to(weight.dtype)
+            hidden_grad.append(grad @ weight)
+            sum_part = grad.t() @ part
+            weight_grad = sum_part if weight_grad is None else weight_grad.float().add_(sum_part)
+            del logits, grad, sum_part  # before the next rows' are made
+        ctx.save_for_backward(torch.cat(hidden_grad), weight_grad.to(weight.dtype))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale what ``forward`` worked out."""
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = scale / len(hidden_grad)
+        return hidden_grad * scale, weight_grad * scale, None, None
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether a model's logits are its last hidden states times one matrix: not softcapped, scaled or shifted.
+
+    Found out by watching it on a few tokens, as each architecture has its own names for what it does there.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    head, seen = model.get_output_embeddings(), {}
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    hooks = [
+        model.base_model.register_forward_hook(lambda module, args, output: seen.update(last=output[0])),
+        head.register_forward_hook(lambda module, args, output: seen.update(input=args[0], output=output)),
+    ]
+    training, device = model.training, head.weight.device
+    # In a kernel's own precision and through the one kernel that takes anything, whatever the run uses.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        logits = model.eval()(input_ids=torch.arange(8, device=device)[None], use_cache=False).logits
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return logits is seen.get("output") and torch.equal(seen["last"], seen["input"])
+
+
 class CausalLoss(nn.Module):
     """A causal language model with its loss on packed rows.
 
@@ -2695,24 +4054,236 @@ class CausalLoss(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.plain_head = has_plain_head(model)
 
     def forward(self, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Return the cross entropy in nats: its mean, or with "none" one a target (batch * tokens)."""
-        logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction=reduction)
+        inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        if not self.plain_head:
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction=reduction)
+        weight = self.model.get_output_embeddings().weight
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False)[0].flatten(0, 1)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden, weight = (item.to(torch.get_autocast_dtype(device)) for item in (hidden, weight))
+        size = loss_rows(len(targets), len(weight))
+        if reduction == "mean":
+            return HeadLoss.apply(hidden, weight, targets, size)
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat(
+            [F.cross_entropy((part @ weight.t()).float(), target, reduction="none") for part, target in parts]
+        )
 
 
-def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() >= 2]
-    others = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
+def convert_to_fp8(model: nn.Module) -> None:
+    """Let the linear layers multiply in FP8 (scaled a tensor at a time, as it comes), as accelerate's recipe does.
+
+    The first one, the output head and widths that are no multiple of 16 stay as they are.  Not
+    through ``prepare``: its default recipe, made for FSDP2, wraps the weights in a tensor of its own,
+    after the optimizer has taken them.  So the weights stay the same fp32 parameters, with their names.
+    """
+    from accelerate.utils.ao import convert_model_to_fp8_ao, filter_linear_layers, find_first_last_linear_layers
+    from torchao.float8 import Float8LinearConfig
+
+    head = model.get_output_embeddings()
+    kept = [*find_first_last_linear_layers(model), *(name for name, module in model.named_modules() if module is head)]
+    convert_model_to_fp8_ao(
+        model,
+        config=Float8LinearConfig(pad_inner_dim=True),
+        module_filter_func=lambda module, name: filter_linear_layers(module, name, kept),
     )
+
+
+def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> CausalLoss:
+    """The model with its loss as a run trains it."""
+    decoder = build_model(cfg, tokenizer, device)
+    causal_loss = CausalLoss(decoder)
+    if cfg.precision == "fp8":
+        convert_to_fp8(decoder)
+    if cfg.compile:
+        causal_loss.compile()
+    return causal_loss
+
+
+def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
+    """Fused AdamW, or Muon with it; weight decay on matrices only, not on norms and biases.
+
+    Muon's step is a collective of all ranks, unless it is ``alone``.
+    """
+    hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
+    taken = set(map(id, hidden))
+    rest = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in taken]
+    groups = [
+        {"params": [weight for weight in rest if weight.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [weight for weight in rest if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if hidden:
+        return Muon([{"params": hidden, "weight_decay": cfg.weight_decay}, *groups], cfg.learning_rate, alone)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, **ADAMW, fused=True)
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of a transformers model between its embeddings and its head."""
+    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer = {id(module.weight) for module in [*outer, model.get_output_embeddings()] if module is not None}
+    return [
+        weight
+        for weight in model.parameters()
+        if weight.requires_grad and weight.dim() == 2 and id(weight) not in outer
+    ]
+
+
+def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
+    """Orthogonalise ``matrices`` into ``out``: their singular vectors stay, the singular values come near 1.
+
+    Both are (n, rows, columns) bfloat16 with rows <= columns; ``matrices`` is overwritten.  Source
+    of the iteration and its coefficients: Jordan et al., "Muon" (2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    now, then = matrices, out
+    now.div_(torch.linalg.vector_norm(now, dim=(1, 2), keepdim=True).clamp_(min=1e-7))
+    for _ in range(5):  # an odd number, so that the last one ends in ``out``
+        gram = now @ now.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        torch.baddbmm(now, gram, now, beta=a, out=then)
+        now, then = then, now
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the first group's matrices and fused AdamW for the other groups, as one optimizer.
+
+    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that
+    AdamW's learning rate and weight decay carry over (Liu et al., "Muon is Scalable for LLM
+    Training", 2025).  Every rank has all gradients and keeps all of the momentum, so rank 0's
+    checkpoint is complete.  Each rank orthogonalises its share of the matrices of a shape and
+    gathers the others' while it computes the next ones; all apply what was gathered, so that
+    weights can't drift apart.  A step whose ``found_inf`` is 1 changes nothing, and no host waits
+    to hear of it.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then hands ``found_inf`` over instead of reading it
+
+    def __init__(self, groups: list[dict[str, Any]], learning_rate: float, alone: bool = False):
+        super().__init__(groups, {"lr": learning_rate, "weight_decay": 0.0, "momentum": 0.95, **ADAMW, "fused": True})
+        weights = self.param_groups[0]["params"]
+        shared = dist.is_initialized() and not alone
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        self.chunks = muon_chunks(weights, self.ranks)
+        largest = max(-(-len(chunk) // self.ranks) * chunk[0].numel() for chunk in self.chunks)
+        like = {"dtype": torch.bfloat16, "device": weights[0].device}
+        self.scratch = torch.empty(largest, **like)
+        self.gathered = torch.empty(2, self.ranks * largest, **like)  # one is filled while the other travels
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every weight from its gradient, which is used up."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if scale is not None:  # GradScaler's, where nothing has unscaled the gradients before
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            torch._foreach_mul_([weight.grad for weight in weights], 1 / scale)
+        group, *others = self.param_groups
+        self.average(group, found_inf)
+        travelling: list[Callable[[], None]] = []
+        for number, chunk in enumerate(self.chunks):
+            travelling.append(self.orthogonalise(group, chunk, self.gathered[number % 2], found_inf))
+            if number:
+                travelling.pop(0)()
+        for other in others:
+            self.step_adamw(other, found_inf)
+        travelling.pop()()
+
+    def average(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
+        """Take the gradients into the momentum, and let the weights decay."""
+        weights, decay = group["params"], 1 - group["lr"] * group["weight_decay"]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        gradients, momenta = [weight.grad for weight in weights], self.momenta(weights)
+        if found_inf is not None:
+            skip = found_inf.bool()
+            for gradient, momentum in zip(gradients, momenta, strict=True):
+                torch.where(skip, momentum, gradient, out=gradient)  # a NaN times 0 would stay one
+            decay = (1 - found_inf) * decay + found_inf
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        torch._foreach_mul_(weights, decay)
+
+    def momenta(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The momentum of each weight."""
+        return [self.state[weight]["momentum_buffer"] for weight in weights]
+
+    def orthogonalise(
+        self, group: dict[str, Any], chunk: list[torch.Tensor], buffer: torch.Tensor, found_inf: torch.Tensor | None
+    ) -> Callable[[], None]:
+        """Compute this rank's share of a chunk's updates and send it; returns what waits for all and applies them."""
+        rows, columns = sorted(chunk[0].shape)
+        share = -(-len(chunk) // self.ranks)
+        mine = chunk[self.rank * share : (self.rank + 1) * share]
+        whole = buffer[: self.ranks * share * rows * columns].view(-1, rows, columns)
+        scratch = self.scratch[: share * rows * columns].view(-1, rows, columns)
+        part = whole[self.rank * share : (self.rank + 1) * share]
+        if mine:
+            nesterov = [weight.grad for weight in mine]
+            torch._foreach_lerp_(nesterov, self.momenta(mine), group["momentum"])
+            torch._foreach_copy_(list(scratch[: len(mine)]), [lying(gradient) for gradient in nesterov])
+        scratch[len(mine) :].zero_()
+        newton_schulz(scratch, part)
+        work = dist.all_gather_into_tensor(whole, part, async_op=True) if self.ranks > 1 else None
+
+        def apply() -> None:
+            if work:
+                work.wait()  # on a GPU its stream waits, not the host
+            if found_inf is not None:
+                whole.mul_(1 - found_inf)
+            updates = list(whole[: len(chunk)])
+            torch._foreach_add_([lying(weight) for weight in chunk], updates, alpha=-0.2 * columns**0.5 * group["lr"])
+
+        return apply
+
+    def step_adamw(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
+        """AdamW as ``torch.optim.AdamW(fused=True)`` does it."""
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight].update(
+                    step=torch.zeros((), dtype=torch.float32, device=weight.device),
+                    exp_avg=torch.zeros_like(weight),
+                    exp_avg_sq=torch.zeros_like(weight),
+                )
+        adamw(
+            weights,
+            [weight.grad for weight in weights],
+            *([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [self.state[weight]["step"] for weight in weights],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def lying(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix, or its transpose if it has more rows than columns."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def muon_chunks(weights: list[nn.Parameter], ranks: int) -> list[list[nn.Parameter]]:
+    """Batches of matrices of one shape, lying or standing, of at most MUON_BATCH elements for each rank."""
+    shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for weight in weights:
+        shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
+    chunks = []
+    for (rows, columns), alike in shapes.items():
+        most = ranks * max(1, MUON_BATCH // (rows * columns))
+        chunks += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return chunks
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
@@ -2734,6 +4305,66 @@ def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.learning_rate * factor
 
 
+def find_batch_size(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> TrainConfig:
+    """Return the options with the largest batch that every rank's memory holds; the tokens of a step stay.
+
+    Tried on models that are thrown away, so that the run begins as if that size had been typed.
+
+    Raises:
+        EnvironmentProblem: not even one row fits.
+    """
+    sizes = batch_sizes(cfg)
+    fitting, failing = 0, len(sizes)
+    logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {sizes[-1]}개의 약수: {', '.join(map(str, sizes))})")
+    while fitting < failing:
+        middle = (fitting + failing) // 2
+        fits = batch_fits(with_batch_size(cfg, sizes[middle]), tokenizer, accelerator)
+        logger.info(f"   • 배치 크기 {sizes[middle]}: {'들어갑니다' if fits else '메모리가 부족합니다'}")
+        fitting, failing = (middle + 1, failing) if fits else (fitting, middle)
+    set_seed(cfg.seed)
+    if not fitting:
+        raise EnvironmentProblem(
+            "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
+            "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
+        )
+    found = with_batch_size(cfg, sizes[fitting - 1])
+    steps, tokens = found.gradient_accumulation_steps, found.tokens_per_step(accelerator.num_processes)
+    logger.info(f"✅ 배치 크기 {found.batch_size}, 기울기 누적 {steps} (스텝당 {tokens:,} 토큰은 그대로)")
+    return found
+
+
+def batch_fits(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> bool:
+    """Whether two steps run on every rank within ``MEMORY_TO_USE`` of its GPU; leaves the memory as it was."""
+    fits = torch.ones((), device=accelerator.device)
+    if cfg.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
+    try:
+        try_steps(cfg, tokenizer, accelerator)
+    except torch.OutOfMemoryError:
+        fits.zero_()
+    accelerator.free_memory()  # it keeps the models that it prepared
+    torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
+    gc.collect()
+    if cfg.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.reset_peak_memory_stats()
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return bool(fits)
+
+
+def try_steps(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> None:
+    """Two steps on a new model with gradients that stay, as DDP's do; no collective, as one rank may fail alone."""
+    causal_loss = build_loss(cfg, tokenizer, accelerator.device)
+    optimizer = build_optimizer(causal_loss.model, cfg, alone=True)
+    model = accelerator.prepare_model(causal_loss, evaluation_mode=True)
+    rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
+    for _ in range(2):
+        model(rows).backward()
+        optimizer.step()
+
+
 # ======================================================================================
 # The run and its state
 # ======================================================================================
@@ -2749,6 +4380,8 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     loss: float | None = None
+    skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps were skipped
+    recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
     loss_window: list[float] = field(default_factory=list)  # of the steps since the last line of the log
     evaluation: dict[str, float] = field(default_factory=dict)
     evaluation_step: int | None = None
@@ -2767,8 +4400,11 @@ class Run:
     total_steps: int
     stop: StopFlag
     backend: str  # of attention, as it really runs
+    saver: Saver
     save_seconds: float = 0.0  # how long the last one took; before the first, what is known of it
     evaluation_seconds: float | None = None
+    sample_seconds: float = 0.0
+    painter: CurvePainter = field(default_factory=lambda: CurvePainter())
 
     @property
     def decoder(self) -> nn.Module:
@@ -2811,17 +4447,18 @@ def now() -> str:
 
 
 def options_of(cfg: TrainConfig) -> dict[str, Any]:
-    """All options in a form that JSON holds."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(cfg).items()}
+    """All options of a run in a form that JSON holds."""
+    names = [item.name for item in fields(cfg) if item.metadata["group"] != "use"]
+    values = {name: getattr(cfg, name) for name in names}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def write_model(folder: Path, run: Run) -> None:
-    """Write weights, configuration and tokenizer as a Hugging Face model."""
+def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights (on the CPU), configuration and tokenizer as a Hugging Face model."""
     from transformers import GenerationConfig
 
     decoder, tokenizer = run.decoder, run.corpus.tokenizer
-    weights = {name: value.cpu() for name, value in shared_once(decoder.state_dict()).items()}
-    torch.save(weights, folder / "pytorch_model.bin")
+    write_tensors(folder / "pytorch_model.bin", weights)
     config = decoder.config.to_dict()
     config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
     type(decoder.config).from_dict(config).save_pretrained(folder)
@@ -2830,6 +4467,26 @@ def write_model(folder: Path, run: Run) -> None:
         **ids, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_p=0.95
     ).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """``torch.save`` through a Python file, which tells a full disk from other errors."""
+    with open(path, "wb") as stream:
+        torch.save(content, stream)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read what ``write_tensors`` wrote, to the CPU; nothing in it is ever executed.
+
+    Raises:
+        RuntimeError: it holds something other than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(
+            f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)"
+        ) from error
 
 
 def shared_once(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -2847,26 +4504,42 @@ def whole_directory(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    sync_tree(temporary)
-    if folder.exists():  # the same step again, after a resume from an earlier one
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        if folder.exists():
+            remove_directory(folder)
+        os.rename(temporary, folder)
+        sync_path(folder.parent)
+    except BaseException:  # give back the room that half of it takes
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_directory(folder: Path) -> None:
+    """Remove a directory so that, whenever this is interrupted, its name stands for all of it or for nothing."""
+    parent = folder.parent.parent if folder.name == "training_state" else folder.parent
+    aside = parent / f".{folder.parent.name}.{folder.name}.old.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
 def save_initial_model(run: Run) -> None:
-    """Write the untrained model to ``initial_model/`` with ``model_info.json``."""
+    """Write the untrained model to ``initial_model/`` with ``model_info.json``; a run can do without it."""
     folder = run.cfg.output_dir / "initial_model"
     begun = time.monotonic()
     if run.is_main:
         logger.info("🚀 초기 모델 저장 중...")
-        with whole_directory(folder) as temporary:
-            write_model(temporary, run)
-            write_json(temporary / "model_info.json", model_info(run))
-        logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
+        weights = {name: value.cpu() for name, value in shared_once(run.decoder.state_dict()).items()}
+        try:
+            check_room(run.cfg.output_dir, tensor_bytes(weights))
+            with whole_directory(folder) as temporary:
+                write_model(temporary, run, weights)
+                write_json(temporary / "model_info.json", model_info(run))
+            logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
+        except OSError as error:
+            logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
     run.accelerator.wait_for_everyone()
     run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
 
@@ -2934,62 +4607,256 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Write ``checkpoint-STEP``: whole or not there at all, also when killed while writing."""
-    folder = run.cfg.output_dir / f"checkpoint-{state.step}"
-    device = run.accelerator.device
-    begun = time.monotonic()
-    generators = [None] * run.accelerator.num_processes
+class Saver:
+    """Writes checkpoints in a thread of rank 0 beside training, one at a time.
+
+    The loop waits only for the copy to host memory; its buffers are allocated at the first save and
+    serve every later one.  A failure is kept until the loop asks how the save ended.
+    """
+
+    def __init__(self, stop: StopFlag):
+        self.stop = stop
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.thread: threading.Thread | None = None
+        self.step = -1
+        self.error: Exception | None = None
+        self.begun = self.seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[name] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
+
+    def start(self, step: int, write: Callable[[], None]) -> None:
+        """Let ``write`` run in the thread; none may be running."""
+        assert self.thread is None
+        self.stop.saving = True
+        self.step, self.error, self.begun = step, None, time.monotonic()
+        self.thread = threading.Thread(target=self.work, args=(write,), name="saver", daemon=True)
+        self.thread.start()
+
+    def work(self, write: Callable[[], None]) -> None:
+        """The thread: on a CPU it gives way to training, which needs the same cores."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            write()
+        except Exception as error:  # reported at the next step
+            self.error = error
+        self.seconds = time.monotonic() - self.begun
+        self.stop.saving = False
+
+    def wait(self) -> None:
+        """Wait, however long it takes, for the save that is being written."""
+        while self.busy:
+            self.thread.join(1)
+            self.stop.mark()
+
+
+def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    """Size of tensors as they are written, tied ones once."""
+    return sum(value.numel() * value.element_size() for value in {id(item): item for item in tensors.values()}.values())
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError (ENOSPC) unless a disk has room for ``size`` bytes and what lies beside tensors."""
+    needed, free = size + (16 << 20), shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        raise OSError(errno.ENOSPC, text)
+
+
+def save_problem(error: Exception) -> str:
+    """Why a save failed, in Korean."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        more = f" ({error.strerror})" if error.filename is None and "GiB" in str(error.strerror) else ""
+        return f"디스크 공간이 부족합니다{more}"
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def save_checkpoint(run: Run, state: TrainState, last: bool = False) -> None:
+    """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there.
+
+    The directory is whole or not there at all, also when killed while writing.  After the ``last``
+    one no rank waits for another any more.
+    """
+    generators = [rng_state(run.accelerator.device)] * run.accelerator.num_processes
     if dist.is_initialized():
-        dist.all_gather_object(generators, rng_state(device))
-    else:
-        generators = [rng_state(device)]
-    if run.is_main:
-        logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
-        with whole_directory(folder) as temporary:
-            write_model(temporary, run)
-            write_json(temporary / "training_info.json", training_info(run, state))
-            (temporary / "training_state").mkdir()
-            content = {
-                "optimizer": run.optimizer.state_dict(),
-                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-                "generators": generators,
-                "progress": asdict(state),
-            }
-            torch.save(content, temporary / "training_state" / "state.pt")
-        remove_old_checkpoints(run.cfg)
-        logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({time.monotonic() - begun:.1f}초)")
-    run.accelerator.wait_for_everyone()
-    run.save_seconds = time.monotonic() - begun
+        dist.all_gather_object(generators, generators[0])
+    if last:
+        run.stop.finish()
+    if not run.is_main:
+        return
+    report_save(run, wait=True)
+    logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
+    try:
+        check_room(run.cfg.output_dir, checkpoint_bytes(run))
+        weights, content = snapshot(run, state, generators)
+    except OSError as error:
+        run.saver.step, run.saver.error = state.step, error
+        report_failed_save(run)
+        return
+    info = training_info(run, state)
+    run.saver.start(state.step, lambda: write_checkpoint(run, state.step, weights, content, info))
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Size of the tensors of a checkpoint."""
+    moments = [item for values in run.optimizer.state.values() for item in values.values() if torch.is_tensor(item)]
+    return tensor_bytes(shared_once(run.decoder.state_dict())) + tensor_bytes(dict(enumerate(moments)))
+
+
+def snapshot(run: Run, state: TrainState, generators: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights, and everything else that going on needs, in host memory that the next steps don't touch."""
+    copies: dict[int, torch.Tensor] = {}
+    weights = shared_once(run.decoder.state_dict())
+    for name, value in weights.items():
+        if id(value) not in copies:
+            copies[id(value)] = run.saver.copy(name, value)
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = {
+        index: {
+            name: run.saver.copy(f"{index}.{name}", value) if torch.is_tensor(value) else value
+            for name, value in values.items()
+        }
+        for index, values in optimizer["state"].items()
+    }
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
+    content = {
+        "optimizer": optimizer,
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        "generators": generators,
+        "progress": asdict(state),
+    }
+    return {name: copies[id(value)] for name, value in weights.items()}, content
+
+
+def write_checkpoint(
+    run: Run, step: int, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]
+) -> None:
+    """Write a checkpoint from host memory; what it replaces goes only once it is there."""
+    with whole_directory(run.cfg.output_dir / f"checkpoint-{step}") as temporary:
+        write_model(temporary, run, weights)
+        write_json(temporary / "training_info.json", info)
+        (temporary / "training_state").mkdir()
+        write_tensors(temporary / "training_state" / "state.pt", content)
+        write_json(temporary / MANIFEST, make_manifest(temporary))
+    remove_old_checkpoints(run.cfg)
+
+
+def report_save(run: Run, wait: bool = False) -> None:
+    """Tell how the save ended that was being written, if it has ended; with ``wait``, once it has."""
+    saver = run.saver
+    if wait:
+        saver.wait()
+    if saver.thread is None or saver.busy:
+        return
+    saver.thread = None
+    run.save_seconds = saver.seconds
+    if saver.error is not None:
+        report_failed_save(run)
+        return
+    folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
+    logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({saver.seconds:.1f}초)")
+
+
+def report_failed_save(run: Run) -> None:
+    """Tell that a save failed and what is left; the next interval tries again."""
+    note_count(run, "failed_saves", read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1)
+    error, last = run.saver.error, find_latest_checkpoint(run.cfg.output_dir)
+    logging.getLogger("traceback").error("a save failed", exc_info=error)
+    logger.warning(
+        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {run.saver.step:,}): {save_problem(error)}. "
+        f"다음 저장 때 다시 시도합니다. 마지막 체크포인트: {display_path(last) if last else '없음'}"
+    )
+
+
+def note_count(run: Run, name: str, count: int) -> None:
+    """Keep in ``run_info.json`` how often something went wrong, for ``--status``."""
+    if not run.is_main:
+        return
+    path = run.cfg.output_dir / "run_info.json"
+    try:
+        with open(run.cfg.output_dir / ".state.lock", "w") as lock:  # a rank that fails may be writing its state
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(path, {**read_json(path), name: count})
+    except OSError as error:  # a full disk, of which the log has told
+        logger.debug(f"{name} was not kept: {error}")
+
+
+def finish_saving(run: Run, state: TrainState) -> None:
+    """Wait for the last save.
+
+    Raises:
+        RuntimeError: the last step could not be saved.
+    """
+    report_save(run, wait=True)
+    if run.saver.step == state.step and run.saver.error is not None:
+        last = find_latest_checkpoint(run.cfg.output_dir)
+        raise RuntimeError(
+            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {save_problem(run.saver.error)}. 공간을 비우고 "
+            f"--train --resume 으로 이어서 하세요. 마지막 체크포인트: {display_path(last) if last else '없음'}"
+        ) from run.saver.error
 
 
 def remove_old_checkpoints(cfg: TrainConfig) -> None:
-    """Keep the training state in the newest two checkpoints; remove whole ones past ``save_total_limit``."""
+    """Keep the training state in the newest two checkpoints; remove whole ones past ``save_total_limit``.
+
+    Called right after a new one was written, so the last good one never goes.
+    """
     found = list_checkpoints(cfg.output_dir)
     if cfg.save_total_limit is not None:
         for path in found[: -cfg.save_total_limit]:
-            shutil.rmtree(path)
+            remove_directory(path)
+        found = found[-cfg.save_total_limit :]
     for path in found[:-2]:
-        shutil.rmtree(path / "training_state", ignore_errors=True)
+        if (path / "training_state").is_dir():
+            remove_directory(path / "training_state")
+
+
+def agree_on_start(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[TrainConfig, Path | None]:
+    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank starts.
+
+    Returns the options with the accumulation adapted, and the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint to go on from.
+        RuntimeError: the ranks have different corpora.
+    """
+    decided: list[Any] = [None, cfg.gradient_accumulation_steps, fingerprint]
+    if accelerator.is_main_process:
+        checkpoint = resume_checkpoint(cfg, thorough=True, tell=lambda text: logger.warning(f"⚠️  {text}"))
+        if checkpoint is not None:
+            info = read_json(checkpoint / "training_info.json")
+            cfg, note = with_same_step_tokens(cfg, accelerator.num_processes, info)
+            if note:
+                logger.info(f"⚠️  {note}")
+        decided[:2] = [checkpoint and str(checkpoint), cfg.gradient_accumulation_steps]
+    if dist.is_initialized():
+        dist.broadcast_object_list(decided, src=0)
+    if decided[2] != fingerprint:
+        raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
+    return replace(cfg, gradient_accumulation_steps=decided[1]), decided[0] and Path(decided[0])
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Bring model, optimizer, scaler and generators back to where a checkpoint was written.
 
+    Rank 0 reads it; the others, which may be on other machines, get all of it from there.
+
     Raises:
         EnvironmentProblem: the run it belongs to read other data or had another number of tokens a step.
     """
-    info = read_json(folder / "training_info.json")
-    problems = resume_problems(run.cfg, run.accelerator.num_processes, info, run.corpus.report["fingerprint"])
-    if problems:
-        raise EnvironmentProblem(problems)
-    weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    run.decoder.load_state_dict(weights)
-    content = torch.load(folder / "training_state" / "state.pt", map_location="cpu", weights_only=True)
-    decay = [group["weight_decay"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(content["optimizer"])
-    for group, value in zip(run.optimizer.param_groups, decay, strict=True):
-        group["weight_decay"] = value  # this run's option, not the saved one
+    content = share_checkpoint(run, read_checkpoint(run, folder) if run.is_main else None)
+    info = content["info"]
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
     rank = run.accelerator.process_index
@@ -3009,7 +4876,45 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     return state
 
 
+def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
+    """Read a checkpoint, put its weights into the model, and return the rest; EnvironmentProblem if it doesn't fit."""
+    info = read_json(folder / "training_info.json")
+    problems = resume_problems(run.cfg, run.accelerator.num_processes, info, run.corpus.report["fingerprint"])
+    if problems:
+        raise EnvironmentProblem(problems)
+    run.decoder.load_state_dict(read_tensors(folder / "pytorch_model.bin"))
+    return {**read_tensors(folder / "training_state" / "state.pt"), "info": info}
+
+
+def share_checkpoint(run: Run, content: dict[str, Any] | None) -> dict[str, Any]:
+    """Give every rank the weights and the optimizer's state of rank 0; returns the rest of the content."""
+
+    def map_state(content: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        optimizer = content["optimizer"]
+        state = {
+            index: {name: change(value) if torch.is_tensor(value) else value for name, value in values.items()}
+            for index, values in optimizer["state"].items()
+        }
+        return {**content, "optimizer": {**optimizer, "state": state}}
+
+    if dist.is_initialized():
+        box = [content and map_state(content, lambda value: value.to("meta"))]
+        dist.broadcast_object_list(box, src=0)
+        content = content or map_state(box[0], lambda value: torch.zeros_like(value, device="cpu"))
+    decay = [group["weight_decay"] for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(content["optimizer"])
+    for group, value in zip(run.optimizer.param_groups, decay, strict=True):
+        group["weight_decay"] = value  # this run's option, not the saved one
+    if dist.is_initialized():
+        loaded = run.optimizer.state_dict()["state"]
+        moments = [item for index in sorted(loaded) for item in loaded[index].values() if torch.is_tensor(item)]
+        for tensor in [*shared_once(run.decoder.state_dict()).values(), *moments]:
+            dist.broadcast(tensor.detach(), src=0)
+    return content
+
+
 FREE_TO_CHANGE = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "num_workers"}
+FREE_TO_CHANGE |= {"prompt", "report_to", "sample_steps"}
 
 
 def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -3022,16 +4927,10 @@ def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 # Metrics
 # ======================================================================================
 
-# Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
-
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of a GPU; None where it isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((value * 1e12 for part, value in PEAK_TFLOPS.items() if part in name), None)
+    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def flops_per_token(decoder: nn.Module, max_seq_length: int) -> float:
@@ -3095,6 +4994,7 @@ class StepLog:
         self.peak = peak_flops(run.accelerator.device)
         self.flops = flops_per_token(run.decoder, run.cfg.max_seq_length)
         self.path = run.cfg.output_dir / "metrics.jsonl"
+        self.unwritten = b""
         self.first_step = self.marked_step = state.step
         self.marked = time.monotonic()
         self.begun = self.marked - state.elapsed_seconds
@@ -3132,25 +5032,131 @@ class StepLog:
         }
         state.loss_window.clear()
         self.write(record)
-        logger.info(self.line(record))
+        for line in self.lines(record):
+            logger.info(line)
 
-    def line(self, record: dict[str, Any]) -> str:
-        """The console's line for a record; the time left allows for evaluations and saves as they have been."""
+    def lines(self, record: dict[str, Any]) -> list[str]:
+        """The console's lines for a record, two, so that a terminal of 80 columns wraps neither.
+
+        The time left allows for evaluations and saves as they have been.
+        """
         step, speed = record["step"], record["tokens_per_second"]
         pauses = self.all_paused / max(1, step - self.first_step)
         left = (self.run.total_steps - step) * (self.run.step_tokens / speed + pauses)
         mfu = f"{record['mfu']:.1%}" if self.peak else "-"
-        return (
+        return [
             f"스텝 {step:,}/{self.run.total_steps:,} | 손실 {record['loss']:.4f} | "
-            f"학습률 {record['learning_rate']:.2e} | 기울기 {record['grad_norm']:.3f} | {speed:,.0f} 토큰/s | "
-            f"MFU {mfu} | 메모리 {record['memory_gb']:.1f} GB | 남은 시간 {format_duration(left)}"
-        )
+            f"학습률 {record['learning_rate']:.2e} | 기울기 {record['grad_norm']:.3f}",
+            f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {record['memory_gb']:.1f} GB | "
+            f"남은 시간 {format_duration(left)}",
+        ]
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
-        if self.run.is_main:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(known_numbers(record)) + "\n")
+        """Append a line to ``metrics.jsonl``; what a full disk doesn't take is kept for the next line."""
+        if not self.run.is_main:
+            return
+        self.unwritten += json.dumps(known_numbers(record)).encode() + b"\n"
+        with open(self.path, "ab", buffering=0) as stream:
+            whole = stream.tell()
+            try:
+                written = stream.write(self.unwritten)
+            except OSError as error:
+                written = 0
+                logger.warning(f"⚠️  {display_path(self.path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {error}")
+            if written == len(self.unwritten):
+                self.unwritten = b""
+            else:
+                stream.truncate(whole)
+        figures = {
+            f"validation/{name[4:]}" if name.startswith("val_") else f"train/{name}": value
+            for name, value in known_numbers(record).items()
+            if name not in ("step", "seconds") and value is not None
+        }
+        track(self.run, figures, record["step"])
+
+
+def start_trackers(run: Run, state: TrainState, fresh: bool) -> None:
+    """Open rank 0's trackers; in TensorBoard what a resumed run writes again replaces what it wrote before.
+
+    A ``fresh`` run's curves don't go on from those of an earlier one in the same logs: these are set aside.
+    """
+    if not run.is_main or not run.accelerator.log_with:
+        return
+    folder = run.cfg.logs_dir / "tensorboard" / TRACKER_PROJECT
+    if fresh and folder.exists():
+        folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
+    try:
+        run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
+    except Exception as error:  # no network, no account, no room: none of it forbids training
+        run.accelerator.trackers.clear()
+        report_tracker(run.cfg.report_to, error)
+
+
+def track(run: Run, values: dict[str, Any], step: int) -> None:
+    """Hand figures and texts to the trackers; one that fails is left out from then on, and said."""
+    for tracker in list(run.accelerator.trackers):
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:
+            run.accelerator.trackers.remove(tracker)
+            report_tracker(tracker.name, error)
+
+
+def report_tracker(name: str, error: Exception) -> None:
+    """Say that a tracker failed; training goes on without it."""
+    logging.getLogger("traceback").error("a tracker failed", exc_info=error)
+    logger.warning(f"⚠️  {name} 기록에 실패해 더 보내지 않습니다: {save_problem(error)}. 학습은 계속합니다")
+
+
+def finish_trackers(run: Run) -> None:
+    """Close the trackers."""
+    for tracker in run.accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            report_tracker(tracker.name, error)
+    run.accelerator.trackers.clear()
+
+
+class CurvePainter:
+    """Has ``training_curves.png`` drawn by a process of its own, one at a time: a step doesn't wait for it.
+
+    A thread would take the GIL from the loop for as long as a second.
+    """
+
+    def __init__(self) -> None:
+        self.installed = importlib.util.find_spec("matplotlib") is not None
+        self.process: subprocess.Popen | None = None
+        self.begun = -math.inf
+
+    def start(self, cfg: TrainConfig) -> None:
+        """Begin to draw what ``metrics.jsonl`` holds now, unless that was done a moment ago."""
+        busy = self.process is not None and self.process.poll() is None
+        if not self.installed or busy or time.monotonic() - self.begun < DRAWING_INTERVAL:
+            return
+        self.finish(cfg)  # says how the last one ended
+        self.begun = time.monotonic()
+        command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(cfg.output_dir)]
+        with open(cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def finish(self, cfg: TrainConfig, last: bool = False) -> None:
+        """Wait for the drawing that was begun; with ``last``, for one of everything that is there now."""
+        if self.process is not None:
+            try:
+                code = self.process.wait(DRAWING_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                code = self.process.wait()
+            self.process = None
+            if code:
+                logs = f"{display_path(cfg.logs_dir)}/training_detail_rank_0.log"
+                logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다 (코드 {code}). 자세한 내용: {logs}")
+        if last:
+            self.begun = -math.inf
+            self.start(cfg)
+            self.finish(cfg)
 
 
 def memory_gb(run: Run) -> float:
@@ -3179,6 +5185,135 @@ def cut_metrics(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+# --- where the time of a step goes: --profile ---
+
+# What an operator or kernel is for, by its name; the first that matches counts, also for all that runs within it.
+WORK = {
+    "옵티마이저": r"Optimizer\.step|adam|_foreach_|multi_tensor|vector_norm",
+    "통신": r"nccl|gloo:|c10d::",
+    "어텐션": r"scaled_?dot_?product|sdpa|flash|fmha",
+    "손실": r"HeadLoss|cross_entropy|log_?softmax|nll_?loss",
+    "행렬곱": r"aten::(linear|matmul|mm|addmm|bmm|_scaled_mm)$|gemm|cutlass|nvjet|xmma|splitk|triton_tem",
+    "데이터 로더": r"^next batch$",
+}
+OTHER_WORK, IDLE = "그 밖의 연산", "대기"
+# An instant in which several run belongs to the first of these.
+WORK_ORDER = ("어텐션", "행렬곱", "손실", "옵티마이저", OTHER_WORK, "통신", "데이터 로더")
+
+
+def kind_of_work(name: str) -> str | None:
+    """The key of ``WORK`` for a name; None for all else."""
+    return next((kind for kind, pattern in WORK.items() if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def work_spans(events: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    """Start, end and kind of what a trace's threads or streams did; what runs within something known is part of it."""
+    spans, rows = [], {}
+    for event in events:
+        rows.setdefault((event["pid"], event["tid"]), []).append(event)
+    for row in rows.values():
+        open_spans: list[tuple[float, str | None]] = []  # end and kind of what the next event may lie within
+        for event in sorted(row, key=lambda event: (event["ts"], -event["dur"])):
+            start, end = event["ts"], event["ts"] + event["dur"]
+            while open_spans and open_spans[-1][0] <= start:
+                open_spans.pop()
+            within = open_spans[-1][1] if open_spans else None
+            kind = within or kind_of_work(event["name"])
+            # A node of autograd also waits for the reduction, so only the operators in it are work.
+            is_frame = event["cat"].endswith("user_annotation") or event["name"].startswith("autograd::engine")
+            if not within and (kind or not is_frame):
+                spans.append((start, end, kind or OTHER_WORK))
+            open_spans.append((end, kind))
+    return spans
+
+
+def time_by_work(events: list[dict[str, Any]]) -> tuple[dict[str, float], float]:
+    """Microseconds of the profiled steps by kind of work, and of all of it.
+
+    Takes the complete events of a trace.  On a GPU the streams count, else the threads.  Each instant
+    goes to one kind: to computing before communication, which therefore is what computing does not
+    hide; to the loader where nothing computes; what is left, the device waits.
+    """
+    on_gpu = [event for event in events if event["cat"].startswith(("kernel", "gpu_"))]
+    on_cpu = [event for event in events if event["cat"] in ("cpu_op", "user_annotation")]
+    marks = [event for event in events if event["name"].startswith("ProfilerStep#")]
+    marks = [event for event in marks if event["cat"].startswith("gpu")] or marks
+    first, last = min(event["ts"] for event in marks), max(event["ts"] + event["dur"] for event in marks)
+    spans = work_spans(on_gpu or on_cpu)
+    if on_gpu:
+        spans += [span for span in work_spans(on_cpu) if span[2] == "데이터 로더"]
+    edges = sorted(
+        (min(max(moment, first), last), change, WORK_ORDER.index(kind))
+        for start, end, kind in spans
+        for moment, change in ((start, 1), (end, -1))
+    )
+    found, active, before = dict.fromkeys([*WORK_ORDER, IDLE], 0.0), [0] * len(WORK_ORDER), first
+    for moment, change, number in [*edges, (last, 0, 0)]:
+        busy = next((kind for kind, count in zip(WORK_ORDER, active, strict=True) if count), IDLE)
+        found[busy] += moment - before
+        before, active[number] = moment, active[number] + change
+    return found, last - first
+
+
+def attention_kernel(events: list[dict[str, Any]]) -> tuple[str, str]:
+    """Which attention ran in a trace: its name, and that of the kernel or operator that took longest."""
+    on_gpu = [event for event in events if event["cat"] == "kernel"]
+    pool = [event for event in on_gpu or events if kind_of_work(event["name"]) == "어텐션"]
+    pool = [event for event in pool if on_gpu or event["name"].startswith("aten::_")]
+    if not pool:
+        return attention_name(""), "-"
+    kernel = max(pool, key=lambda event: event["dur"])["name"]
+    return attention_name(kernel), kernel
+
+
+class Profile:
+    """Profiles three steps after five, on rank 0, and says where their time went."""
+
+    def __init__(self, run: Run, left: int):
+        from torch.profiler import ProfilerActivity, profile, schedule
+
+        self.run, self.count = run, min(3, left - 1)
+        before = min(5, left - self.count)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.cfg.device == "cuda")
+        plan = schedule(skip_first=before - 1, wait=0, warmup=1, active=self.count, repeat=1)
+        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.report)
+        self.profiler.start()
+
+    def watch(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Mark the time in which the loop waits for the loader."""
+        while True:
+            with torch.profiler.record_function("next batch"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def report(self, profiler: Any) -> None:
+        """Keep the trace, and tell what it shows."""
+        path = self.run.cfg.output_dir / "profile_trace.json.gz"
+        profiler.export_chrome_trace(str(path))
+        with gzip.open(path, "rb") as stream:
+            events = [event for event in json.load(stream)["traceEvents"] if event.get("ph") == "X"]
+        found, whole = time_by_work(events)
+        logger.info(f"🔬 프로파일: {self.count}스텝 평균 {whole / self.count / 1000:,.1f} ms/스텝")
+        for kind, spent in found.items():
+            gap = " " * (14 - display_width(kind))
+            logger.info(f"   • {kind}{gap}{spent / whole:6.1%} {spent / self.count / 1000:10,.2f} ms")
+        name, kernel = attention_kernel(events)
+        logger.info(f"   어텐션 커널: {name} ({kernel[:100]})")
+        logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
+
+
+def start_profile(run: Run, left: int) -> Profile | None:
+    """Begin to profile if the options ask for it and ``left`` steps are enough; rank 0 only."""
+    if not run.cfg.profile or not run.is_main:
+        return None
+    if left < 2:
+        logger.warning("⚠️  --profile: 두 스텝은 있어야 합니다. --max-steps 를 늘리세요")
+        return None
+    return Profile(run, left)
 
 
 # ======================================================================================
@@ -3232,6 +5367,7 @@ def evaluate(run: Run) -> dict[str, float]:
         is_text = (batch[:, 1:].flatten() != end_of_text).double()
         for line, value in zip(sums, (loss, torch.ones_like(loss), loss * is_text), strict=True):
             line.index_add_(0, tag, value)
+        run.stop.mark()
     run.causal_loss.train()
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -3261,17 +5397,279 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
     state.evaluation, state.evaluation_step = evaluate(run), state.step
     run.evaluation_seconds = time.monotonic() - start
     log.write({"step": state.step, **state.evaluation})
-    parts = []
+    logger.info(f"📈 검증 (스텝 {state.step:,}, {run.evaluation_seconds:.1f}초)")
     for suffix, name in (("", "전체"), ("_ko", "ko"), ("_en", "en")):
         if state.evaluation[f"val_loss{suffix}"] is not None:
             loss, bits = state.evaluation[f"val_loss{suffix}"], state.evaluation[f"val_bits_per_byte{suffix}"]
-            parts.append(f"{name} 손실 {loss:.4f}, bits/byte {bits:.4f}")
-    logger.info(f"📈 검증 (스텝 {state.step:,}): {' | '.join(parts)} ({run.evaluation_seconds:.1f}초)")
+            logger.info(f"   • {name}: 손실 {loss:.4f}, bits/byte {bits:.4f}")
+
+
+@torch.no_grad()
+def complete(
+    decoder: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, seed: int, tick: Callable = lambda: None
+) -> str:
+    """Continue a prompt; the same text for the same seed, and no generator's state is changed.
+
+    ``tick`` is called at every token.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(decoder.device)
+    devices = [decoder.device] if decoder.device.type == "cuda" else []
+    # A kernel that --attention names may not take a single query.
+    kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with torch.random.fork_rng(devices), kernels:
+        torch.manual_seed(seed)
+        output = decoder.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=settings,
+            use_cache=True,
+            streamer=SimpleNamespace(put=lambda _: tick(), end=tick),
+        )
+    return tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def generate_samples(run: Run, state: TrainState) -> None:
+    """Complete the prompts; rank 0 shows and keeps the texts.
+
+    Every rank does the same work, so that none waits for another in a collective, however long it takes.
+    """
+    cfg, tokenizer = run.cfg, run.corpus.tokenizer
+    prompts, texts = [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS, []
+    start = time.monotonic()
+    run.causal_loss.eval()
+    try:
+        for prompt in prompts:
+            room = cfg.max_seq_length - len(tokenizer(prompt).input_ids)
+            length = max(8, min(room, SAMPLE_TOKENS))
+            with run.accelerator.autocast():
+                texts.append(complete(run.decoder, tokenizer, prompt, length, cfg.seed, run.stop.mark))
+    except Exception as error:  # a model that can be trained but not generate is no reason to end its training
+        logging.getLogger("traceback").error("sampling failed", exc_info=error)
+        logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
+    finally:
+        run.causal_loss.train()
+    run.sample_seconds = time.monotonic() - start
+    if run.is_main and texts:
+        write_samples(run, state.step, dict(zip(prompts, map(printable, texts), strict=False)))
+
+
+def printable(text: str) -> str:
+    """A generated text without control and format characters: an untrained model writes any bytes."""
+    text = text.replace("\r\n", "\n").replace("\t", " ")
+    return "".join(char if char == "\n" or unicodedata.category(char)[0] != "C" else "\ufffd" for char in text)
+
+
+def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
+    """Show completions by prompt in the log, and add them to ``samples.md`` and to the trackers."""
+    logger.info(f"📝 샘플 (스텝 {step:,}, {run.sample_seconds:.1f}초)")
+    section, quoted = f"## 스텝 {step:,}\n\n", {}
+    for prompt, text in texts.items():
+        logger.info(f"   [{prompt}]")
+        for line in wrap_width(" ".join(text.split()), 74):
+            logger.info(f"     {line}")
+        quoted[prompt] = f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n"))
+        section += quoted[prompt] + "\n"
+    path = run.cfg.output_dir / "samples.md"
+    try:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(section)
+    except OSError as error:
+        logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
+    track(run, {f"samples/{number}": text for number, text in enumerate(quoted.values(), 1)}, step)
+
+
+def cut_samples(path: Path, step: int) -> None:
+    """Drop the samples of steps after ``step``: a resumed run writes them again."""
+    text = read_text(path)
+    for heading in re.finditer(r"^## 스텝 ([\d,]+)$", text, re.M):
+        if int(heading[1].replace(",", "")) > step:
+            path.write_text(text[: heading.start()], encoding="utf-8")
+            return
+
+
+# --- a checkpoint in use: --generate and --evaluate ---
+
+
+def text_streamer(tokenizer: Any) -> Any:
+    """Something that ``generate`` hands its tokens to, and that prints whole words of them as they come."""
+    from transformers import TextStreamer
+
+    class WholeCharacters(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # Only the limit on tokens can leave a character's first bytes without the others.
+            super().on_finalized_text(text.rstrip("\ufffd") if stream_end else text, stream_end)
+
+    return WholeCharacters(tokenizer, skip_special_tokens=True)
+
+
+def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
+    """Let a model write on from ``cfg.prompt``, as from the beginning of a document; returns the whole text.
+
+    The same seed gives the same text on the same device.
+
+    Raises:
+        ValueError: the prompt leaves no room in the model's context.
+    """
+    from transformers import GenerationConfig
+
+    ids = tokenizer(cfg.prompt, add_special_tokens=False).input_ids
+    most = context_length(model)
+    room = most - len(ids) - 1
+    if room < 1:
+        raise ValueError(f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({most:,} 토큰)에 들어가지 않습니다. 줄이세요")
+    if cfg.max_new_tokens > room:
+        logger.warning(f"⚠️  모델의 최대 길이가 {most:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
+    settings = GenerationConfig(
+        max_new_tokens=min(cfg.max_new_tokens, room),
+        do_sample=cfg.temperature > 0,
+        temperature=cfg.temperature or 1.0,
+        top_p=cfg.top_p,
+        top_k=0,
+    )
+    set_seed(cfg.seed)
+    tokens = torch.tensor([[document_start(tokenizer), *ids]], device=model.device)
+    whole = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, streamer=streamer
+    )
+    return tokenizer.decode(whole[0], skip_special_tokens=True).rstrip("\ufffd")
+
+
+def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut a document into rows of at most ``length`` + 1 tokens in which each token is scored once.
+
+    Yields a row and how many of its last tokens are scored; they are predicted from all that stands
+    before them in the row.  The first row begins with ``start``; the last reaches back, so that it is
+    as long as the others.  The rule is that of loglikelihood_rolling in lm-evaluation-harness
+    (get_rolling_token_windows and make_disjoint_window).
+    """
+    whole = np.concatenate([np.array([start], np.int64), tokens])
+    for first in range(0, len(tokens), length):
+        end = min(first + length, len(tokens))
+        yield whole[max(0, end - length) : end + 1], end - first
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a document: its row of tokens, how many of the last are scored, and their bytes, about."""
+
+    language: str
+    row: np.ndarray
+    count: int
+    size: float
+
+
+def window_batches(windows: list[Window], tokens: int) -> Iterator[list[Window]]:
+    """Group windows of like length so that a padded batch has at most ``tokens`` inputs.
+
+    The longest come first: what doesn't fit into memory shows at once.
+    """
+    windows = sorted(windows, key=lambda window: -len(window.row))
+    while windows:
+        size = max(1, tokens // (len(windows[0].row) - 1))
+        yield windows[:size]
+        windows = windows[size:]
+
+
+def score_windows(causal_loss: CausalLoss, batch: list[Window], device: torch.device) -> np.ndarray:
+    """Nats (float64) of the scored tokens of each window.
+
+    Rows are padded behind their end, where causal attention keeps the padding from changing anything.
+    """
+    longest = max(len(window.row) for window in batch)
+    rows, scored = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest - 1), bool)
+    for index, window in enumerate(batch):
+        end = len(window.row)
+        rows[index, :end] = window.row
+        scored[index, end - 1 - window.count : end - 1] = True
+    loss = causal_loss(torch.from_numpy(rows).to(device), reduction="none").view(scored.shape).double()
+    return (loss * torch.from_numpy(scored).to(device)).sum(dim=1).cpu().numpy()
+
+
+@torch.inference_mode()
+def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str, np.ndarray]:
+    """Score every document of ``cfg.dataset_path`` by itself.
+
+    Returns a language's documents, tokens, bytes and nats, in the order in which they appear.  The
+    tokens are those of the text alone: the end of a document isn't scored.
+
+    Raises:
+        ValueError: ``cfg.max_seq_length`` is more than the model's own.
+        RuntimeError: no document can be read, or more than 1 % of the lines can't.
+    """
+    length = cfg.max_seq_length or context_length(model)
+    if length > context_length(model):
+        raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {context_length(model):,} 토큰입니다")
+    files = corpus_files(cfg)
+    if not files:
+        cfg = replace(cfg, dataset_path=Path(pin_hub_revision(str(cfg.dataset_path))))
+    backend, start, causal_loss = tokenizer.backend_tokenizer, document_start(tokenizer), CausalLoss(model)
+    backend.encode_special_tokens = True  # in a text they are text, as in training
+    totals: dict[str, np.ndarray] = {}
+    bad, bad_count, line_count, done, progress = [], 0, 0, 0.0, Progress("평가하는 중", estimated_bytes(files))
+    for chunk in read_chunks(cfg, files):
+        documents = parse_chunk(chunk, cfg.text_column)
+        bad += documents.bad[: MOST_NAMES_SHOWN - len(bad)]
+        bad_count += len(documents.bad)
+        line_count += documents.line_count
+        ids = [item.ids for item in backend.encode_batch_fast(documents.texts, add_special_tokens=False)]
+        windows = []
+        for text, language, tokens in zip(documents.texts, documents.languages, ids, strict=True):
+            total = totals.setdefault(language, np.zeros(4))
+            size = len(text.encode())
+            total += (1, len(tokens), size, 0)
+            for row, count in rolling_windows(np.array(tokens), start, length):
+                windows.append(Window(language, row, count, size * count / len(tokens)))
+        for batch in window_batches(windows, cfg.batch_size * length):
+            for window, nats in zip(batch, score_windows(causal_loss, batch, model.device), strict=True):
+                totals[window.language][3] += nats
+                done += window.size
+            progress.update(int(done))
+    refuse_bad_lines(bad, bad_count, line_count)
+    if bad:
+        logger.warning(f"⚠️  읽지 못한 줄 {bad_count:,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
+    if not totals:
+        raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
+    return totals
+
+
+def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
+    """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
+    rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
+    for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
+        loss, counts = nats / tokens, (f"{count:,.0f}" for count in (documents, tokens, size))
+        bits = nats / math.log(2) / size
+        rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{bits:.4f}"))
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
 
 
 # ======================================================================================
 # Loop
 # ======================================================================================
+
+
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """Give a loss that isn't finite gradients that aren't; leave every other one as it is, bit for bit.
+
+    An infinite loss may have finite gradients.  Through the gradients every rank hears of it in the
+    reduction that takes place anyway.
+    """
+    value = loss.detach()
+    return loss * (value - value + 1)
 
 
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
@@ -3288,9 +5686,10 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
         rows = next(batches).to(accelerator.device, non_blocking=True)
         last = micro_step == cfg.gradient_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
-            loss = run.model(rows) / cfg.gradient_accumulation_steps
+            loss = poison(run.model(rows)) / cfg.gradient_accumulation_steps
             accelerator.backward(loss)
         total += loss.detach()
+        run.stop.mark()
     grad_norm = accelerator.clip_grad_norm_(run.decoder.parameters(), cfg.max_grad_norm)
     skipped = ~torch.isfinite(grad_norm)
     for group in run.optimizer.param_groups:
@@ -3308,28 +5707,90 @@ def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float,
     """Take in the figures of a step that has ended on every rank; returns whether to stop.
 
     Raises:
-        RuntimeError: five steps in a row gave no finite gradient.
+        RuntimeError: too many steps gave no finite loss and gradient.
     """
     if read is None:
         return False
     step, moment, (loss, grad_norm, skipped, asked) = read
     state.loss = loss
+    state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000]
     if skipped:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        logger.warning(
-            f"⚠️  스텝 {step:,}: 기울기가 유한하지 않아 이 스텝의 갱신을 건너뜁니다 (모두 {state.skipped_steps}번)"
-        )
+        state.skipped_recently.append(step)
+        report_skip(run, state, step)
     else:
         state.skipped_in_a_row = 0
-    if state.skipped_in_a_row >= 5 and run.accelerator.scaler is None:
-        last = list_checkpoints(run.cfg.output_dir)
-        raise RuntimeError(
-            "다섯 스텝 연속으로 기울기가 유한하지 않아(NaN/Inf) 학습을 중단합니다. 학습률을 낮춰 보세요. "
-            f"마지막 체크포인트: {display_path(last[-1]) if last else '없음'}"
-        )
+        report_spike(run, state, step, loss)
+    problem = numeric_problem(run, state)
+    if problem:
+        raise RuntimeError(agreed_text(run, problem))
     log.handle(step, moment, loss, grad_norm)
     return bool(asked)
+
+
+def agreed_text(run: Run, problem: str) -> str:
+    """What every rank says of a problem that all of them see, once rank 0's save has ended; any may speak first."""
+    text = [""]
+    if run.is_main:
+        report_save(run, wait=True)
+        last = find_latest_checkpoint(run.cfg.output_dir)
+        text = [
+            f"{problem} 학습을 중단합니다. 학습률을 낮춰 보세요. "
+            f"마지막 체크포인트: {display_path(last) if last else '없음'}"
+        ]
+    if dist.is_initialized():
+        dist.broadcast_object_list(text, src=0)
+    return text[0]
+
+
+def step_positions(run: Run, step: int) -> range:
+    """Positions, in the order of the whole run, of the rows that a step (counted from 1) reads."""
+    rows = run.step_tokens // run.cfg.max_seq_length
+    return range((step - 1) * rows, step * rows)
+
+
+def report_skip(run: Run, state: TrainState, step: int) -> None:
+    """Say that a step changed nothing, and which rows it read; the corpus's own numbers go to the rank's log."""
+    positions = step_positions(run, step)
+    logger.warning(
+        f"⚠️  스텝 {step:,}: 손실이나 기울기가 유한하지 않아(NaN/Inf) 이 스텝의 갱신을 건너뜁니다 "
+        f"(모두 {state.skipped_steps}번, 데이터 행 위치 {positions[0]:,}–{positions[-1]:,})"
+    )
+    note_count(run, "skipped_steps", state.skipped_steps)
+    streams, rows = row_order(run.cfg, run.corpus)(np.asarray(positions))
+    places = ", ".join(f"{stream}:{row}" for stream, row in zip(streams.tolist(), rows.tolist(), strict=True))
+    logger.debug(f"step {step} was skipped; its rows as stream:row are {places}")
+
+
+def report_spike(run: Run, state: TrainState, step: int, loss: float) -> None:
+    """Say if a step's loss lies more than 6 standard deviations above the mean of the 100 before it."""
+    recent = state.recent_losses
+    if len(recent) == 100:
+        mean = sum(recent) / 100
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in recent) / 100)
+        if loss > mean + 6 * deviation:
+            positions = step_positions(run, step)
+            logger.warning(
+                f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, 앞선 100스텝 평균 {mean:.4f}, "
+                f"표준편차 {deviation:.4f}, 데이터 행 위치 {positions[0]:,}–{positions[-1]:,})"
+            )
+    state.recent_losses = [*recent[-99:], loss]
+
+
+def numeric_problem(run: Run, state: TrainState) -> str | None:
+    """Why skipping more steps would not help, in Korean; None while it may.
+
+    FP16's scaler skips steps to find its scale; it has failed once that is below 1.
+    """
+    scaler = run.accelerator.scaler
+    if not state.skipped_in_a_row or (scaler is not None and scaler.get_scale() >= 1):
+        return None
+    if state.skipped_in_a_row >= 5:
+        return "다섯 스텝 연속으로 손실이나 기울기가 유한하지 않아(NaN/Inf)"
+    if len(state.skipped_recently) > 10:
+        return f"최근 1,000스텝 가운데 {len(state.skipped_recently)}스텝의 손실이나 기울기가 유한하지 않아(NaN/Inf)"
+    return None
 
 
 def process_age() -> float:
@@ -3350,7 +5811,9 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     evaluation = run.evaluation_seconds
     if evaluation is None:
         evaluation = 0.5 * step_seconds * min(len(run.corpus.val), MOST_EVALUATION_TOKENS) / run.step_tokens
-    reserve = 2 * step_seconds + evaluation + 1.5 * run.save_seconds + 5
+    reserve = (
+        2 * step_seconds + evaluation + run.sample_seconds + (2.5 if run.saver.busy else 1.5) * run.save_seconds + 5
+    )
     run.stop.deadline = time.monotonic() - process_age() + run.cfg.max_hours * 3600 - reserve
 
 
@@ -3359,26 +5822,42 @@ def train(run: Run, state: TrainState) -> str:
     cfg, accelerator = run.cfg, run.accelerator
     steps = range(state.step, run.total_steps)
     positions = RankPositions(cfg, accelerator.process_index, accelerator.num_processes, steps)
-    batches = iter(make_loader(cfg, run.corpus, positions))
+    batches = make_loader(cfg, run.corpus, positions)
     reader, log = StatsReader(accelerator.device), StepLog(run, state)
+    profile = start_profile(run, len(steps))
+    batches = batches if profile is None else profile.watch(batches)
     stopping = False
+    if state.step and state.step % cfg.eval_steps == 0 and state.evaluation_step != state.step:
+        with log.pause():
+            evaluate_and_log(run, state, log)  # a stop had no time for it
     while state.step < run.total_steps and not stopping:
         step_start = time.monotonic()
-        stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg))
+        with heartbeat("첫 스텝을 컴파일하는 중") if cfg.compile and state.step == steps.start else nullcontext():
+            stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg))
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
         stopping = note_step(run, state, log, reader.push(state.step, stats))
+        if profile is not None:
+            profile.profiler.step()
+        report_save(run)
         set_deadline(run, time.monotonic() - step_start)
         last = state.step == run.total_steps
-        evaluates, saves = last or state.step % cfg.eval_steps == 0, last or state.step % cfg.save_steps == 0
-        if stopping or evaluates or saves:
+        intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
+        evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
+        run.stop.mark(state.step)
+        if stopping or evaluates or samples or saves:
             stopping = note_step(run, state, log, reader.pop()) or stopping
             with log.pause():
                 if evaluates and (last or not stopping):
                     evaluate_and_log(run, state, log)
+                if samples and (last or not stopping):
+                    generate_samples(run, state)
                 if saves or stopping:
-                    save_checkpoint(run, state)
+                    save_checkpoint(run, state, last=last or stopping)
+                    run.stop.mark()
+                    if run.is_main and not last and not stopping:
+                        run.painter.start(cfg)
         if state.step % 500 == 0:
             gc.collect()
     return "finished" if state.step >= run.total_steps else "stopped"
@@ -3416,6 +5895,9 @@ def set_up_config(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     problems = validate_config(cfg) + cpu_problems(cfg)
     if problems:
         raise UsageProblem(problems)
+    problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
+    if problem:
+        raise EnvironmentProblem(problem)
     return cfg, notes
 
 
@@ -3441,48 +5923,64 @@ def claim_output(cfg: TrainConfig) -> Any:
     lock.flush()
     for torn in cfg.output_dir.glob(".*.tmp"):
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    (cfg.output_dir / ".progress").unlink(missing_ok=True)
     if cfg.resume is None:
         for path in [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]:
-            shutil.rmtree(path, ignore_errors=True)
-        for name in ("metrics.jsonl", "run_info.json"):
+            if path.exists():
+                remove_directory(path)
+        for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
+        if not is_restart(read_json(cfg.output_dir / "run_info.json")):
+            (cfg.output_dir / "run_info.json").unlink(missing_ok=True)
     link = cfg.output_dir / "training.log"
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(cfg.logs_dir / "training_console.log", cfg.output_dir))
     return lock
 
 
+def start_command() -> str:
+    """The command that started this run, with its directory, as it can be pasted into a shell."""
+    typed = os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1]
+    if not typed:
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        agent = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes else [sys.executable]
+        typed = [*agent, *sys.argv]
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(typed)}"
+
+
 def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
     """Write or complete ``run_info.json``: what runs, on what, and how it stands."""
-    path = cfg.output_dir / "run_info.json"
+    path = run_info_path(cfg.output_dir)
     info = read_json(path)
     if more.get("state") == "running":
+        kept = ("restarts", "first_step", "failed_saves") if is_restart(info) else ()
+        kept += ("step", "total_steps") if cfg.resume else ()
         info = {
-            **({name: info[name] for name in ("step", "total_steps") if name in info} if cfg.resume else {}),
+            **{name: info[name] for name in kept if name in info},
             "mode": cfg.mode,
             "options": options_of(cfg),
-            "command": [sys.executable, *sys.argv],
+            "command": start_command(),
             "world_size": world_size,
             "machine": {
                 "host": os.uname().nodename,
                 "cpus": os.cpu_count(),
                 "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+                "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
             },
             "versions": versions(),
             "git_commit": git_commit(),
             "started": now(),
-            "run_id": os.environ.get("RUN_ID"),
+            "run_id": run_id(),
         }
     write_json(path, {**info, **more})
 
 
-def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag) -> Run:
-    """Create the process group, the model and the optimizer, and wrap them for training.
+def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator) -> Run:
+    """Create the model and the optimizer, and wrap them for training.
 
     Raises:
         RuntimeError: the corpus is smaller than one global batch, or a stream than one row.
     """
-    accelerator = build_accelerator(cfg)
     world_size = accelerator.num_processes
     steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), world_size)
     if steps == 0 or corpus.rows(cfg.max_seq_length) == 0:
@@ -3495,14 +5993,12 @@ def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag) -> Run:
             raise RuntimeError(
                 f"--mix: '{name}' 문서가 한 행({cfg.max_seq_length:,} 토큰)보다 적습니다. 빼거나 더하세요"
             )
-    decoder = build_model(cfg, corpus.tokenizer, accelerator.device)
-    causal_loss = CausalLoss(decoder)
-    if cfg.compile:
-        causal_loss.compile()
+    causal_loss = build_loss(cfg, corpus.tokenizer, accelerator.device)
+    decoder = causal_loss.model
     optimizer = build_optimizer(decoder, cfg)
     model, optimizer = accelerator.prepare(causal_loss, optimizer)
     backend = attention_backend(decoder, cfg, accelerator.device)
-    return Run(cfg, accelerator, corpus, causal_loss, model, optimizer, steps, stop, backend)
+    return Run(cfg, accelerator, corpus, causal_loss, model, optimizer, steps, stop, backend, Saver(stop))
 
 
 def log_start(run: Run) -> None:
@@ -3515,15 +6011,26 @@ def log_start(run: Run) -> None:
     logger.info(f"테스트 모드: {cfg.is_test}")
     logger.info(f"최대 스텝: {run.total_steps:,}")
     tokens = run.total_steps * run.step_tokens
+    logger.info(f"파라미터 {parameters / 1e6:,.1f}M, 스텝당 {run.step_tokens:,} 토큰, 어텐션 {run.backend}")
     logger.info(
-        f"파라미터 {parameters / 1e6:,.1f}M, 스텝당 {run.step_tokens:,} 토큰, 모두 {tokens:,} 토큰 "
-        f"({tokens / (rows * cfg.max_seq_length):.2f} 에포크), 어텐션 {run.backend}"
+        f"모두 {tokens:,} 토큰 ({tokens / (rows * cfg.max_seq_length):.2f} 에포크), "
+        f"파라미터당 {tokens / parameters:,.2f} 토큰 (Chinchilla {CHINCHILLA_TOKENS})"
     )
+    targets, vocabulary = cfg.batch_size * cfg.max_seq_length, run.decoder.get_output_embeddings().weight.shape[0]
+    if run.causal_loss.plain_head and loss_rows(targets, vocabulary) < targets:
+        pieces = -(-targets // loss_rows(targets, vocabulary))
+        logger.info(
+            f"   로짓({4 * targets * vocabulary / 2**30:.1f} GiB)이 커서 손실을 {pieces}조각으로 나누어 계산합니다"
+        )
     for name, epochs in stream_epochs(cfg, corpus, tokens).items() if cfg.mix else ():
         often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
         logger.info(f"   • {name}: 비율 {cfg.mix_counts[name] / MIX_WINDOW:.1%}, {epochs:.2f} 에포크{often}")
     if cfg.max_steps is None and cfg.max_tokens is None and cfg.mix is None and left:
         logger.info(f"   마지막 전역 배치를 채우지 못하는 {left // cfg.max_seq_length:,}개 행은 읽지 않습니다")
+    if not run.painter.installed:
+        logger.info(
+            f"⚠️  matplotlib이 없어 학습 곡선을 그리지 않습니다 (설치: {sys.executable} -m pip install matplotlib)"
+        )
     if peak_flops(run.accelerator.device):
         logger.info("   MFU = 토큰/s x (6N + 12 x 층 x 은닉 x 길이) / 최대 FLOP/s")
 
@@ -3533,83 +6040,217 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
     rank, world_size = rank_and_world()
     for note in notes:
         logger.info(f"⚠️  {note}")
-    lock = claim_output(cfg) if rank == 0 else None
     if rank == 0:
+        cfg = resume_after_restart(cfg)
+    lock = claim_output(cfg) if rank == 0 else None
+    if is_first_here():
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
         write_run_info(cfg, world_size, state="running")
     corpus = prepare_corpus(cfg)
+    if node_count() == 1:
+        stop.mark()  # only now: the others wait for the first one's tokenisation, however long
     log_report(corpus.report, corpus.path)
     with attention_kernels(cfg):
-        run = build_run(cfg, corpus, stop)
-        checkpoint = resume_checkpoint(cfg)
+        accelerator = build_accelerator(cfg)
+        stop.mark()
+        cfg, checkpoint = agree_on_start(cfg, accelerator, corpus.report["fingerprint"])
+        cfg = find_batch_size(cfg, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg
+        run = build_run(cfg, corpus, stop, accelerator)
         state = load_checkpoint(run, checkpoint) if checkpoint else TrainState()
         stop.defer()
-        if rank == 0:
-            cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
-            set_aside_later_checkpoints(cfg.output_dir, state.step)
-            write_run_info(cfg, world_size, total_steps=run.total_steps)
+        begin_at(run, state)
         if checkpoint is None and cfg.save_initial:
             save_initial_model(run)
         done = state.step >= run.total_steps
-        if done:
-            logger.info(f"✅ 이미 끝난 학습입니다 (스텝 {state.step:,}). 더 하려면 --max-steps 를 늘리세요")
-            ended = "finished"
-        else:
-            log_start(run)
-            gc.collect()
-            gc.freeze()
-            gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
-            ended = train(run, state)
-    if rank == 0:
+        ended = "finished" if done else train_quietly(run, state, fresh=checkpoint is None)
+    stop.finish()
+    finish_trackers(run)
+    run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
+    if rank == 0 and not done:
+        note_speed(run)
+        run.painter.finish(cfg, last=True)
+    finish_saving(run, state)
+    if is_first_here():
         write_run_info(cfg, world_size, state=ended, ended=now(), step=state.step)
-        stopped = (
-            "🛑 테스트를 중단했습니다"
-            if cfg.is_test
-            else "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume 을 쓰세요"
-        )
-        if not done:
-            how = "✅ 학습 완료!" if ended == "finished" else stopped
-            logger.info(f"{how} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
-    run.accelerator.end_training()
+        log_end(cfg, state, ended, done)
     if lock is not None:
         lock.close()
+    if ended == "stopped" and is_first_here() and node_count() > 1 and not stop.agent_is_gone():
+        end_agent()  # one that heard no signal would wait five minutes for another machine's that did
     return 0
+
+
+def begin_at(run: Run, state: TrainState) -> None:
+    """Make the files agree with the step where the run begins, and say where that is."""
+    cfg = run.cfg
+    if run.is_main:
+        cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
+        cut_samples(cfg.output_dir / "samples.md", state.step)
+        set_aside_later_checkpoints(cfg.output_dir, state.step)
+    if is_first_here():
+        more = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
+        write_run_info(cfg, run.accelerator.num_processes, **more)
+    if run.is_main:
+        run.stop.keep_progress(cfg.output_dir / ".progress", state.step)
+        log_restart(cfg, state)
+
+
+def train_quietly(run: Run, state: TrainState, fresh: bool) -> str:
+    """``train`` without Python's garbage collector; ``fresh`` says that the run has no earlier part."""
+    start_trackers(run, state, fresh=fresh and not has_restarted(run.cfg))
+    log_start(run)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
+    try:
+        return train(run, state)
+    except Exception:
+        run.saver.wait()  # a save that has begun is not lost
+        raise
+
+
+def log_end(cfg: TrainConfig, state: TrainState, ended: str, done: bool) -> None:
+    """Say how the run ended; ``done`` says that there was nothing left to do."""
+    if done:
+        logger.info(f"✅ 이미 끝난 학습입니다 (스텝 {state.step:,}). 더 하려면 --max-steps 를 늘리세요")
+        return
+    stopped = "🛑 테스트를 중단했습니다" if cfg.is_test else "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume"
+    how = "✅ 학습 완료!" if ended == "finished" else stopped
+    logger.info(f"{how} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
+
+
+def has_restarted(cfg: TrainConfig) -> bool:
+    """Whether torchrun has started this run's workers again."""
+    return bool(read_json(cfg.output_dir / "run_info.json").get("restarts"))
+
+
+def note_speed(run: Run) -> None:
+    """Keep this run's speed on this machine, for the plans of later ones."""
+    first = read_json(run.cfg.output_dir / "run_info.json").get("first_step", 0)
+    records = recent_metrics(run.cfg.output_dir)
+    speeds = [record["tokens_per_second"] for record in records if "loss" in record and record["step"] > first][1:]
+    if len(speeds) < 3:
+        return
+    path, device = run.cfg.cache_dir / "speed.json", run.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    key = speed_key(run.cfg, run.accelerator.num_processes, name)
+    try:
+        write_json(path, {**read_json(path), key: sorted(speeds)[len(speeds) // 2]})
+    except OSError as error:
+        logger.debug(f"the speed was not kept: {error}")
+
+
+def log_restart(cfg: TrainConfig, state: TrainState) -> None:
+    """Say which of the automatic restarts this is, if it is one."""
+    count = len(read_json(cfg.output_dir / "run_info.json").get("restarts", []))
+    if count:
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
+
+
+def use_checkpoint(cfg: TrainConfig) -> None:
+    """Do what --generate or --evaluate asks for: the result goes to the output, everything else beside it.
+
+    Raises:
+        UsageProblem, EnvironmentProblem, ValueError, RuntimeError: it can't be done.
+    """
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.captureWarnings(True)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # it has a handler of its own
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
+    quiet_libraries()
+    device, typed_length = detect_device(cfg), cfg.max_seq_length
+    cfg = replace(resolve_config(cfg, device)[0], max_seq_length=typed_length)
+    problems = cpu_problems(cfg)
+    if problems:
+        raise UsageProblem(problems)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
+    source = cfg.generate or cfg.evaluate
+    tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
+    model = model.to(device).eval()
+    if cfg.generate:
+        generate_text(model, tokenizer, cfg, text_streamer(tokenizer))
+        return
+    begun = time.monotonic()
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        totals = score_corpus(model, tokenizer, cfg)
+    length = cfg.max_seq_length or context_length(model)
+    print(f"📈 평가: {source} ({display_path(cfg.dataset_path)}, 창 {length:,} 토큰, {device.upper()} {cfg.precision})")
+    print("\n".join(evaluation_table(totals)))
+    logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: that one's fault is the cause."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def describe_error(error: BaseException) -> tuple[str, bool]:
+    """A Korean sentence for an error, and whether it is one that the system itself raises."""
+    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
+    unknown = f"예상하지 못한 오류: {type(error).__name__}: {str(error).strip()[:300]}"
+    return (str(error), True) if known else (unknown, False)
+
+
+def report_use_failure(cfg: TrainConfig, error: Exception) -> int:
+    """Tell in a sentence why --generate or --evaluate failed; returns the exit code."""
+    text, _ = describe_error(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        text = f"GPU 메모리가 부족합니다. --device cpu{' 또는 더 작은 --batch-size' if cfg.evaluate else ''} 를 쓰세요"
+    problems = error.problems if isinstance(error, (UsageProblem, EnvironmentProblem)) else [text]
+    print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
+    return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
 def report_failure(cfg: TrainConfig, error: BaseException, rank: int) -> int:
     """Tell the person in a sentence or a few, keep the traceback, set the run's state; returns the exit code."""
-    expected = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
-    text = str(error) if expected else f"예상하지 못한 오류: {type(error).__name__}: {str(error).strip()[:300]}"
+    text, known = describe_error(error)
     if isinstance(error, torch.OutOfMemoryError):
-        smaller = max(1, cfg.batch_size // 2)
+        smaller, known = max(1, cfg.batch_size // 2), True
         text = f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요"
     logging.getLogger("traceback").error("run failed", exc_info=error)
-    path = cfg.output_dir / "run_info.json"
-    info = read_json(path)
-    state = info.get("state") if info.get("run_id") == os.environ.get("RUN_ID") else None
-    if rank == 0 or state == "running":  # a rank that fails because another did has nothing to add
-        detail = cfg.logs_dir / f"training_detail_rank_{rank}.log"
-        print(f"❌ {text}\n   자세한 내용: {display_path(detail)}", flush=True)
-    if state == "running":
-        write_json(path, {**info, "state": "failed", "error": text, "ended": now()})
+    more = f"자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
+    if lost_peer(error):
+        text = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"
+        time.sleep(1)  # it may be about to say why
+    if known or restarts_left() <= 0:
+        fail_run(cfg, text, more)
+    elif not lost_peer(error):
+        print(f"⚠️  {text}\n   {more}", flush=True)
     return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
 def main() -> int:
-    """Run one rank of a training run from the command line; returns the exit code."""
+    """Run one rank of a training run, or use a checkpoint, from the command line; returns the exit code."""
+    cfg = parse_args(sys.argv[1:])
+    if cfg.uses_checkpoint:
+        try:
+            use_checkpoint(cfg)
+            return 0
+        except Exception as error:
+            return report_use_failure(cfg, error)
     rank, world_size = rank_and_world()
     stop = StopFlag()
     try:
         cfg, notes = set_up_config(sys.argv[1:])
     except (UsageProblem, EnvironmentProblem) as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
+        end_restarts()
         return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
     set_up_logging(cfg, rank)
+    Watchdog(cfg, stop, rank).start()
+    if cfg.device == "cuda":
+        # Kernels outlive the run and a container's /tmp.  Read when transformers imports the compiler.  Not on a CPU:
+        # there a kill in the middle of g++ would leave a torn library that every later run stumbles over.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled"))
     quiet_libraries()
     try:
         return run_training(cfg, notes, stop)
     except StopRequested:
         logger.info("🛑 시작하기 전에 중단했습니다")
-        if rank == 0 and (cfg.output_dir / "run_info.json").exists():
+        # On several machines it may be a restart after another one's fault: the supervisor knows.
+        if rank == 0 and node_count() == 1 and run_info_path(cfg.output_dir).exists():
             write_run_info(cfg, world_size, state="stopped", ended=now())
         return STOPPED
     except Exception as error:

@@ -34,7 +34,8 @@ LONG_RUN = (
     "--gradient-accumulation-steps 1 --max-steps 100000 --save-steps 100000 --dummy-data --num-gpus 1"
 )
 TOOLS = (  # what the launcher may take for granted on a machine where nothing is installed
-    "bash cat date dirname env flock grep ls mkdir mktemp mv nohup paste rm sed setsid sleep tail tee timeout touch tr"
+    "bash cat date dirname env flock grep ls mkdir mktemp mv nohup paste rm sed setsid sleep stat tail tee timeout"
+    " touch tr"
 )
 H100 = "NVIDIA H100 PCIe"
 
@@ -90,6 +91,7 @@ class Place:
     cache: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: f"LAUNCHER_TEST_MARK={uuid.uuid4().hex}")
+    seconds: float = 0.0  # that a whole run takes here, once one was timed
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,11 +223,11 @@ class Answer:
 class Terminal:
     """A command as the session of a pseudo-terminal of its own, as in an SSH session."""
 
-    def __init__(self, place: Place, *arguments: str):
+    def __init__(self, place: Place, *arguments: str, afterwards: str = 'exit "$code"'):
         self.master, slave = pty.openpty()
         command = place.command(*arguments)
         # A shell that stays in front of the launcher, so that the launcher isn't the session's leader.
-        command["args"] = ["bash", "-c", '"$@"; code=$?; exit "$code"', "terminal", *command["args"]]
+        command["args"] = ["bash", "-c", f'"$@"; code=$?; {afterwards}', "terminal", *command["args"]]
         take_terminal = functools.partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0)
         self.process = subprocess.Popen(
             **command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal
@@ -286,6 +288,20 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A run that trained to its end in this process, its state, and where it wrote: for looking at only."""
+    from samples import tiny_run
+
+    import train_h100_dual as t
+
+    run, state = tiny_run(tmp_path_factory.mktemp("trained")), t.TrainState()
+    t.save_initial_model(run)
+    assert t.train(run, state) == "finished"
+    t.finish_saving(run, state)
+    return run, state, run.cfg.output_dir
+
+
+@pytest.fixture(scope="session")
 def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A machine where nothing is installed: a Python without packages, a few tools, a copy of the scripts."""
     folder = tmp_path_factory.mktemp("bare machine")
@@ -311,8 +327,8 @@ def bare_place(tmp_path: Path, bare_folder: Path) -> Iterator[Place]:
 def with_gpus(place: Place, tmp_path: Path) -> Callable[..., None]:
     """Return a function that makes nvidia-smi report GPUs in ``place``, which PyTorch does not see."""
 
-    def stub(count: int, used: int = 4, name: str = H100) -> None:
-        lines = [f"{index}, GPU-1{index}1f5c2b-stub, {name}, 81559, {used}" for index in range(count)]
+    def stub(count: int, used: int = 4, name: str = H100, total: int = 81559) -> None:
+        lines = [f"{index}, GPU-1{index}1f5c2b-stub, {name}, {total}, {used}" for index in range(count)]
         write_program(tmp_path / "stubs" / "nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in lines))
         visible = ",".join(f"GPU-1{index}1f5c2b-stub" for index in range(count))
         path = f"{tmp_path / 'stubs'}:{os.environ['PATH']}"
@@ -328,6 +344,7 @@ def with_cuda(place: Place, tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
         "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 2)\n"
+        "    get_device_capability = staticmethod(lambda: (8, 0))\n"
         "class version:\n    cuda = '12.8'\n"
     )
     place.environment["PYTHONPATH"] = str(package.parent)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #
 # The one test command: sets up .venv where something is missing, then checks style and runs the tests.
-# Usage: tests/run.sh [--all] [PYTEST_ARGUMENT...]     --all runs the slow tests too.
+# Usage: tests/run.sh [--all] [PYTEST_ARGUMENT...]     --all runs the slow tests too, with the tools that they need.
 
 set -euo pipefail
 
@@ -10,8 +10,8 @@ cd "$ROOT"
 # shellcheck source=run_h100_dual.sh
 source ./run_h100_dual.sh
 
-tests_are_ready() { # whether .venv holds every pinned version
-  [[ -x .venv/bin/python && ! -e .venv/.installing ]] && .venv/bin/python - requirements.txt tests/requirements.txt <<'PYTHON'
+tests_are_ready() { # tests_are_ready REQUIREMENTS...: whether .venv holds every pinned version
+  [[ -x .venv/bin/python && ! -e .venv/.installing ]] && .venv/bin/python - "$@" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,13 +27,14 @@ PYTHON
 }
 
 main_tests() {
-  local arguments=(-m "not slow") path
+  local arguments=(-m "not slow") requirements=(requirements.txt tests/requirements.txt) path
   if [[ ${1-} == --all ]]; then
     arguments=()
+    requirements+=(tests/requirements-export.txt)
     shift
   fi
   find_python
-  tests_are_ready || install_packages requirements.txt tests/requirements.txt
+  tests_are_ready "${requirements[@]}" || install_packages "${requirements[@]}"
   export PATH="$ROOT/.venv/bin:$PATH"
   ruff check .
   ruff format --check .

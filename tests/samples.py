@@ -37,6 +37,12 @@ class NeverStop:
     def is_set(self) -> bool:
         return self.requested
 
+    def mark(self, step: int | None = None) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
 
 def options(folder: Path, *more: str) -> list[str]:
     """Options of a tiny CPU run that keeps everything below ``folder``."""
@@ -63,7 +69,7 @@ def tiny_run(folder: Path, *more: str) -> t.Run:
     cfg = config(folder, "--dummy-data", *more)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
-    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop())
+    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
 
 
 def write_corpus(path: Path, documents: list[Any]) -> Path:

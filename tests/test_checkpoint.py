@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
-from samples import WILD_TEXTS, tiny_run
+from conftest import wait_for
+from samples import WILD_TEXTS, config, tiny_run, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train_h100_dual as t
 
+(OTHER_OPTIMIZER,) = set(t.OPTIMIZERS) - {t.TrainConfig().optimizer}
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run that trained to its end in this process, and where it wrote."""
-    run = tiny_run(tmp_path_factory.mktemp("trained"))
-    state = t.TrainState()
-    t.save_initial_model(run)
-    assert t.train(run, state) == "finished"
-    return run, state, run.cfg.output_dir
+
+def test_everything_that_a_run_knows_of_itself_comes_back(trained, tmp_path):
+    run, state, output = trained
+    fresh = tiny_run(tmp_path)
+    found = t.load_checkpoint(fresh, output / "checkpoint-4")
+    assert found == state
+    assert found.evaluation.keys() >= {"val_loss", "val_bits_per_byte", "val_loss_ko"}
+    assert found.evaluation_step == 4
+    assert len(found.recent_losses) == 4
+    assert all(torch.equal(a, b) for a, b in zip(fresh.decoder.parameters(), run.decoder.parameters(), strict=True))
 
 
 def test_the_tree_is_what_the_documents_promise(trained):
@@ -144,12 +156,277 @@ def test_the_newest_two_keep_their_training_state_and_a_limit_removes_older_ones
     cfg = t.TrainConfig(output_dir=tmp_path)
     for step in (5, 10, 100, 20):
         (tmp_path / f"checkpoint-{step}" / "training_state").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "training_state" / "state.pt").touch()
     t.remove_old_checkpoints(cfg)
     kept = [t.checkpoint_step(path.parent) for path in tmp_path.glob("checkpoint-*/training_state")]
     assert sorted(kept) == [20, 100]
     assert len(t.list_checkpoints(tmp_path)) == 4
     t.remove_old_checkpoints(t.TrainConfig(output_dir=tmp_path, save_total_limit=1))
     assert [path.name for path in t.list_checkpoints(tmp_path)] == ["checkpoint-100"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
+
+
+def test_the_manifest_is_what_sha256sum_says_of_every_file(trained):
+    checkpoint = trained[2] / "checkpoint-4"
+    files = json.loads((checkpoint / "training_state" / "manifest.json").read_text())["files"]
+    there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert files.keys() == there - {"training_state/manifest.json"}
+    for name, entry in files.items():
+        assert entry["bytes"] == (checkpoint / name).stat().st_size
+        said = subprocess.run(["sha256sum", checkpoint / name], capture_output=True, text=True, check=True).stdout
+        assert entry["sha256"] == said.split()[0]
+
+
+def flip_bit(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "training_state/state.pt", "training_state/manifest.json", "config.json"]
+)
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.9])
+def test_any_flipped_bit_is_damage(trained, tmp_path, name, place):
+    shutil.copytree(trained[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert t.checkpoint_damage(tmp_path / "checkpoint-4", thorough=True) is None
+    flip_bit(tmp_path / "checkpoint-4" / name, place)
+    assert t.checkpoint_damage(tmp_path / "checkpoint-4", thorough=True)
+
+
+def test_a_file_cut_off_or_lost_is_damage_at_the_first_look(trained, tmp_path):
+    for name in ("pytorch_model.bin", "training_state/state.pt", "training_info.json", "tokenizer.json"):
+        folder = tmp_path / name.replace("/", "-") / "checkpoint-4"
+        shutil.copytree(trained[2] / "checkpoint-4", folder)
+        os.truncate(folder / name, 10)
+        assert name in t.checkpoint_damage(folder, thorough=False)
+        (folder / name).unlink()
+        assert name in t.checkpoint_damage(folder, thorough=False)
+        assert t.find_latest_checkpoint(folder.parent) is None
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_after_it_are_named(trained, tmp_path):
+    for step in (4, 8, 12, 16):
+        shutil.copytree(trained[2] / "checkpoint-4", tmp_path / f"checkpoint-{step}")
+    flip_bit(tmp_path / "checkpoint-12" / "pytorch_model.bin")
+    (tmp_path / "checkpoint-16" / "config.json").unlink()
+    told = []
+    assert t.find_latest_checkpoint(tmp_path, thorough=True, tell=told.append) == tmp_path / "checkpoint-8"
+    assert ["checkpoint-16" in told[0], "checkpoint-12" in told[1], len(told)] == [True, True, 2]
+    cfg = t.replace(trained[0].cfg, resume=str(tmp_path / "checkpoint-12"))
+    with pytest.raises(FileNotFoundError, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
+        t.resume_checkpoint(cfg, thorough=True)
+
+
+class Killed:
+    """Python's writes to the disk, counted; at the chosen one the process dies, a write half done."""
+
+    def __init__(self, at: int):
+        self.at, self.count = at, 0
+
+    def reached(self) -> bool:
+        self.count += 1
+        return self.count == self.at
+
+    def wrap(self, real):
+        def call(*arguments, **more):
+            if self.reached():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+    def open(self, real):
+        def call(file, mode="r", *arguments, **more):
+            stream = real(file, mode, *arguments, **more)
+            if set(mode) & set("wax+"):
+                write = stream.write
+
+                def tear(data):
+                    if self.reached():
+                        write(data[: len(data) // 2])
+                        stream.flush()
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return write(data)
+
+                stream = Torn(stream, tear)
+            return stream
+
+        return call
+
+
+class Torn:
+    """A file with another way of writing."""
+
+    def __init__(self, stream, write):
+        self.stream, self.write = stream, write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stream.close()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def save_and_die(run, state, boundary: int) -> bool:
+    """Save in a child process that is killed at one of its writes; returns whether it got that far."""
+    weights, content = t.snapshot(run, state, [t.rng_state(run.accelerator.device)])
+    info = t.training_info(run, state)
+    child = os.fork()
+    if child == 0:
+        killed = Killed(boundary)
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync"):
+            setattr(os, name, killed.wrap(getattr(os, name)))
+        builtins.open = io.open = killed.open(open)
+        try:
+            t.write_checkpoint(run, state.step, weights, content, info)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_any_write_of_a_save_every_checkpoint_is_whole(tmp_path):
+    shape = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_attention_heads": 1, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    small = ("--model-config", str(tmp_path / "config.json"))
+    run, state = tiny_run(tmp_path, "--save-total-limit", "3", *small), t.TrainState()
+    t.train(run, state)
+    t.finish_saving(run, state)
+    output = run.cfg.output_dir
+    state.loss_window = []
+    boundary, seen = 0, set()
+    while True:
+        boundary += 1
+        kept = t.list_checkpoints(output)
+        state.step = t.checkpoint_step(kept[-1]) + 1
+        if not save_and_die(run, state, boundary):
+            break
+        found = t.list_checkpoints(output)
+        assert [path.name for path in kept[-2:]] == [path.name for path in found if path in kept[-2:]]
+        for path in found:
+            torch.load(path / "pytorch_model.bin", weights_only=True)
+            if (path / "training_state").is_dir():
+                assert t.checkpoint_damage(path, thorough=True) is None
+        whole = [path for path in found if (path / "training_state").is_dir()]
+        assert len(whole) >= 1
+        seen.add(state.step in map(t.checkpoint_step, found))
+        for torn in output.glob(".*.tmp"):  # as the next start does
+            shutil.rmtree(torn)
+        if len(found) < 3:
+            state.step += 1
+            assert not save_and_die(run, state, 10**9)
+    assert boundary > 40
+    assert seen == {True, False}
+    assert t.checkpoint_damage(t.list_checkpoints(output)[-1], thorough=True) is None
+
+
+class Bomb:
+    """What a pickle may hold: something to call when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_state/state.pt"])
+def test_a_checkpoint_whose_pickle_would_run_code_is_refused(trained, tmp_path, name):
+    run, _, output = trained
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(output / "checkpoint-4", folder)
+    torch.save({"weight": torch.zeros(2), "more": Bomb(tmp_path / "was here")}, folder / name)
+    t.write_json(folder / t.MANIFEST, {"files": {}})
+    (folder / t.MANIFEST).unlink()
+    t.write_json(folder / t.MANIFEST, t.make_manifest(folder))
+    assert t.checkpoint_damage(folder, thorough=True) is None
+    with pytest.raises(RuntimeError, match="열지 않습니다"):
+        t.load_checkpoint(run, folder)
+    assert not (tmp_path / "was here").exists()
+    torch.load(folder / name, weights_only=False)  # the bomb is a real one
+    assert (tmp_path / "was here").exists()
+
+
+def test_a_python_loader_beside_the_data_is_not_executed(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", [f"문서 {n}번입니다. 오늘은 날씨가 맑습니다. It is sunny." for n in range(500)])
+    code = f"import os\nos.mkdir({str(tmp_path / 'was here')!r})\n"
+    for name in ("corpus.py", "__init__.py", "dataset_loading_script.py"):
+        (folder / name).write_text(code)
+    corpus = t.prepare_corpus(config(tmp_path, "--dataset-path", str(folder)))
+    assert corpus.report["documents"] == 500
+    assert not (tmp_path / "was here").exists()
+    exec(code)  # it is a real one
+    assert (tmp_path / "was here").exists()
+
+
+def test_the_buffers_of_a_save_are_allocated_once(tmp_path):
+    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
+    seen = []
+    write = t.write_checkpoint
+
+    def watch(run, step, weights, content, info):
+        moments = [item for values in content["optimizer"]["state"].values() for item in values.values()]
+        seen.append([tensor.data_ptr() for tensor in (*weights.values(), *moments)])
+        live = [weight.data_ptr() for weight in run.decoder.parameters()]
+        assert not set(seen[-1]) & set(live)
+        write(run, step, weights, content, info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "write_checkpoint", watch)
+        state = t.TrainState()
+        t.train(run, state)
+        t.finish_saving(run, state)
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_written(tmp_path):
+    run = tiny_run(tmp_path, "--max-steps", "8", "--save-steps", "4", "--eval-steps", "100")
+    state, at_four, write = t.TrainState(), {}, t.write_checkpoint
+
+    def slowly(run, step, weights, content, info):
+        if step == 4:
+            at_four.update({name: value.clone() for name, value in weights.items()})
+            wait_for("the next step", lambda: state.step > 5)
+        write(run, step, weights, content, info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "write_checkpoint", slowly)
+        t.train(run, state)
+        t.finish_saving(run, state)
+    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-4", "checkpoint-8"]
+    saved = torch.load(run.cfg.output_dir / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
+    assert all(torch.equal(saved[name], value) for name, value in at_four.items())
+    now = run.decoder.state_dict()
+    assert not all(torch.equal(saved[name], now[name]) for name in now)
+
+
+def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_path, caplog):
+    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
+    state, write = t.TrainState(), t.write_checkpoint
+
+    def broken(run, step, weights, content, info):
+        if step == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        write(run, step, weights, content, info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "write_checkpoint", broken)
+        assert t.train(run, state) == "finished"
+        t.finish_saving(run, state)
+    (line,) = [text for text in caplog.messages if "저장하지 못했습니다" in text]
+    assert "(스텝 4)" in line
+    assert "Input/output error" in line
+    assert line.endswith("checkpoint-2")
+    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_what_would_change_the_rows_is_refused_on_resume(trained):
@@ -161,12 +438,35 @@ def test_what_would_change_the_rows_is_refused_on_resume(trained):
     for change, world_size, named in (
         ({"options": {**info["options"], "seed": 1}}, 1, "--seed 1"),
         ({"options": {**info["options"], "max_seq_length": 16}}, 1, "--max-seq-length 16"),
+        ({"options": {**info["options"], "optimizer": OTHER_OPTIMIZER}}, 1, f"--optimizer {OTHER_OPTIMIZER}"),
         ({"data_fingerprint": "other"}, 1, "데이터"),
-        ({}, 2, "스텝당 토큰"),
+        ({"tokens_seen": 2 * info["tokens_seen"]}, 1, "스텝당 토큰"),
     ):
         problems = t.resume_problems(run.cfg, world_size, {**info, **change}, known)
         assert len(problems) == 1
         assert named in problems[0]
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_optimizer_was_trained_with_adamw(trained):
+    run, _, output = trained
+    info = json.loads((output / "checkpoint-4" / "training_info.json").read_text())
+    del info["options"]["optimizer"]
+    for optimizer, problems in (("adamw", 0), ("muon", 1)):
+        assert len(t.resume_problems(t.replace(run.cfg, optimizer=optimizer), 1, info, None)) == problems
+
+
+def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained, monkeypatch):
+    cfg = t.replace(trained[0].cfg, batch_size=4, gradient_accumulation_steps=6)
+    info = {"step": 10, "tokens_seen": 10 * cfg.tokens_per_step(2), "world_size": 2}
+    for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
+        changed, note = t.with_same_step_tokens(t.replace(cfg, batch_size=batch_size), world_size, info)
+        assert changed.gradient_accumulation_steps == expected
+        assert changed.tokens_per_step(world_size) == cfg.tokens_per_step(2)
+        assert (note is None) == (expected == 6)
+    assert t.with_same_step_tokens(cfg, 5, info) == (cfg, None)
+    assert t.with_same_step_tokens(t.replace(cfg, batch_size=96), 1, info)[1] is None
+    monkeypatch.setattr(t.sys, "argv", ["train", "--gradient-accumulation-steps=6"])
+    assert t.with_same_step_tokens(cfg, 1, info) == (cfg, None)
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):

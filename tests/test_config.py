@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,21 @@ def test_the_shares_of_a_mix_are_thousandths_that_sum_up_to_one(typed, shares):
 def test_a_mix_that_can_not_be_meant_is_refused(typed):
     with pytest.raises(t.UsageProblem, match="--mix"):
         t.parse_args(["--mix", typed])
+
+
+def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tmp_path, monkeypatch, capsys):
+    free = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(t.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    places = [f"--{name}-dir={tmp_path / name}" for name in ("output", "logs", "cache")]
+    argv = ["--train", "--device=cpu", "--model-size=tiny", "--dummy-data", "--max-steps=1000", *places]
+    weights = 4 * t.PRESETS["tiny"].parameter_count(65536)
+    free.append((2 + 2 + 2 * 3) * weights - 1)  # the initial model, two checkpoints and one being written, moments
+    with pytest.raises(t.EnvironmentProblem, match=r"디스크 공간이 부족합니다.*--save-total-limit 2"):
+        t.plan(argv, 1, False, "")
+    free[0] += 1
+    assert t.plan(argv, 1, False, "") == 0
+    free[0] = 0
+    assert t.plan(["--test", "--device=cpu", "--dummy-data", *places], 1, False, "") == 0
+    assert "⚠️  디스크 공간이 부족합니다" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

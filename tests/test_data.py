@@ -489,7 +489,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumul
 def test_rows_are_slices_of_the_stream_one_apart():
     stream = np.arange(101, dtype=np.uint16)
     places = zip(*(part.tolist() for part in t.RowOrder([10], [1000], seed=3)(np.arange(10))), strict=True)
-    batch = t.PackedRows((stream,), 10).__getitems__(list(places))
+    batch = t.PackedRows((stream,), 10).read(list(places))
     assert batch.shape == (10, 11)
     assert batch.dtype == torch.int64
     assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 10))
@@ -523,6 +523,32 @@ def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, 
     whole = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(0, 6))))
     rest = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(4, 6))))
     assert [batch.tolist() for batch in whole[4:]] == [batch.tolist() for batch in rest]
+
+
+def test_the_loader_reads_ahead_of_the_step_but_not_without_end(tmp_path, monkeypatch):
+    corpus, begun = prepared(tmp_path, wild_documents(200)), []
+    read = t.PackedRows.read
+    monkeypatch.setattr(t.PackedRows, "read", lambda rows, places: (begun.append(places), read(rows, places))[1])
+    cfg = dataclasses.replace(config(tmp_path), num_workers=2)
+    batches = t.make_loader(cfg, corpus, t.RankPositions(cfg, 0, 1, range(1000)))
+    next(batches)
+    ahead = 1 + t.BATCHES_AHEAD * cfg.num_workers  # while this step works
+    deadline = time.monotonic() + 30
+    while len(begun) < ahead and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(begun) == ahead
+
+
+def test_what_a_reading_thread_meets_ends_the_run(tmp_path, monkeypatch):
+    def fail(rows: t.PackedRows, places: list) -> None:
+        raise OSError(5, "Input/output error")
+
+    corpus = prepared(tmp_path, wild_documents(200))
+    monkeypatch.setattr(t.PackedRows, "read", fail)
+    cfg = dataclasses.replace(config(tmp_path), num_workers=2)
+    with pytest.raises(OSError, match="Input/output"):
+        next(t.make_loader(cfg, corpus, t.RankPositions(cfg, 0, 1, range(4))))
 
 
 # --- --mix ---

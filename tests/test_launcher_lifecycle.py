@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,6 +244,11 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> It
         seen = SimpleNamespace(place=place, pid=place.pid())
         place.wait("the launcher's end", lambda: terminal.process.poll() is not None, 20)
         place.wait_for_step()
+        for pid in place.processes():  # a hang-up may also be sent to all of them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGHUP)
+        step = last_step(place)
+        place.wait("ten more steps", lambda: last_step(place) > step + 10)
         seen.alive, seen.status = process_is_alive(seen.pid), status(place)
         # The launcher's five seconds of log may outlast its terminal; only the run itself is meant below.
         place.wait(
@@ -316,20 +322,43 @@ def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cac
     assert not place.pid_file.exists()
 
 
-def test_ctrl_c_while_the_first_log_is_shown_leaves_the_run_and_stop_ends_it(place: Place, warm_cache: Path) -> None:
+def test_ctrl_c_at_the_first_log_and_a_hang_up_later_leave_the_run_and_stop_ends_it(
+    place: Place, warm_cache: Path
+) -> None:
     place.cache = warm_cache
-    terminal = Terminal(place, *LONG_RUN.split())
+    terminal = Terminal(place, *LONG_RUN.split(), afterwards='echo "code $code"; sleep 300')
     terminal.wait_for_text("초기 로그 출력")
     place.wait("the first log", lambda: place.console_log.stat().st_size)
     terminal.press("\x03")
-    assert terminal.wait_for_exit(10) == 0, terminal.text
+    terminal.wait_for_text("code 0", 10)
     assert "백그라운드에서 계속 실행 중" in terminal.text
     place.wait_for_step()
+    terminal.hang_up()
+    place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
+    step = last_step(place)
+    place.wait("more steps", lambda: last_step(place) > step + 2)
     answer = place.run("--stop")
     assert answer.code == 0, answer.text
     assert "중단됨" in answer.out
     place.wait_for_end(5)  # it had waited for the end
     assert place.info()["state"] == "stopped"
+
+
+def test_of_two_starts_at_the_same_moment_one_runs_and_one_is_refused(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    command = place.command(*LONG_RUN.split())
+    one_shell = '"$@" >first 2>&1 & one=$!; "$@" >second 2>&1 & two=$!; wait $one; echo $?; wait $two; echo $?'
+    command["args"] = ["bash", "-c", one_shell, "bash", *command["args"]]
+    answer = place.execute(command)
+    shown = [(place.folder / name).read_text(encoding="utf-8") for name in ("first", "second")]
+    assert sorted(answer.out.split()) == ["0", "1"], "\n".join(shown)
+    if answer.out.split() == ["1", "0"]:
+        shown.reverse()
+    running, refused = shown
+    assert f"🔢 프로세스 ID: {place.pid()}" in running
+    assert f"❌ 이미 실행 중인 학습이 있습니다 (PID {place.pid()})" in refused
+    assert len(agents(place)) == 1
+    assert status(place)[0] == 0
 
 
 def test_kill_in_the_first_second_is_a_stop_too(place: Place, warm_cache: Path) -> None:
@@ -444,8 +473,10 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamesp
         seen = SimpleNamespace(place=place, bystander=bystander, status=status(place))
         try:
             options = "--test --num-gpus 1 --max-steps 2 --vocab-size 512 --max-seq-length 64"
-            seen.answer = place.run(*options.split(), "--dataset-path", "데이터 셋/말뭉치 1.jsonl")
+            seen.arguments = [*options.split(), "--dataset-path", "데이터 셋/말뭉치 1.jsonl"]
+            seen.answer = place.run(*seen.arguments)
             place.wait_for_end()
+            seen.info = place.info()
             seen.bystander_lives = bystander.poll() is None
             yield seen
         finally:
@@ -468,6 +499,16 @@ def test_a_run_works_with_spaces_and_hangul_in_the_c_locale(first_run: SimpleNam
     assert first_run.answer.code == 0, first_run.answer.text
     assert "✅ 데이터셋 확인 완료: 1개 파일" in first_run.answer.out
     assert "✅ 학습 완료!" in (first_run.place.logs / "training_rank_0.log").read_text(encoding="utf-8")
+
+
+def test_the_command_that_run_info_keeps_can_be_pasted_anywhere(first_run: SimpleNamespace, tmp_path: Path) -> None:
+    place, line = first_run.place, first_run.info["command"]
+    typed = place.command(*first_run.arguments)
+    assert shlex.split(line) == ["cd", str(place.folder), "&&", *typed["args"]]
+    again = {"args": ["bash", "-c", f"{line} --dry-run"], "cwd": tmp_path, "env": typed["env"]}
+    answer = place.execute(again)
+    assert answer.code == 0, answer.text
+    assert "✅ 데이터셋 확인 완료: 1개 파일" in answer.out
 
 
 def test_a_stale_pid_file_does_not_hinder_a_start_or_hurt_its_process(first_run: SimpleNamespace) -> None:

@@ -37,6 +37,22 @@ MISTAKES = {
     "no GPU at all": (["--num-gpus", "0"], ["--num-gpus", "'0'", "가장 가까운 값: 1"]),
     "more GPUs than a machine has": (["--num-gpus=65"], ["--num-gpus", "'65'", "가장 가까운 값: 64"]),
     "no number of GPUs": (["--num-gpus", "two"], ["--num-gpus", "'two'", "정수"]),
+    "no number of machines": (["--nnodes", "two"], ["--nnodes", "'two'", "정수"]),
+    "machines without their meeting place": (["--nnodes", "2", "--node-rank", "0"], ["--nnodes 2", "--rdzv-endpoint "]),
+    "machines without this one's number": (["--nnodes=2", "--rdzv-endpoint=a:1"], ["--nnodes 2", "--node-rank 0"]),
+    "a number without machines": (["--node-rank", "1"], ["--node-rank", "--nnodes"]),
+    "a number past the machines": (
+        ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "10.0.0.1:29500"],
+        ["--node-rank", "'2'", "0 이상 1 이하", "가장 가까운 값: 1"],
+    ),
+    "a meeting place without a port": (
+        ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "10.0.0.1"],
+        ["--rdzv-endpoint", "'10.0.0.1'", "HOST:PORT"],
+    ),
+    "a port that is none": (
+        ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "10.0.0.1:65536"],
+        ["--rdzv-endpoint", "'10.0.0.1:65536'", "HOST:PORT"],
+    ),
     "unknown choice": (["--model-size", "1.4b"], ["--model-size", "'1.4b'", "가장 가까운 값: 1.3b"]),
     "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground", "값을 받지 않는"]),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from samples import ROOT, config, tiny_run, torchrun
+from optimizer_worker import muon_steps
+from samples import ROOT, NeverStop, config, options, tiny_run, torchrun
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_h100_dual as t
 
@@ -41,7 +46,7 @@ def test_no_warm_up_starts_at_the_full_rate(tmp_path):
 
 def test_only_matrices_decay():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    groups = t.build_optimizer(model, dataclasses.replace(t.TrainConfig(), weight_decay=0.3)).param_groups
+    groups = t.build_optimizer(model, t.TrainConfig(optimizer="adamw", weight_decay=0.3)).param_groups
     assert [(group["weight_decay"], [weight.dim() for weight in group["params"]]) for group in groups] == [
         (0.3, [2]),
         (0.0, [1, 1, 1]),
@@ -64,8 +69,94 @@ def test_a_step_lowers_the_loss_of_its_own_batch(tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_an_overflowing_step_is_skipped_under_a_scaler(tmp_path):
-    run = tiny_run(tmp_path)
+class NoHostRead(TorchDispatchMode):
+    """Fails where the host would have to wait for a value of the device, whatever the device is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "aten.equal")
+        by_mask = "aten.index" in str(func) and any(part is not None and part.dtype == torch.bool for part in args[1])
+        assert not by_mask and not any(read in str(func) for read in reads), f"{func} reads a value of the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [(), ("--gradient-accumulation-steps", "3"), ("--max-grad-norm", "0.01")])
+def test_a_step_reads_no_value_of_the_device(tmp_path, more):
+    run = tiny_run(tmp_path, *more)
+    for read in (torch.Tensor.item, bool, torch.nonzero, lambda value: value[value > 0]):
+        with pytest.raises(AssertionError, match="reads a value"), NoHostRead():
+            read(torch.ones(1))
+    rows = iter(batches(run))
+    with NoHostRead():
+        stats = t.train_step(run, rows, 1e-3)
+    assert stats.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    words = options(tmp_path, "--device", "cuda", "--bf16", "--dummy-data", "--num-workers", "2", compiled)
+    cfg = t.resolve_config(t.parse_args(words), "cuda")[0]
+    for folder in (cfg.output_dir, cfg.logs_dir):
+        folder.mkdir(parents=True)
+    with t.attention_kernels(cfg):
+        run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
+        rows = t.make_loader(cfg, run.corpus, t.RankPositions(cfg, 0, 1, range(8))), None
+        for step in range(8):
+            if step == 4:  # compiled, and every buffer is there
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            stats = t.train_step(run, rows, 1e-3)
+        torch.cuda.set_sync_debug_mode("default")
+    assert stats.isfinite().all()
+
+
+def test_what_a_step_frees_on_a_cpu_serves_the_next_without_the_kernel():
+    code = """
+import resource, torch, train_h100_dual as t
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+t.keep_freed_memory()
+torch.ones(1 << 24)
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
+
+
+def test_one_graph_serves_every_step_and_one_every_evaluation(tmp_path):
+    run, graphs = tiny_run(tmp_path, "--batch-size", "3"), []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run.causal_loss.compile(backend=keep_graph)
+    rows = iter(batches(run, 8))
+    for step in range(6):
+        t.train_step(run, rows, 1e-3 / (step + 1))
+        if step == 2:
+            assert len(graphs) == 1
+            t.evaluate(run)  # its last batch is not full
+    t.evaluate(run)
+    assert len(graphs) == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("optimizer", t.OPTIMIZERS)
+def test_an_overflowing_step_is_skipped_under_a_scaler(tmp_path, optimizer):
+    run = tiny_run(tmp_path, "--optimizer", optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
     run.accelerator.scaler, run.optimizer = scaler, AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
     before, batch = weights(run), batches(run, 1)[0]
@@ -79,17 +170,24 @@ def test_an_overflowing_step_is_skipped_under_a_scaler(tmp_path):
     assert not torch.equal(before[0], weights(run)[0])
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_but_is_counted(tmp_path):
-    run = tiny_run(tmp_path)
+def moments(run: t.Run) -> list[torch.Tensor]:
+    return [value.clone() for state in run.optimizer.optimizer.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("optimizer", t.OPTIMIZERS)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_is_counted(tmp_path, optimizer, value):
+    run = tiny_run(tmp_path, "--optimizer", optimizer)
     batch = batches(run, 1)[0]
     t.train_step(run, iter([batch]), 1e-3)
-    before, moments = weights(run), [dict(state) for state in run.optimizer.optimizer.state.values()]
-    steps = [state["step"].item() for state in moments]
-    hook = run.decoder.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before, state = weights(run), moments(run)
+    changed = [run.decoder.model.norm.weight, run.decoder.model.layers[1].mlp.up_proj.weight]
+    hooks = [weight.register_hook(lambda gradient: gradient * float(value)) for weight in changed]
     assert t.train_step(run, iter([batch]), 1e-3)[2].item() == 1
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
-    assert [state["step"].item() for state in run.optimizer.optimizer.state.values()] == steps
+    assert all(torch.equal(a, b) for a, b in zip(state, moments(run), strict=True))
     assert t.train_step(run, iter([batch]), 1e-3)[2].item() == 0
     assert not torch.equal(before[0], weights(run)[0])
 
@@ -106,6 +204,44 @@ def test_five_such_steps_in_a_row_end_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="유한하지"):
         t.note_step(run, state, log, (10, 10.0, bad))
     assert state.skipped_steps == 9
+
+
+def test_more_than_one_in_a_hundred_of_the_last_thousand_ends_the_run(tmp_path):
+    run, state = tiny_run(tmp_path, "--logging-steps", "100000", "--max-steps", "100000"), t.TrainState()
+    log = t.StepLog(run, state)
+    good, bad = [7.0, 1.0, 0.0, 0.0], [float("nan"), float("nan"), 1.0, 0.0]
+    for step in range(1, 4000):  # ten in every thousand may be
+        t.note_step(run, state, log, (step, float(step), bad if step % 100 == 0 else good))
+    assert state.skipped_steps == 39
+    assert len(state.skipped_recently) == 10
+    with pytest.raises(RuntimeError, match="최근 1,000스텝 가운데 11스텝"):
+        t.note_step(run, state, log, (4000, 4000.0, good)) or t.note_step(run, state, log, (4001, 4001.0, bad))
+        t.note_step(run, state, log, (4002, 4002.0, bad))
+
+
+def test_a_spike_of_the_loss_is_told_with_its_rows(tmp_path, caplog):
+    run, state = tiny_run(tmp_path, "--logging-steps", "100000", "--max-steps", "100000"), t.TrainState()
+    log = t.StepLog(run, state)
+    for step in range(1, 130):
+        wave = 0.1 if step % 2 else -0.1  # a standard deviation of 0.1
+        loss = 5 + wave + {50: 30, 105: 0.4, 120: 0.8}.get(step, 0)
+        t.note_step(run, state, log, (step, float(step), [loss, 1.0, 0.0, 0.0]))
+        if step == 104:
+            state.recent_losses = [5 + (0.1 if n % 2 else -0.1) for n in range(100)]
+    (line,) = [text for text in caplog.messages if "튀었습니다" in text]
+    assert "스텝 120:" in line
+    assert "238–239" in line  # the rows of step 120, two a step
+
+
+def test_a_loss_that_is_not_finite_poisons_its_gradients_and_any_other_is_untouched():
+    for value in (3.25, float("inf"), float("nan")):
+        weight = torch.tensor([2.0, 3.0], requires_grad=True)
+        loss = t.poison(weight.sum() * 0.7 + (value - 3.25))
+        loss.backward()
+        assert torch.isfinite(loss) == torch.isfinite(weight.grad).all()
+        if value == 3.25:
+            assert torch.equal(loss, weight.sum() * 0.7)
+            assert torch.equal(weight.grad, torch.tensor([0.7, 0.7]))
 
 
 def test_the_gradient_norm_is_clipped(tmp_path):
@@ -142,3 +278,103 @@ def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(tmp_pat
     assert_close(gradients(tmp_path, "ranks", 2, "--batch-size", "4"), whole)
     assert_close(gradients(tmp_path, "both", 2, "--batch-size", "1", "--gradient-accumulation-steps", "4"), whole)
     assert_close(gradients(tmp_path, "micro", 1, "--batch-size", "2", "--gradient-accumulation-steps", "4"), whole)
+
+
+def reference_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """What PyTorch offers for the same: its Muon for the projections of the layers, its AdamW for the rest."""
+    hidden = [weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
+    embedding, norms = [model.get_input_embeddings().weight], [w for w in model.parameters() if w.dim() == 1]
+    groups = [{"params": embedding, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(hidden, lr=learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95)),
+    ]
+
+
+def test_muon_takes_the_steps_of_pytorchs_muon_and_adamw(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "MUON_BATCH", 5 * 256 * 256)  # several batches, not all of them full
+    run = tiny_run(tmp_path, "--optimizer", "muon")
+    reference = copy.deepcopy(run.decoder)
+    start, optimizers = weights(run), reference_optimizers(reference, 5e-3)
+    generator = torch.Generator().manual_seed(3)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 5e-3
+    for _ in range(5):
+        for ours, theirs in zip(run.decoder.parameters(), reference.parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        for optimizer in (run.optimizer, *optimizers):
+            optimizer.step()
+    for before, ours, theirs in zip(start, run.decoder.parameters(), reference.parameters(), strict=True):
+        moved = (theirs - before).abs().mean().item()
+        assert moved > 1e-3
+        assert (ours - theirs).abs().mean().item() < 2e-3 * moved  # bfloat16 has 8 bits
+
+
+def test_muon_leaves_embeddings_head_and_norms_to_adamw(tmp_path):
+    model = t.build_model(config(tmp_path, "--optimizer", "muon"), tiny_run(tmp_path).corpus.tokenizer)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    hidden, matrices, vectors = t.build_optimizer(model, config(tmp_path, "--optimizer", "muon")).param_groups
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert {names[id(weight)] for weight in matrices["params"]} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(names[id(weight)].endswith("_proj.weight") for weight in hidden["params"])
+    assert all("norm" in names[id(weight)] for weight in vectors["params"])
+    assert len(hidden["params"]) + len(matrices["params"]) + len(vectors["params"]) == len(names)
+    assert [group["weight_decay"] for group in (hidden, matrices, vectors)] == [0.1, 0.1, 0.0]
+    shape = t.PRESETS["tiny"]
+    assert sum(weight.numel() for weight in hidden["params"]) == shape.matrix_parameters()
+
+
+def test_what_the_optimizer_keeps_has_the_size_that_is_reckoned_with(tmp_path):
+    sizes = {}
+    for name in t.OPTIMIZERS:
+        run = tiny_run(tmp_path, "--optimizer", name)
+        t.train_step(run, iter(batches(run, 1)), 1e-3)
+        sizes[name] = sum(value.numel() * 4 for value in moments(run) if value.dim())
+        assert sizes[name] == t.optimizer_bytes(run.cfg, t.PRESETS["tiny"])
+    assert sizes["muon"] < 0.6 * sizes["adamw"]
+
+
+def test_an_update_by_muon_never_asks_the_device_for_a_value(tmp_path):
+    run, asked = tiny_run(tmp_path, "--optimizer", "muon"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.extend([str(func)] if any(name in str(func) for name in ("_local_scalar_dense", "nonzero")) else [])
+            return func(*args, **(kwargs or {}))
+
+    run.optimizer.optimizer.found_inf = torch.zeros(())
+    for weight in run.decoder.parameters():
+        weight.grad = torch.ones_like(weight)
+    with Watch():
+        run.optimizer.step()
+        assert not asked
+        torch.zeros(()).item()
+    assert asked  # the watch sees what it is there for
+
+
+def test_muon_shared_among_two_ranks_gives_the_weights_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "MUON_BATCH", 2 * 16 * 48)
+    alone = muon_steps()
+    done = torchrun(ROOT / "tests" / "optimizer_worker.py", [str(tmp_path / "shared.pt")], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = torch.load(tmp_path / "shared.pt", weights_only=True)
+    assert shared.keys() == alone.keys()
+    assert all(torch.allclose(shared[name], alone[name], rtol=0, atol=1e-5) for name in alone)
+
+
+@pytest.mark.parametrize("optimizer", t.OPTIMIZERS)
+def test_a_saved_and_loaded_optimizer_takes_the_same_next_step(tmp_path, optimizer):
+    typed = ("--optimizer", optimizer)
+    run = tiny_run(tmp_path, *typed)
+    rows = batches(run, 3)
+    for batch in rows[:2]:
+        t.train_step(run, iter([batch]), 1e-3)
+    t.save_checkpoint(run, t.TrainState(step=2, tokens_seen=2 * run.step_tokens))
+    t.report_save(run, wait=True)
+    t.train_step(run, iter(rows[2:]), 1e-3)
+    other = tiny_run(tmp_path, *typed)
+    t.load_checkpoint(other, run.cfg.output_dir / "checkpoint-2")
+    t.train_step(other, iter(rows[2:]), 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(other), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments(run), moments(other), strict=True))

@@ -27,7 +27,10 @@ SECTIONS = [
 ]
 EXAMPLE = "기본 테스트 (10스텝, 백그라운드)"
 # Options of other programs that the README names.
-FOREIGN_OPTIONS = {"--standalone", "--nproc-per-node", "--index-url", "--model", "--model_args", "--all"}
+FOREIGN_OPTIONS = {
+    *("--standalone", "--nproc-per-node", "--index-url", "--all", "--outfile", "--outtype", "--dtype", "--logdir"),
+    *("--model", "--model_args", "--batch_size", "--tasks", "--num_fewshot", "--include_path"),
+}
 
 
 # --- reading the README ---
@@ -106,7 +109,7 @@ def without_launcher_options(arguments: list[str]) -> list[str]:
     for word in rest:
         if word not in own:
             kept.append(word)
-        elif word in ("--num-gpus", "--notify", "--python"):
+        elif word in ("--num-gpus", "--notify", "--python", "--nnodes", "--node-rank", "--rdzv-endpoint"):
             next(rest)
     return kept
 
@@ -149,7 +152,7 @@ def help_groups() -> dict[str, dict[str, str]]:
         if re.fullmatch(r"\S[^:]*:", line):
             name = None
             options = groups.setdefault(line[:-1], {})
-        elif found := re.match(r"  (--\S+(?: (?:\[[^\]]+\]|[A-Z]+(?:\|[A-Z]+)?|\S+[|,]\S+))?)(?: +(.*))?$", line):
+        elif found := re.match(r"  (--\S+(?: (?:\[[^\]]+\]|[A-Z]+(?:[|:][A-Z]+)?|\S+[|,]\S+))?)(?: +(.*))?$", line):
             name = found[1]
             options[name] = found[2] or ""
         elif line.startswith(" " * 34) and name:
@@ -212,6 +215,36 @@ def test_the_table_of_presets_shows_their_shapes_and_parameter_counts():
         assert told[name] == [count, *map(str, (preset.layers, preset.hidden, preset.mlp, preset.head))]
 
 
+def test_the_table_of_memory_shows_the_estimates_of_the_program():
+    (table,) = tables(section("4. 모델 크기, 배치, 학습률 고르기"))
+    assert [row[0] for row in table] == list(t.PRESETS)
+    for name, *told in table:
+        figures = []
+        for more in ([], ["--gradient-checkpointing"]):
+            cfg = t.resolve_config(t.parse_args(["--train", "--model-size", name, *more]), "cuda")[0]
+            figures.append(f"{sum(t.estimate_memory(cfg, t.PRESETS[name], 2).values()) / 2**30:.1f}")
+        assert told[:2] == figures
+        assert told[2] == f"{20 * t.PRESETS[name].parameter_count(65536) / 1e8:.0f}억"
+
+
+def test_the_tools_are_those_that_the_tests_use():
+    pins = (ROOT / "tests" / "requirements-export.txt").read_text().split()
+    told = re.findall(r"\w+==[\d.]+", section("배포 준비"))
+    assert {*told} - {"gguf==0.19.0"} == {*pins}  # the converter of llama.cpp isn't among the tests
+
+
+def test_the_example_of_an_evaluation_looks_as_the_program_prints_it():
+    (example,) = code_blocks(section("체크포인트 평가"), "")
+    head, *table = example.splitlines()
+    assert any(re.fullmatch(known, head) for known in known_messages())
+    rows = [line.split() for line in table]
+    counts = {row[0]: [float(cell.replace(",", "")) for cell in row[1:5]] for row in rows[2:]}
+    totals = {name: (*count[:3], count[1] * count[3]) for name, count in counts.items()}
+    expected = t.evaluation_table({name: t.np.array(total) for name, total in totals.items()})
+    assert [line.split()[:4] for line in expected] == [row[:4] for row in rows]
+    assert list(map(t.display_width, table)) == list(map(t.display_width, expected))
+
+
 def test_the_least_versions_are_those_of_the_script():
     assert {row[0]: row[1] for row in tables(section("Python 패키지"))[0]} == t.MINIMUM_VERSIONS
     for name, least in re.findall(r'"([a-z]+)>=([\d.]+)"', section("Python 패키지")):
@@ -236,7 +269,7 @@ def tree() -> Iterator[str]:
 def name_patterns() -> list[str]:
     """Regular expressions for every name in a string of the program, its variable parts being anything."""
     words = re.findall(r"""["'/ ]([\w.{}$-]*\w[\w.{}$-]*)(?=["'])""", SCRIPT + LAUNCHER)
-    return [re.sub(r"\\?\$?\\\{.*?\\\}", r"\\w+", re.escape(word)) for word in words]
+    return [re.sub(r"\\?\$?\\\{.*?\\\}", r"\\w*", re.escape(word)) for word in words]
 
 
 def test_the_tree_shows_files_of_the_repository_that_are_there():
@@ -256,7 +289,8 @@ def test_the_tree_shows_only_names_that_the_program_writes():
 def test_the_tree_shows_every_name_that_the_program_writes():
     shown = {Path(path).name for path in tree()}
     written = re.findall(r'(?:output_dir|logs_dir|folder|temporary|"training_state") / f?"([^"]+)"', SCRIPT)
-    written += re.findall(r"\$\{plan\[(?:output|logs)_dir\]\}/([\w.]+)", LAUNCHER)
+    launcher = re.sub(r"\$\{node\}|\$\(\(.*?\)\)", "", LAUNCHER).replace("_rank_.", "_rank_0.")  # on one machine
+    written += re.findall(r"\$\{plan\[(?:output|logs)_dir\]\}/([\w.]+)", launcher)
     cache_files = {"tokenizer", "corpus.json", *re.findall(r'folder / f?"(\w+\.(?:bin|npy))"', SCRIPT)}
     for name in {*written} - cache_files | {"pytorch_model.bin"}:
         pattern = re.sub(r"\\\{.*?\\\}", r"\\w+", re.escape(name))
@@ -294,7 +328,7 @@ def script_messages() -> Iterator[str]:
 
 def launcher_messages() -> Iterator[str]:
     """Every message of the launcher as a regular expression; what is filled in is anything."""
-    for text in re.findall(r'\b(?:die|warn|log) "(.*)"(?: \d)?(?: ;;)?$', LAUNCHER, re.M):
+    for text in re.findall(r'\b(?:die |warn |log |reason=)"(.*)"(?: \d)?(?: ;;)?$', LAUNCHER, re.M):
         filled_in = r"\$\(\(.*?\)\)|\$\([^)]*\)|\$\{[^}]*\}|\$\w+"
         yield ".+".join(re.escape(part) for part in re.split(filled_in, text))
 
@@ -332,10 +366,10 @@ def console_example() -> list[str]:
 
 
 def run_block(lines: list[str]) -> list[str]:
-    """The lines of 학습 정보 that hang on neither the caller's directory nor the data."""
+    """The lines of 학습 정보 that hang on neither the caller's directory, the data, nor what ran here before."""
     first = lines.index("📋 학습 정보")
     block = lines[first : lines.index("", first)]
-    return [line for line in block if not re.match(r"   • (?:데이터셋|출력|로그): ", line)]
+    return [line for line in block if not re.match(r"   • (?:데이터셋|출력|로그|예상 시간): ", line)]
 
 
 def test_the_console_example_shows_what_a_test_on_a_cpu_shows(tmp_path):
@@ -360,7 +394,8 @@ def test_the_console_example_has_lines_that_the_program_prints():
     assert len(lines) > 30
     fixed = re.compile("|".join(known_messages(2)))
     for line in lines:
-        assert line in LAUNCHER or any(fixed.fullmatch(line[start:]) for start in (0, 2, 3, 4)), line
+        known = line in LAUNCHER or line.strip(" []") in t.SAMPLE_PROMPTS
+        assert known or any(fixed.fullmatch(line[start:]) for start in (0, 2, 3, 4)), line
 
 
 # --- the whole ---
@@ -374,14 +409,14 @@ def test_the_sections_come_in_their_order():
 def test_a_link_leads_somewhere(target):
     if target.startswith("#"):
         headings = re.findall(r"^#+ (.+)$", README, re.M)
-        assert target[1:] in [heading.lower().replace(" ", "-") for heading in headings]
+        assert target[1:] in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
     elif not target.startswith("http"):
         assert (ROOT / target).exists()
 
 
 def test_the_python_examples_compile():
     examples = [*code_blocks(README, "python"), *re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", README, re.M | re.S)]
-    assert len(examples) == 3
+    assert len(examples) == 5
     for code in examples:
         compile(code, "README.md", "exec")
 

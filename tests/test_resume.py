@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import ROOT, options, read_metrics, torchrun
+from samples import ROOT, options, read_metrics, tiny_run, torchrun
+
+import train_h100_dual as t
 
 SCRIPT = ROOT / "train_h100_dual.py"
 TWENTY = ["--dummy-data", "--max-steps", "20", "--save-steps", "10", "--eval-steps", "10"]
@@ -62,11 +64,33 @@ def undisturbed(tmp_path_factory):
 def test_a_killed_run_goes_on_bit_for_bit(undisturbed, tmp_path):
     kill_after(tmp_path, "checkpoint-10")
     assert not (tmp_path / "outputs" / "checkpoint-20").exists()
+    torn = tmp_path / "outputs" / ".checkpoint-15.tmp"
+    torn.mkdir()
+    (torn / "pytorch_model.bin").write_bytes(b"half of it")
     shown = train(tmp_path, "--resume")
     assert "스텝 10부터" in shown
+    assert not list((tmp_path / "outputs").glob(".*.tmp"))
     assert timeless(tmp_path) == timeless(undisturbed)
     ours, theirs = weights(tmp_path, 20), weights(undisturbed, 20)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_the_other_optimizer_goes_on_bit_for_bit_too_and_is_not_exchanged(undisturbed, tmp_path):
+    default = t.TrainConfig().optimizer
+    (other,) = set(t.OPTIMIZERS) - {default}
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    train(tmp_path, "--optimizer", other)
+    metrics, trained = timeless(tmp_path), weights(tmp_path, 20)
+    assert metrics != timeless(undisturbed)
+    shutil.rmtree(tmp_path / "outputs" / "checkpoint-20")
+    assert "스텝 10부터" in train(tmp_path, "--optimizer", other, "--resume")
+    assert timeless(tmp_path) == metrics
+    assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path, 20).items())
+    done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--optimizer", default, "--resume"))
+    assert done.returncode != 0
+    assert f"쓸 값: --optimizer {other}" in done.stdout
+    assert "Traceback" not in done.stdout
 
 
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undisturbed, tmp_path):
@@ -106,6 +130,146 @@ def test_a_checkpoint_of_a_test_is_not_resumed_from(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
     path = tmp_path / "outputs/checkpoint-20/training_info.json"
     path.write_text(path.read_text().replace('"mode": "train"', '"mode": "test"'))
+    manifest = tmp_path / "outputs/checkpoint-20" / t.MANIFEST
+    manifest.unlink()
+    t.write_json(manifest, t.make_manifest(tmp_path / "outputs/checkpoint-20"))
     done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--resume"))
     assert done.returncode != 0
     assert "테스트 모드의 체크포인트" in done.stdout
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    path = tmp_path / "outputs/checkpoint-20/training_state/state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    shown = train(tmp_path, "--resume")
+    assert "손상된 체크포인트를 건너뜁니다" in shown
+    assert "checkpoint-20 (training_state/state.pt 파일의 내용이 저장한 것과 다릅니다)" in shown
+    assert "스텝 10부터" in shown
+    assert timeless(tmp_path) == timeless(undisturbed)
+    ours, theirs = weights(tmp_path, 20), weights(undisturbed, 20)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (aside,) = (tmp_path / "outputs").glob("checkpoint-20.before-*")
+    assert (aside / "training_state/state.pt").read_bytes() == content
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    for name in ("run_info.json", "metrics.jsonl"):
+        shutil.copy(undisturbed / "outputs" / name, outputs)
+    shown = train(tmp_path, "--resume")
+    assert "아직 체크포인트가 없어 처음부터 시작합니다" in shown
+    assert timeless(tmp_path) == timeless(undisturbed)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_path, before, after):
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    typed = options(tmp_path, *TWENTY)
+    place = typed.index("--gradient-accumulation-steps")
+    del typed[place : place + 2]
+    done = torchrun(SCRIPT, typed, before)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    first = read_metrics(tmp_path)
+    shutil.rmtree(tmp_path / "outputs" / "checkpoint-20")
+    done = torchrun(SCRIPT, [*typed, "--resume"], after)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"기울기 누적을 8 → {8 * before // after} 로 맞춥니다 (프로세스 {before} → {after}개)" in done.stdout
+    second = read_metrics(tmp_path)
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    names = ("loss", "grad_norm", "val_loss", "val_loss_ko", "val_bits_per_byte")
+    for ours, theirs in zip(second, first, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & set(names):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    assert second[10:] != first[10:]  # a sum in another order: it was not the same run
+
+
+def test_other_ranks_that_can_not_read_the_same_batches_are_refused_with_the_reason(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--resume"), 1)  # which types an accumulation of 1
+    assert done.returncode != 0
+    assert "스텝당 토큰이 체크포인트(128)와 다릅니다(64)" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+# --- ends that the options set ---
+
+
+def test_a_run_ends_with_a_checkpoint_at_its_number_of_tokens(tmp_path):
+    run, state = tiny_run(tmp_path, "--max-tokens", "200"), t.TrainState()  # 64 a step
+    assert t.train(run, state) == "finished"
+    t.finish_saving(run, state)
+    (checkpoint,) = t.list_checkpoints(run.cfg.output_dir)
+    info = t.read_json(checkpoint / "training_info.json")
+    assert (info["step"], info["total_steps"], info["tokens_seen"]) == (3, 3, 192)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
+    """72 seconds from the start of the process, with a save that takes 15 of them."""
+    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    slow = SCRIPT.read_text(encoding="utf-8").replace(
+        "def sync_tree(folder: Path) -> None:", "def sync_tree(folder: Path) -> None:\n    time.sleep(15)"
+    )
+    (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
+    begun = time.monotonic()
+    typed = options(tmp_path, *TWENTY, "--max-steps", "100000", "--save-steps", "200", "--max-hours", "0.02")
+    done = torchrun(tmp_path / "slow.py", typed)
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert 30 < seconds < 72 + 5  # of torchrun's own
+    info = t.read_json(tmp_path / "outputs" / "run_info.json")
+    assert info["state"] == "stopped"
+    last = t.list_checkpoints(tmp_path / "outputs")[-1]
+    assert t.checkpoint_step(last) == info["step"]
+    assert t.checkpoint_damage(last, thorough=True) is None
+
+
+def test_the_time_kept_for_the_end_is_taken_from_what_evaluations_and_saves_took(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path, "--max-hours", "1")
+    monkeypatch.setattr(t, "process_age", lambda: 600.0)
+    run.save_seconds, run.evaluation_seconds = 20.0, 8.0
+    t.set_deadline(run, step_seconds=3.0)
+    assert run.stop.deadline - time.monotonic() == pytest.approx(3600 - 600 - (2 * 3 + 8 + 1.5 * 20 + 5), abs=1)
+
+
+def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run, state = tiny_run(tmp_path, "--max-steps", "100000", "--max-hours", "1"), t.TrainState()
+        run.stop = run.saver.stop = t.StopFlag()
+        monkeypatch.setattr(t, "process_age", lambda: 3600 - 7.0)
+        assert t.train(run, state) == "stopped"
+        t.finish_saving(run, state)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == [f"checkpoint-{state.step}"]
+    assert 0 < state.step < 100000
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
+    typed = ("--eval-steps", "2", "--save-steps", "100")
+    whole, state = tiny_run(tmp_path / "whole", *typed), t.TrainState()
+    t.train(whole, state)
+    t.finish_saving(whole, state)
+    run, state = tiny_run(tmp_path / "stopped", *typed), t.TrainState()
+    run.stop.requested = True
+    assert t.train(run, state) == "stopped"
+    t.finish_saving(run, state)
+    assert (state.step, state.evaluation_step) == (2, None)
+    run = tiny_run(tmp_path / "stopped", *typed)
+    run.stop.requested = False
+    state = t.load_checkpoint(run, run.cfg.output_dir / "checkpoint-2")
+    assert t.train(run, state) == "finished"
+    t.finish_saving(run, state)
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+    assert [line["step"] for line in timeless(tmp_path / "whole") if "val_loss" in line] == [2, 4]

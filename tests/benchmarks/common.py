@@ -31,13 +31,25 @@ def git_commit() -> str:
     return (commit.stdout.strip() or "no commit") + (" with uncommitted edits" if edited.returncode else "")
 
 
-def provenance(*packages: str) -> str:
-    """The line under a table: machine, versions, commit and command."""
+def gpu_names() -> list[str]:
+    """The visible GPUs as nvidia-smi names them, with the driver's version."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def provenance(*packages: str, command: str | None = None) -> str:
+    """The line under a table: machine, versions, commit and command (by default this process's)."""
+    command = command or f"python {shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
+    gpus = "".join(f"{name}; " for name in gpu_names())
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    cores = len(os.sched_getaffinity(0))
     return (
-        f"{len(os.sched_getaffinity(0))} cores of {cpu_model()}, load average {os.getloadavg()[0]:.1f} at the end; "
+        f"{gpus}{cores} cores of {cpu_model()}, load average {os.getloadavg()[0]:.1f} at the end; "
         f"Python {platform.python_version()}, {versions}; commit {git_commit()}; "
-        f"`python {shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`"
+        f"`{command}`"
     )
 
 

@@ -72,6 +72,7 @@ class Recorder(transformers.TrainerCallback):
             cfg=self.cfg,
             corpus=self.corpus,
             causal_loss=self.causal_loss,
+            stop=SimpleNamespace(mark=lambda: None),
             accelerator=SimpleNamespace(
                 num_processes=args.world_size, process_index=args.process_index, device=args.device
             ),
@@ -85,6 +86,8 @@ def training_arguments(cfg: ours.TrainConfig, steps: int) -> transformers.Traini
     """Translate our options; whatever has no counterpart there keeps Trainer's default."""
     if cfg.lr_schedule not in SCHEDULES:
         sys.exit(f"--lr-schedule {cfg.lr_schedule}: one of {', '.join(SCHEDULES)} can be compared")
+    if cfg.optimizer != "adamw":
+        sys.exit(f"--optimizer {cfg.optimizer}: give --optimizer adamw, which Trainer has too")
     return transformers.TrainingArguments(
         output_dir=str(cfg.output_dir),
         max_steps=steps,

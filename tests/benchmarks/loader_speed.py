@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def open_stream(path: Path) -> np.ndarray:
     return t.open_corpus(path).streams[0] if path.is_dir() else np.memmap(path, np.uint16, "r")
 
 
-def loader_of(cfg: t.TrainConfig, stream: np.ndarray, steps: range) -> torch.utils.data.DataLoader:
+def loader_of(cfg: t.TrainConfig, stream: np.ndarray, steps: range) -> Iterator[torch.Tensor]:
     """The training loop's loader over ``stream``, which is all that it asks of a corpus."""
     corpus = SimpleNamespace(streams=(stream,))
     return t.make_loader(cfg, cast(t.Corpus, corpus), t.RankPositions(cfg, RANK, WORLD_SIZE, steps))
@@ -118,12 +118,10 @@ def memory_of(process: int) -> dict[str, float]:
     return {name: int(fields[name].split()[0]) / 1024 for name in MEMORY_FIELDS}
 
 
-def memory_row(label: str, batches: Any) -> list[str]:
-    """This process's memory and that of the loader's workers together."""
+def memory_row(label: str) -> list[str]:
+    """This process's memory, which is all that a loader with threads has."""
     own = memory_of(os.getpid())
-    workers = [memory_of(worker.pid) for worker in getattr(batches, "_workers", [])]
-    sums = [f"{sum(worker[name] for worker in workers):.0f}" if workers else "-" for name in MEMORY_FIELDS[1:]]
-    return [label, *(f"{own[name]:.0f}" for name in MEMORY_FIELDS), *sums]
+    return [label, *(f"{own[name]:.0f}" for name in MEMORY_FIELDS)]
 
 
 def measure_memory(cfg: t.TrainConfig, path: Path) -> str:
@@ -131,14 +129,13 @@ def measure_memory(cfg: t.TrainConfig, path: Path) -> str:
     stream = open_stream(path)
     steps = epoch_steps(cfg, stream)
     points = {max(1, steps * share // 100): f"{share} %" for share in (1, 10, 25, 50, 75, 100)}
-    rows = [memory_row("before", None)]
-    batches = iter(loader_of(cfg, stream, range(steps)))
+    rows = [memory_row("before")]
+    batches = loader_of(cfg, stream, range(steps))
     for step in range(1, steps + 1):
         next(batches)
         if step in points:
-            rows.append(memory_row(points[step], batches))
-    head = ["of the epoch", *(f"process, {name}" for name in MEMORY_FIELDS)]
-    return table([*head, *(f"workers, {name}" for name in MEMORY_FIELDS[1:])], rows)
+            rows.append(memory_row(points[step]))
+    return table(["of the epoch", *MEMORY_FIELDS], rows)
 
 
 # --- access ---
@@ -153,7 +150,7 @@ def drop_pages(file: Path) -> None:
 def milliseconds_for_row(file: Path, dtype: np.dtype, length: int, row: int) -> float:
     """Map a stream and read one row of it."""
     start = time.perf_counter()
-    t.PackedRows((np.memmap(file, dtype, "r"),), length).__getitems__([(0, row)])
+    t.PackedRows((np.memmap(file, dtype, "r"),), length).read([(0, row)])
     return 1000 * (time.perf_counter() - start)
 
 
@@ -186,7 +183,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch (default 4)")
     parser.add_argument("--max-seq-length", type=int, default=2048, help="targets of a row (default 2048)")
-    parser.add_argument("--num-workers", type=int, nargs="+", default=[0, 1, 2], help="settings (default 0 1 2)")
+    parser.add_argument(
+        "--num-workers", type=int, nargs="+", default=[0, 1, 2], help="threads, each setting (default 0 1 2)"
+    )
     parser.add_argument("--tokens", type=int, default=500_000_000, help="of the synthetic stream (default 500 million)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="a prepared cache to read instead")
     parser.add_argument("--blocks", type=int, default=5, help="interleaved blocks a setting (default 5)")

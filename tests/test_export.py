@@ -1,0 +1,152 @@
+"""A fresh checkpoint in the tools that people use: lm-evaluation-harness, ONNX Runtime, torchao.
+
+They have a requirements file of their own, which ``tests/run.sh --all`` installs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import ROOT, WILD_TEXTS, tiny_run, write_corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_h100_dual as t
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+BITS_TASK = """
+task: local_bits
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+CHOICE_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """One that has learnt what its text is like, with a context longer than most documents."""
+    more = ("--max-seq-length", "128", "--max-steps", "60", "--save-steps", "60", "--eval-steps", "60")
+    run, state = tiny_run(tmp_path_factory.mktemp("export"), *more), t.TrainState()
+    assert t.train(run, state) == "finished"
+    t.finish_saving(run, state)
+    return run.cfg.output_dir / "checkpoint-60"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+def harness(checkpoint: Path, folder: Path, task: str, data: Path) -> tuple[dict[str, float], list[dict]]:
+    """The results and samples of lm-evaluation-harness on a task that is described and kept in ``folder``."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    (folder / "task.yaml").write_text(task % data, encoding="utf-8")
+    name = re.search(r"task: (\w+)", task)[1]
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    arguments = f"pretrained={checkpoint},dtype=float32"
+    found = lm_eval.simple_evaluate("hf", arguments, tasks=[name], device="cpu", batch_size=4, task_manager=manager)
+    return found["results"][name], found["samples"][name]
+
+
+def test_the_pins_are_installed():
+    for line in (ROOT / "tests" / "requirements-export.txt").read_text().splitlines():
+        name, _, pin = line.partition("==")
+        assert importlib.metadata.version(name) == pin
+
+
+def test_bits_per_byte_equal_those_of_the_harness(checkpoint, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [text for text in WILD_TEXTS if "endoftext" not in text]  # there it is the token, here it is text
+    # No window may come twice: the harness takes those with the same input for one, whatever is scored in them.
+    texts += ["가", " ".join(f"오늘 학생이 {n * n}번째 책을 읽었다." for n in range(40))]
+    texts += [" ".join(f"Often the doctor measured {n**3} films at home." for n in range(30))]
+    texts = [t.unicodedata.normalize("NFC", text) for text in texts]
+    data = write_corpus(tmp_path / "data.jsonl", [{"text": text, "lang": "ko"} for text in texts])
+    theirs = harness(checkpoint, tmp_path, BITS_TASK, data)[0]["bits_per_byte,none"]
+    cfg = t.parse_args(["--evaluate", str(checkpoint), "--dataset-path", str(data)])
+    _, tokens, size, nats = t.score_corpus(model, t.load_tokenizer(checkpoint), cfg)["ko"]
+    assert tokens > 3 * 128  # so that there are windows
+    assert nats / math.log(2) / size == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_harness_chooses_as_the_model_does(checkpoint, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    questions = ["오늘 학생이 서울에서", "어제 기자가 학교에서", "Today the student read", "Often a child wrote"]
+    choices = [["책을 읽었다.", "바다.", "xyz."], ["zzz.", "a book in Seoul.", "책을 보냈다."]]
+    lines, scores = [], []
+    for index, question in enumerate(questions):
+        lines.append({"question": question, "choices": choices[index // 2], "label": index // 2})
+        start = tokenizer(question).input_ids
+        for choice in choices[index // 2]:
+            ids = torch.tensor([tokenizer(f"{question} {choice}").input_ids])
+            with torch.no_grad():
+                chances = model(ids[:, :-1]).logits[0].log_softmax(-1)
+            of_tokens = chances.gather(1, ids[0, 1:, None])[len(start) - 1 :]
+            scores.append(float(of_tokens.sum()))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    results, samples = harness(checkpoint, tmp_path, CHOICE_TASK, data)
+    samples.sort(key=lambda sample: sample["doc_id"])
+    theirs = [answer[0][0] for sample in samples for answer in sample["resps"]]
+    assert theirs == pytest.approx(scores, abs=1e-3)
+    assert results["acc,none"] == 1.0  # it has learnt which words follow each other
+
+
+def run_readme_code(title: str, checkpoint: Path) -> dict[str, Any]:
+    """Run the Python example below a heading of the README on a checkpoint; returns its names."""
+    example = re.search(rf"^#### {re.escape(title)}$.*?^```python$(.*?)^```$", README, re.M | re.S)[1]
+    assert "outputs/checkpoint-1000" in example
+    names: dict[str, Any] = {}
+    exec(compile(example.replace("outputs/checkpoint-1000", str(checkpoint)), "README.md", "exec"), names)
+    return names
+
+
+def test_onnx_runtime_finds_the_same_logits(checkpoint, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = run_readme_code("ONNX", checkpoint)["session"]
+    for shape in ((2, 16), (1, 100), (3, 7), (1, 128)):
+        tokens = torch.randint(0, 500, shape)
+        with torch.no_grad():
+            expected = model(tokens).logits
+        (found,) = session.run(None, {"input_ids": tokens.numpy()})
+        assert (torch.from_numpy(found) - expected).abs().max() < 1e-4
+
+
+def test_int8_weights_of_torchao_change_little(checkpoint, model, capsys):
+    names = run_readme_code("int8 (torchao)", checkpoint)
+    assert capsys.readouterr().out.startswith("오늘 아침 서울에서")
+    assert "Int8" in str(names["model"].model.layers[0].mlp.up_proj.weight)
+    rows = names["tokenizer"](
+        "오늘 학생이 서울에서 책을 읽었다. Today the student read a book.", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        exact, rounded = (t.CausalLoss(item)(rows).item() for item in (model, names["model"]))
+    assert 0 < abs(exact - rounded) < 0.01

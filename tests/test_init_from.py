@@ -1,0 +1,94 @@
+"""Going on from models that were made with transformers: Llama, Qwen3, Gemma."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from samples import tiny_run
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
+
+import train_h100_dual as t
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 64, "head_dim": 16}
+# What each kind does beside plain causal attention, turned up so far that leaving it out shows at 32 tokens.
+KINDS = {
+    "llama": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 100.0}),
+    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
+    "qwen3-sliding": Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "gemma": GemmaConfig(**SHAPE),
+    "gemma2": Gemma2Config(
+        **SHAPE, sliding_window=5, attn_logit_softcapping=0.5, final_logit_softcapping=0.5, query_pre_attn_scalar=16
+    ),
+    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One of another project: with a token for the beginning that isn't the one for the end."""
+    texts = ["오늘 학생이 서울에서 책을 읽었다. Today the student read a book in Seoul."] * 50
+    tokenizer = t.train_tokenizer(texts, 512)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, kind):
+    torch.manual_seed(0)
+    start = tmp_path / "start"
+    made = AutoModelForCausalLM.from_config(KINDS[kind], attn_implementation="eager")  # all of it by the book
+    with torch.no_grad():
+        for weight in made.parameters():  # so large that each part of the attention matters
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    made.save_pretrained(start)
+    tokenizer.save_pretrained(start)
+
+    more = ("--init-from", str(start), "--max-steps", "8", "--learning-rate", "3e-3", "--save-steps", "8")
+    run, state = tiny_run(tmp_path, *more), t.TrainState()
+    rows = torch.from_numpy(t.evaluation_rows(run.corpus, 32)[0][:8].copy())
+    with torch.no_grad():
+        expected = F.cross_entropy(made.eval()(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+        assert run.causal_loss(rows).item() == pytest.approx(expected.item(), abs=1e-5)  # every part of it is kept
+
+    before = t.evaluate(run)["val_loss"]
+    assert t.train(run, state) == "finished"
+    t.finish_saving(run, state)
+    assert state.evaluation["val_loss"] < before - 0.1
+
+    checkpoint = run.cfg.output_dir / "checkpoint-8"
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == made.config.model_type
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = run.decoder.state_dict()
+    assert all(torch.equal(ours[name], weight) for name, weight in model.state_dict().items())
+    with torch.no_grad():
+        logits = [item.eval()(rows[:, :-1]).logits for item in (run.decoder, model, t.load_model(checkpoint))]
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+    assert torch.allclose(logits[2], logits[1], atol=1e-4)
+    again = AutoTokenizer.from_pretrained(checkpoint)
+    assert again.bos_token == "<s>"
+    text = model.generate(**again("오늘 학생이", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert again.decode(text[0]).startswith("오늘 학생이")
+
+
+def test_a_checkpoint_is_a_start_like_any_other(tmp_path, trained):
+    checkpoint = trained[2] / "checkpoint-4"
+    run = tiny_run(tmp_path, "--init-from", str(checkpoint / "pytorch_model.bin"), "--save-steps", "100")
+    ours, theirs = run.decoder.state_dict(), trained[0].decoder.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert run.corpus.tokenizer.get_vocab() == trained[0].corpus.tokenizer.get_vocab()

@@ -1,0 +1,418 @@
+"""Memory: the estimate against what autograd keeps, refusals, the loss in pieces, the search for a batch size."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Place, assert_in_order
+from samples import config, tiny_run
+from test_faults import SMALL, broken, weights  # noqa: F401 - a fixture
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen3Config
+
+import train_h100_dual as t
+
+
+class Words:
+    """As much of a tokenizer as building a model takes."""
+
+    bos_token_id = eos_token_id = 0
+
+    def __init__(self, size: int = 500):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of every tensor's storage from the operation that makes it until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor):
+                self.count(item)
+        return out
+
+
+def measured_peak(cfg: t.TrainConfig, world_size: int, real: bool = False) -> tuple[int, int]:
+    """Peak of a run's second step and what it leaves behind, in bytes; without ``real`` nothing is computed."""
+    with nullcontext() if real else FakeTensorMode(), t.attention_kernels(cfg), LiveTensors() as live:
+        causal_loss = t.CausalLoss(t.build_model(cfg, Words(cfg.vocab_size)))
+        optimizer = t.build_optimizer(causal_loss.model, cfg)
+        rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
+        for _ in range(2):
+            live.peak = 0
+            for _ in range(cfg.gradient_accumulation_steps):
+                with torch.autocast("cpu", torch.bfloat16) if cfg.precision == "bf16" else nullcontext():
+                    loss = causal_loss(rows)
+                loss.backward()
+                del loss
+            torch.nn.utils.clip_grad_norm_(causal_loss.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's buckets are gradients that stay
+        return live.peak, live.now
+
+
+WIDE = t.Preset(2, 768, 2048, 64)
+TINY = replace(t.PRESETS["tiny"], layers=2)
+CASES = [
+    (TINY, 2048, 128, 8, 1, "--fp32"),
+    (TINY, 2048, 512, 8, 1, "--bf16 --attention math"),
+    (TINY, 65536, 128, 4, 1, "--bf16 --gradient-accumulation-steps 2"),
+    (WIDE, 4096, 2048, 4, 1, "--bf16"),
+    (WIDE, 4096, 2048, 4, 1, "--bf16 --gradient-checkpointing"),
+    (WIDE, 65536, 512, 4, 2, "--fp32 --gradient-checkpointing"),
+]
+LARGE_CASES = [
+    (t.PRESETS["350m"], 65536, 2048, 16, 1, "--bf16"),
+    (t.PRESETS["350m"], 65536, 2048, 16, 2, "--bf16 --gradient-checkpointing"),
+    (t.PRESETS["1.3b"], 65536, 2048, 4, 2, "--bf16"),
+    (t.PRESETS["1.3b"], 65536, 2048, 4, 1, "--fp32"),
+    (t.PRESETS["1.3b"], 65536, 2048, 1, 1, "--bf16 --gradient-checkpointing"),
+    (t.PRESETS["3b"], 65536, 2048, 2, 1, "--bf16 --gradient-checkpointing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "length", "batch", "world_size", "options"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE_CASES)],
+)
+def test_the_estimate_is_right_within_a_tenth(
+    tmp_path: Path,
+    monkeypatch,
+    preset: t.Preset,
+    vocabulary: int,
+    length: int,
+    batch: int,
+    world_size: int,
+    options: str,
+) -> None:
+    monkeypatch.setattr(t, "has_plain_head", lambda model: True)  # tensors without values can't be looked at
+    monkeypatch.setitem(t.PRESETS, "tiny", preset)
+    shape = f"--vocab-size {vocabulary} --max-seq-length {length} --batch-size {batch}"
+    cfg = config(tmp_path, *shape.split(), *options.split())
+    parts = t.estimate_memory(cfg, preset, world_size)
+    parts.pop("라이브러리")
+    peak, _ = measured_peak(cfg, world_size)
+    assert sum(parts.values()) == pytest.approx(peak, rel=0.1)
+
+
+def test_the_parts_that_stay_between_steps_are_exact_and_counting_needs_no_values(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "--bf16")
+    peak, left = measured_peak(cfg, 2, real=True)
+    parts = t.estimate_memory(cfg, t.PRESETS["tiny"], 2)
+    assert left == pytest.approx(sum(parts[name] for name in ("가중치", "기울기", "옵티마이저")), rel=0.001)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "has_plain_head", lambda model: True)
+        assert measured_peak(cfg, 2)[0] == pytest.approx(peak, rel=0.001)
+
+
+@pytest.mark.parametrize("options", ["--bf16", pytest.param("--fp32", marks=pytest.mark.slow)])
+def test_the_estimate_of_compiled_activations_is_what_the_partitioner_keeps(
+    tmp_path: Path, monkeypatch, options: str
+) -> None:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    kept: list[int] = []
+
+    def count_outputs(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        nodes = tree_leaves(next(iter(graph.graph.find_nodes(op="output"))).args[0])
+        made = [node.meta["val"] for node in nodes if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+        storages = {item.untyped_storage()._cdata: item.untyped_storage().nbytes() for item in made}
+        kept.append(sum(storages.values()))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=count_outputs,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
+    monkeypatch.setitem(t.PRESETS, "tiny", TINY)
+    cfg = config(
+        tmp_path, "--compile", options, "--vocab-size", "2048", "--max-seq-length", "256", "--batch-size", "16"
+    )
+    causal_loss = t.CausalLoss(t.build_model(cfg, Words(2048)))
+    rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16) if options == "--bf16" else nullcontext():
+        torch.compile(causal_loss, backend=backend, fullgraph=True)(rows)
+    torch._dynamo.reset()
+    parts = t.estimate_memory(cfg, TINY, 1)
+    assert parts["활성값"] + parts["반정밀도 사본"] == pytest.approx(kept[0], rel=0.1)
+
+
+# --- the loss in pieces ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> torch.nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(t.PRESETS, "tiny", TINY)
+        return t.build_model(config(tmp_path_factory.mktemp("model")), Words())
+
+
+def loss_and_gradients(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    return [value.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+
+def plain_loss(model: torch.nn.Module, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """The loss as a textbook has it: all logits, then their cross entropy."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction=reduction)
+
+
+def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest relative difference between two lists of tensors."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("piece", [132, 37], ids=["whole", "in pieces"])
+def test_the_loss_has_the_gradients_of_the_plain_cross_entropy(model, monkeypatch, piece: int) -> None:
+    monkeypatch.setattr(t, "loss_rows", lambda tokens, vocabulary: piece)
+    rows, loss = torch.randint(0, 500, (4, 34)), t.CausalLoss(model)
+    plain = loss_and_gradients(model, lambda: plain_loss(model, rows))
+    assert difference(loss_and_gradients(model, lambda: loss(rows)), plain) < 2e-6
+    assert difference([loss(rows, reduction="none")], [plain_loss(model, rows, reduction="none")]) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_gradients(model, lambda: loss(rows))
+        theirs = loss_and_gradients(model, lambda: plain_loss(model, rows))
+    assert difference(ours, plain) < 1.1 * difference(theirs, plain)
+
+
+def test_the_loss_in_pieces_and_checkpointing_are_one_graph_with_the_same_gradients(model, monkeypatch) -> None:
+    monkeypatch.setattr(t, "loss_rows", lambda tokens, vocabulary: 20)
+    rows, again = torch.randint(0, 500, (2, 33)), copy.deepcopy(model)
+    plain = loss_and_gradients(model, lambda: plain_loss(model, rows))
+    again.gradient_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.reset()
+    compiled = torch.compile(t.CausalLoss(again), backend="aot_eager", fullgraph=True)
+    assert difference(loss_and_gradients(again, lambda: compiled(rows)), plain) < 2e-6
+    torch._dynamo.reset()
+
+
+def test_more_rows_than_two_gib_of_logits_need_no_more_memory_for_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(t, "has_plain_head", lambda model: True)
+    peaks = []
+    for batch in (4, 64):  # 0.5 and 8 GiB of logits
+        options = f"--vocab-size 65536 --max-seq-length 512 --batch-size {batch} --gradient-checkpointing"
+        cfg = config(tmp_path, *options.split())
+        peaks.append(measured_peak(cfg, 1)[0] - batch * 512 * 256 * 4 * (4 + 12))  # without what grows with the rows
+    assert peaks[1] - peaks[0] < 1.5 * 2**30
+    assert [t.loss_rows(tokens, 65536) for tokens in (8192, 8193, 65536)] == [8192, 2731, 4096]
+
+
+def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": 0, "bos_token_id": 0}
+    rows = torch.randint(0, 500, (2, 17))
+    for kind, plain in ((Qwen3Config, True), (Gemma2Config, False), (CohereConfig, False), (GraniteConfig, False)):
+        more = {"logits_scaling": 8.0} if kind is GraniteConfig else {}
+        model = AutoModelForCausalLM.from_config(kind(**shape, **more, pad_token_id=None))
+        model.train()
+        loss = t.CausalLoss(model)
+        assert loss.plain_head is plain, kind
+        assert model.training
+        assert torch.allclose(loss(rows), plain_loss(model, rows), atol=1e-6), kind
+
+
+# --- the refusal ---
+
+
+def test_options_that_are_named_instead_fit_by_the_estimate(tmp_path: Path) -> None:
+    typed = ["--train", "--batch-size", "24", "--no-compile"]
+    cfg, _ = t.resolve_config(t.parse_args(typed), "cuda")
+    gpu = t.Gpu("NVIDIA H100 PCIe", 81559, 4)
+    text, too_large = t.memory_problem(cfg, [gpu, gpu], 2)
+    assert too_large
+    assert_in_order(text, ["부족합니다", r"GPU당 [\d.]+ GiB", "79.6 GiB", "가중치 5.0", "활성값", "로짓"])
+    options = t.fitting_options(cfg, 2, t.MEMORY_TO_USE * (gpu.total << 20))
+    assert len(options) == 3
+    for words in options:
+        assert words in text
+        changed, _ = t.resolve_config(t.parse_args([*typed, *words.split()]), "cuda")
+        assert t.memory_problem(changed, [gpu, gpu], 2) == (None, False)
+        assert changed.tokens_per_step(2) == cfg.tokens_per_step(2)
+    assert t.memory_problem(replace(cfg, find_batch_size=True), [gpu, gpu], 2) == (None, False)
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_training_that_does_not_fit_is_refused_and_a_test_goes_on(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(2, total=24_576)
+    answer = place.run("--train", "--dummy-data")
+    assert answer.code == 1
+    assert len(answer.complaints) == 1
+    for words in ("GPU 메모리가 부족합니다", "24.0 GiB", "옵티마이저 10.0", "--model-size 350m"):
+        assert words in answer.err
+    assert not place.outputs.exists()
+    answer = place.run("--test", "--dry-run")
+    assert answer.code == 0, answer.text
+    assert_in_order(
+        answer.out, [r"⚠️ .*GPU 메모리가 부족합니다: .*들어가는 설정: --", "예상 메모리: GPU당 .*가중치 5.0 "]
+    )
+
+
+def test_the_shape_of_a_model_that_is_brought_along_is_read(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kind = Qwen3Config(**shape, num_key_value_heads=2, head_dim=32, vocab_size=512, tie_word_embeddings=False)
+    kind.save_pretrained(tmp_path)
+    cfg = config(tmp_path, "--model-config", str(tmp_path))
+    found, _ = t.model_shape(cfg)
+    real = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(kind).parameters())
+    norms = 2 * 2 * 32  # Qwen3's of queries and keys
+    assert found.parameter_count(512) == real - norms
+
+
+# --- the search for a batch size ---
+
+# As on GPUs of which the second holds five rows; a CPU would refuse the option.
+LIMIT = """
+real_set_up = set_up_config
+def set_up_config(argv):
+    cfg, notes = real_set_up(argv)
+    return replace(cfg, find_batch_size=True), notes
+real_forward = CausalLoss.forward
+def limited(self, rows, reduction="mean"):
+    if len(rows) > (16, 5)[rank_and_world()[0]]:
+        raise torch.OutOfMemoryError("injected")
+    return real_forward(self, rows, reduction)
+CausalLoss.forward = limited
+"""
+
+
+@pytest.fixture
+def limited(broken) -> Iterator[Place]:  # noqa: F811
+    yield broken(LIMIT)
+
+
+@pytest.mark.slow
+def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_been_typed(limited, broken) -> None:  # noqa: F811
+    options = [*SMALL, "--max-steps", "4"]
+    answer = limited.run(*options, "--batch-size", "6", "--gradient-accumulation-steps", "2")
+    assert answer.code == 0, answer.text
+    assert_in_order(
+        answer.out,
+        [
+            "배치 크기 4: 들어갑니다",
+            "배치 크기 6: 메모리가 부족합니다",
+            "✅ 배치 크기 4, 기울기 누적 3 .*768 토큰",
+            "스텝 1/4",
+        ],
+    )
+    typed = broken("")
+    answer = typed.run(*options, "--batch-size", "4", "--gradient-accumulation-steps", "3")
+    assert answer.code == 0, answer.text
+    found, expected = weights(limited, 4), weights(typed, 4)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_search_leaves_no_model_and_no_random_number_behind(tmp_path: Path, monkeypatch) -> None:
+    run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
+    forward = t.CausalLoss.forward
+
+    def limited(self: t.CausalLoss, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        return forward(self, rows, reduction)
+
+    monkeypatch.setattr(t.CausalLoss, "forward", limited)
+    before = [weight.clone() for weight in run.decoder.parameters()]
+    there = {id(item) for item in gc.get_objects() if type(item) is torch.nn.Parameter}
+    t.set_seed(run.cfg.seed)
+    random_state = torch.get_rng_state()
+    found = t.find_batch_size(run.cfg, run.corpus.tokenizer, run.accelerator)
+    assert (found.batch_size, found.gradient_accumulation_steps) == (2, 2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(a, b) for a, b in zip(run.decoder.parameters(), before, strict=True))
+    left = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter and id(item) not in there]
+    assert not [tuple(item.shape) for item in left]
+
+
+def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch) -> None:
+    run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
+    sizes = []
+
+    def fail(cfg: t.TrainConfig, *more: Any) -> None:
+        sizes.append((cfg.batch_size, cfg.gradient_accumulation_steps))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(t, "try_steps", fail)
+    with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
+        t.find_batch_size(run.cfg, run.corpus.tokenizer, run.accelerator)
+    assert sizes == [(2, 2), (1, 4)]
+
+
+# --- FP8 ---
+
+
+def test_fp8_is_refused_where_it_cannot_run(place: Place, with_gpus: Callable[..., None], with_cuda: None) -> None:
+    answer = place.run("--device", "cpu", "--fp8")
+    assert answer.code == 2
+    assert "--fp8: CPU에서는 쓸 수 없습니다" in answer.err
+    with_gpus(2)  # an A100 by the stub's compute capability
+    answer = place.run("--train", "--dummy-data", "--fp8")
+    assert answer.code == 1
+    assert "compute capability 8.0" in answer.err
+    assert not place.outputs.exists()
+
+
+def test_fp8_without_its_package_is_refused(monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise t.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(t.importlib.metadata, "version", missing)
+    assert "pip install torchao" in t.fp8_problem((9, 0))
+
+
+def test_fp8_converts_all_but_the_first_layer_and_the_head_and_leaves_the_weights_alone(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.float8.float8_linear import Float8Linear
+
+    model = t.build_model(config(tmp_path), Words())
+    before = {name: (weight, weight.dtype) for name, weight in model.state_dict(keep_vars=True).items()}
+    loss = t.CausalLoss(model)
+    t.convert_to_fp8(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    kept = {name for name, module in linear.items() if not isinstance(module, Float8Linear)}
+    assert kept == {"lm_head", "model.layers.0.self_attn.q_proj"}
+    assert len(linear) == 4 * 7 + 1
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is weight and weight.dtype == dtype for name, (weight, dtype) in before.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert loss.plain_head

@@ -1,0 +1,577 @@
+"""What a person looks at: status, the followed log, curves, trackers, samples, the time a run will take."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import config, read_metrics, tiny_run
+
+import train_h100_dual as t
+
+RECORD = {
+    "step": 100,
+    "loss": 3.25,
+    "learning_rate": 1e-3,
+    "grad_norm": 0.5,
+    "tokens_per_second": 98_512.0,
+    "mfu": 0.45,
+    "memory_gb": 61.2,
+    "seconds": 50.0,
+}
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def records(*steps: int) -> list[dict]:
+    """Logged steps of a run that takes half a second a step."""
+    return [{**RECORD, "step": step, "seconds": step / 2} for step in steps]
+
+
+def write_run(folder: Path, lines: list[dict], **info: object) -> t.TrainConfig:
+    """The files that a run of this state leaves, and its options."""
+    cfg = config(folder)
+    cfg.output_dir.mkdir(parents=True)
+    cfg.logs_dir.mkdir(parents=True)
+    (cfg.output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = {"state": "running", "total_steps": 1000, "first_step": 0, "run_id": "77-1", "world_size": 1}
+    (cfg.output_dir / "run_info.json").write_text(json.dumps({**known, "machine": {}, **info}))
+    (cfg.logs_dir / "training.pid").write_text("77\n")
+    return cfg
+
+
+# --- widths: Hangul takes two columns, and nothing wraps at 80 ---
+
+
+@given(st.text(alphabet="가힣a1 .\n漢🎉", max_size=200), st.integers(4, 80))
+def test_wrapped_lines_fit_and_lose_nothing(text, columns):
+    lines = t.wrap_width(text, columns)
+    assert all(t.display_width(line) <= columns for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+@given(st.floats(0, 1), st.text(alphabet="가a1 ", max_size=100), st.integers(10, 200))
+def test_a_progress_bar_fits_its_terminal(share, text, columns):
+    assert t.display_width(t.progress_bar(share, text, columns)) <= columns
+
+
+def test_a_progress_bar_grows_and_is_full_only_at_the_end():
+    bars = [t.progress_bar(done / 1000, "x", 79) for done in (0, 400, 999, 1000)]
+    assert [bar.count("=") for bar in bars] == [0, 12, 29, 30]
+    assert ["100%" in bar for bar in bars] == [False, False, False, True]
+
+
+def test_a_duration_is_told_in_korean_days():
+    assert t.format_duration(59.6) == "0:01:00"
+    assert t.format_duration(3 * 86400 + 3723) == "3일 1:02:03"
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return a function that builds a tiny run; all of them share one token cache."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return lambda folder, *more: tiny_run(folder, "--cache-dir", cache, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, build) -> SimpleNamespace:
+    """A tiny run in this process that samples and evaluates at every step, with its curves in TensorBoard."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = build(folder, "--sample-steps", "2", "--eval-steps", "2", "--save-steps", "100")
+    t.set_up_logging(run.cfg, 0)
+    state = t.TrainState()
+    t.start_trackers(run, state, fresh=True)
+    t.train(run, state)
+    run.saver.wait()
+    return SimpleNamespace(folder=folder, run=run, log=(folder / "logs/training_rank_0.log").read_text())
+
+
+def test_the_lines_of_a_step_fit_80_columns_also_with_large_numbers(trained, monkeypatch):
+    monkeypatch.setattr(trained.run, "total_steps", 1_234_567)
+    log = t.StepLog(trained.run, t.TrainState())
+    monkeypatch.setattr(log, "peak", 1e15)
+    lines = log.lines({**RECORD, "step": 1_200_000, "loss": 12.3456, "grad_norm": 1234.5, "tokens_per_second": 1.5e6})
+    assert len(lines) == 2
+    assert all(t.display_width(line) <= 80 for line in lines)
+
+
+def test_every_line_of_a_run_fits_80_columns(trained):
+    lines = [re.sub(r"^\S+ \S+ [A-Z]+ h100_dual: ", "", line) for line in trained.log.splitlines()]
+    assert len(lines) > 20
+    assert [line for line in lines if t.display_width(line) > 80] == []
+
+
+# --- status ---
+
+
+def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
+    assert t.seconds_left(records(10, 20, 30), 30, 100) == pytest.approx(35)
+    assert t.seconds_left(records(10), 10, 100) is None, "one record has no pace"
+    assert t.seconds_left([{"step": 10, "val_loss": 1.0}, *records(20)], 20, 100) is None
+    assert t.seconds_left(records(10, 20), 20, None) is None
+
+
+def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
+    cfg = write_run(tmp_path, records(10, 20))
+    with open(cfg.output_dir / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 30, "lo')
+    assert [record["step"] for record in t.recent_metrics(cfg.output_dir)] == [10, 20]
+
+
+def test_only_the_end_of_long_metrics_is_read(tmp_path, monkeypatch):
+    cfg = write_run(tmp_path, records(*range(1, 1001)))
+    monkeypatch.setattr(t, "RECENT_METRICS_BYTES", 10_000)
+    found = t.recent_metrics(cfg.output_dir)
+    assert 20 < len(found) < 100
+    assert found[-1]["step"] == 1000
+
+
+def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
+    validation = {"step": 100, "val_bits_per_byte": 1.2, "val_bits_per_byte_ko": 0.9, "val_bits_per_byte_en": 1.5}
+    info = {
+        "options": {"device": "cuda"},
+        "world_size": 2,
+        "machine": {"visible_devices": "1,0"},
+        "restarts": [5],
+        "skipped_steps": 3,
+        "failed_saves": 2,
+    }
+    cfg = write_run(tmp_path, [*records(90, 100), validation], **info)
+    (cfg.output_dir / "checkpoint-90").mkdir()
+    gpus = ["0, GPU-a, NVIDIA H100, 81559, 61000, 97", "1, GPU-b, NVIDIA H100, 81559, 62000, [N/A]"]
+    write_program(tmp_path / "bin/nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in gpus))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    status = t.run_status(cfg, alive=True)
+    assert (status["state"], status["pid"], status["step"], status["total_steps"]) == ("running", 77, 100, 1000)
+    assert (status["loss"], status["mfu"], status["val_bits_per_byte_ko"]) == (3.25, 0.45, 0.9)
+    assert status["seconds_left"] == pytest.approx(450)
+    assert [(gpu["used_mib"], gpu["use"]) for gpu in status["gpus"]] == [(62000, None), (61000, 97)]
+    assert status["warnings"] == {"skipped_steps": 3, "restarts": 1, "failed_saves": 2}
+    t.print_status(cfg, alive=True, as_json=False)
+    shown = capsys.readouterr().out
+    phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s, MFU 45", "61.2 GB"]
+    phrases += ["GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%", "checkpoint-90", "건너뛴 스텝 3"]
+    assert_in_order(shown, [*phrases, "재시작 1", "실패한 저장 2"])
+    values = [re.match(r"   • [^:]+: +", line)[0] for line in shown.splitlines()[1:]]
+    assert len({t.display_width(head) for head in values}) == 1, "the values stand below each other"
+    assert max(map(t.display_width, shown.splitlines())) <= 80
+
+
+def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_path):
+    cfg = write_run(tmp_path, records(90, 100), run_id="66-1", state="finished")
+    status = t.run_status(cfg, alive=True)
+    assert (status["state"], status["step"], status["loss"]) == ("running", None, None)
+
+
+def test_a_run_that_died_without_a_word_is_told_as_failed(tmp_path):
+    assert t.run_status(write_run(tmp_path, records(10)), alive=False)["state"] == "failed"
+
+
+def test_a_skipped_step_and_a_failed_save_are_counted_for_the_status(build, tmp_path):
+    run = build(tmp_path)
+    t.write_run_info(run.cfg, 1, state="running")
+    state = t.TrainState(step=7, skipped_steps=4)
+    t.report_skip(run, state, 7)
+    run.saver.step, run.saver.error = 7, OSError(28, "No space left on device")
+    t.report_failed_save(run)
+    t.report_failed_save(run)
+    assert t.run_status(run.cfg, alive=False)["warnings"] == {"skipped_steps": 4, "restarts": 0, "failed_saves": 2}
+
+
+# --- the followed log ---
+
+
+class Screen(io.StringIO):
+    """A terminal's side of a follower."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def followed(cfg: t.TrainConfig, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> t.LogFollower:
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    return t.LogFollower(cfg, "77")
+
+
+def test_a_stage_becomes_a_bar_on_a_terminal_and_stays_a_line_elsewhere(tmp_path, monkeypatch):
+    cfg = write_run(tmp_path, [], state="starting")
+    line = t.stage_line("토큰화하는 중", 0.43, 125)
+    for screen in (Screen(), io.StringIO()):
+        follower = followed(cfg, screen, monkeypatch)
+        follower.show(f"📚 데이터 준비 중...\n{line}\n".encode())
+        if follower.live:
+            assert "토큰화" not in screen.getvalue()
+            assert re.fullmatch(r"\[=+-+\]  43% 토큰화하는 중  0:02:05 남음", follower.progress())
+            follower.show("✅ 데이터 준비 완료\n".encode())
+            assert "토큰화" not in follower.progress()
+        else:
+            assert screen.getvalue() == f"📚 데이터 준비 중...\n{line}\n"
+
+
+def test_a_wait_without_a_known_end_is_shown_as_it_is_logged(tmp_path, monkeypatch):
+    follower = followed(write_run(tmp_path, [], state="starting"), Screen(), monkeypatch)
+    follower.show((t.waiting_line("토크나이저 학습 중", 70) + "\n").encode())
+    assert "토크나이저 학습 중... 0:01:10 지남" in follower.progress()
+
+
+def test_the_bar_follows_each_step_with_loss_speed_and_time_left(tmp_path, monkeypatch):
+    cfg = write_run(tmp_path, records(90, 100))
+    follower = followed(cfg, Screen(), monkeypatch)
+    (cfg.output_dir / ".progress").write_text("         104")
+    assert re.fullmatch(r"\[=+-+\]  10% 104/1,000  손실 3\.2500  98\.5k 토큰/s  0:07:28 남음", follower.progress())
+    (cfg.output_dir / ".progress").write_text("        1000")
+    assert "100% 1,000/1,000" in follower.progress()
+    (cfg.output_dir / "run_info.json").write_text('{"state": "running", "run_id": "66-1"}')
+    assert "1,000" not in follower.progress(), "an earlier run's"
+
+
+def test_a_line_is_shown_once_it_is_whole(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    follower = followed(write_run(tmp_path, []), screen, monkeypatch)
+    content = "스텝 1/10 | 손실 6.6\n".encode()
+    follower.show(content[:5])
+    assert screen.getvalue() == ""
+    follower.show(content[5:])
+    assert screen.getvalue() == content.decode()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
+    """A background run, followed on a terminal and without one, left by Ctrl-C, and stopped."""
+    for place in cleaned(Place(tmp_path_factory.mktemp("session") / "place", cache=warm_cache)):
+        seen = SimpleNamespace(place=place, before=place.run("--follow"))
+        place.environment["TERM"] = "xterm"
+        seen.start = place.run(*LONG_RUN.split())
+        piped = place.start("--follow")
+        terminal = Terminal(place, "--follow")
+        terminal.wait_for_text("토큰/s | MFU")
+        terminal.wait_for_text("남음")
+        terminal.press("\x03")
+        seen.left = terminal.wait_for_exit(20)
+        seen.shown = terminal.text
+        seen.alive = place.run("--status", "--json")
+        watching = Terminal(place, "--follow")
+        watching.wait_for_text("남음")
+        stopping = place.run("--stop")
+        seen.stop, seen.watched = stopping, watching.wait_for_exit(20)
+        seen.watched_text = watching.text
+        seen.piped_text, seen.piped = place.finish(piped, 20)[0], piped.returncode
+        yield seen
+
+
+def test_following_where_nothing_runs_says_so(session):
+    assert session.before.code == 3
+    assert "실행 중인 학습이 없습니다" in session.before.out
+
+
+def test_a_terminal_shows_the_log_with_a_bar_below_it(session):
+    assert re.search(r"\r\x1b\[K\[-+\] +0% [\d,]+/100,000  손실 \d", session.shown)
+    assert re.search(r"(?:\x1b\[K|\n)스텝 \d+/100,000 \| 손실 .*\n   [\d,]+ 토큰/s", session.shown)
+    lines = re.split(r"\r\x1b\[K|\n|\r", session.shown)
+    assert max(map(t.display_width, lines)) <= 80
+
+
+def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
+    assert session.left == 0
+    assert re.search(r"학습은 계속됩니다 \(PID \d+\)", session.shown)
+    assert "Traceback" not in session.shown
+    assert session.alive.code == 0
+    assert json.loads(session.alive.out)["state"] == "running"
+
+
+def test_stop_waits_and_shows_the_save(session):
+    assert session.stop.code == 0
+    assert_in_order(
+        session.stop.out, ["🛑 중단 요청", "💾 체크포인트 저장 중", "✅ 체크포인트 저장 완료", "상태: 중단됨"]
+    )
+    assert session.place.checkpoints()
+
+
+def test_following_ends_with_the_run_and_its_exit_code(session):
+    assert session.watched == session.piped == 130
+    for text in (session.watched_text, session.piped_text):
+        assert "🛑 학습을 중단했습니다" in text
+
+
+def test_without_a_terminal_the_log_is_shown_as_it_is(session):
+    assert not CONTROL.search(session.piped_text)
+    assert session.place.console().endswith(session.piped_text[-500:])
+
+
+def test_no_log_holds_a_control_character(session):
+    texts = [path.read_text(encoding="utf-8") for path in session.place.logs.glob("*.log")]
+    assert len(texts) >= 3
+    assert [CONTROL.findall(text) for text in texts] == [[]] * len(texts)
+
+
+def test_the_foreground_draws_a_bar_on_the_terminal_and_none_in_the_log(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    place.environment["TERM"] = "xterm"
+    terminal = Terminal(place, *LONG_RUN.split(), "--foreground", "--max-steps", "60")
+    assert terminal.wait_for_exit(120) == 0, terminal.text + place.report()
+    assert re.search(r"\r\x1b\[K\[=*-*\] +\d+% [\d,]+/60  손실 \d", terminal.text)
+    console = place.console()
+    assert not CONTROL.search(console)
+    shown = re.sub(r"\r\x1b\[K[^\n\r]*(?=\r\x1b\[K)", "", terminal.text).replace("\r\x1b[K", "")
+    assert shown[shown.index("🎯 학습 시작!\n") :].removeprefix("🎯 학습 시작!\n") == console
+
+
+# --- curves ---
+
+
+def draw(folder: Path) -> bytes:
+    """Draw the curves as a run does, with every warning (a missing glyph is one) an error."""
+    command = [sys.executable, "-W", "error", str(SCRIPT), "internal:curves", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return (folder / "training_curves.png").read_bytes()
+
+
+def test_curves_are_drawn_of_whatever_is_known(tmp_path):
+    pictures = []
+    unknown = {"loss": None, "mfu": None, "grad_norm": None}
+    validation = {"step": 50, "val_bits_per_byte": 1.2, "val_bits_per_byte_ko": 0.9, "val_bits_per_byte_en": None}
+    for number, lines in enumerate(([RECORD], [{**RECORD, **unknown}], [*records(*range(1, 200)), validation])):
+        cfg = write_run(tmp_path / str(number), lines, options={"model_size": "tiny"})
+        pictures.append(draw(cfg.output_dir))
+        assert not list(cfg.output_dir.glob(".*.tmp"))
+    assert len(set(pictures)) == 3
+    size = [int.from_bytes(pictures[0][at : at + 4], "big") for at in (16, 20)]
+    assert size == [1600, 1200]
+
+
+def test_the_smoothed_loss_is_a_mean_and_not_pulled_to_its_first_value():
+    assert t.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    falling = t.smoothed([10.0 - step / 100 for step in range(900)])
+    assert falling[-1] == pytest.approx(10 - 8.99, abs=0.2)
+    assert t.smoothed([0.0, 1.0])[1] > 0.5
+
+
+def test_the_run_draws_its_curves_without_waiting(tmp_path):
+    cfg = write_run(tmp_path, records(*range(1, 50)))
+    painter = t.CurvePainter()
+    begun = time.monotonic()
+    painter.start(cfg)
+    assert time.monotonic() - begun < 0.3
+    first = painter.process
+    painter.start(cfg)
+    assert painter.process is first, "one at a time, and not one after the other without a pause"
+    painter.finish(cfg, last=True)
+    assert (cfg.output_dir / "training_curves.png").stat().st_size > 10_000
+
+
+def test_a_drawing_that_fails_is_said_and_training_goes_on(tmp_path, caplog):
+    cfg = write_run(tmp_path, [])
+    painter = t.CurvePainter()
+    painter.finish(cfg, last=True)
+    assert "학습 곡선을 그리지 못했습니다" in caplog.text
+    assert "Traceback" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
+
+
+# --- trackers ---
+
+
+def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would show: values by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    scalars = {tag: [(item.step, item.value) for item in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    texts = {
+        tag: [(item.step, item.tensor_proto.string_val[0].decode()) for item in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    return scalars | texts
+
+
+def test_tensorboard_holds_the_figures_of_the_metrics_and_the_samples(trained):
+    found = tensorboard_events(trained.folder / "logs/tensorboard/h100_dual")
+    lines = read_metrics(trained.folder)
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        expected = [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines if name in line]
+        assert found[f"train/{name}"] == expected
+    expected = [(line["step"], line["val_bits_per_byte_ko"]) for line in lines if "val_loss" in line]
+    assert found["validation/bits_per_byte_ko"] == [(step, pytest.approx(value)) for step, value in expected]
+    texts = [value for tag, values in found.items() if tag.startswith("samples/") for value in values]
+    assert len(texts) == 4
+    assert any("**오늘 아침 서울에서**" in text for _, text in texts)
+
+
+def test_a_resumed_run_writes_no_point_twice(build, tmp_path):
+    run = build(tmp_path)
+    for first, last in ((1, 6), (4, 8)):  # a run that is killed after step 6 and goes on from step 3
+        t.start_trackers(run, t.TrainState(step=first - 1), fresh=first == 1)
+        for step in range(first, last + 1):
+            t.track(run, {"train/loss": float(step + 10 * first)}, step)
+        t.finish_trackers(run)
+    (values,) = tensorboard_events(tmp_path / "logs/tensorboard/h100_dual").values()
+    assert values == [(step, step + 10.0 * (1 if step < 4 else 4)) for step in range(1, 9)]
+
+
+def test_a_new_run_does_not_go_on_with_an_earlier_ones_curves(build, tmp_path):
+    run = build(tmp_path)
+    for _ in range(2):
+        t.start_trackers(run, t.TrainState(), fresh=True)
+        t.track(run, {"train/loss": 1.0}, 1)
+        t.finish_trackers(run)
+    names = sorted(path.name for path in (tmp_path / "logs/tensorboard").iterdir())
+    assert [re.sub(r"\d{8}-\d{6}", "TIME", name) for name in names] == ["before-TIME", "h100_dual"]
+
+
+def test_a_tracker_that_fails_is_left_out_and_said(build, tmp_path, caplog):
+    run = build(tmp_path)
+    t.start_trackers(run, t.TrainState(), fresh=True)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run.accelerator.trackers[0].log = fail
+    t.track(run, {"train/loss": 1.0}, 1)
+    t.track(run, {"train/loss": 1.0}, 2)
+    assert caplog.text.count("tensorboard 기록에 실패해") == 1
+    assert run.accelerator.trackers == []
+
+
+def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(t, "get_available_trackers", lambda: ["tensorboard"])
+    caplog.set_level("INFO")
+    assert t.installed_trackers(config(tmp_path, "--report-to", "tensorboard,wandb")) == ["tensorboard"]
+    assert re.search(r"wandb 패키지가 없어 .*pip install wandb", caplog.text)
+    assert t.installed_trackers(config(tmp_path, "--report-to", "none")) == []
+
+
+@pytest.mark.parametrize(("typed", "told"), [("tensorbord", "tensorboard"), ("none,wandb", "none")])
+def test_unknown_trackers_are_refused(tmp_path, typed, told):
+    with pytest.raises(t.UsageProblem, match=told):
+        config(tmp_path, "--report-to", typed)
+
+
+# --- samples ---
+
+
+def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(trained):
+    decoder, tokenizer = trained.run.decoder, trained.run.corpus.tokenizer
+    before = torch.get_rng_state()
+    ticks = []
+    first, again, other = (
+        t.complete(decoder, tokenizer, "오늘", 24, seed, lambda: ticks.append(1)) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(ticks) >= 24, "the watchdog hears of every token"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_completing_with_cached_keys_gives_the_tokens_of_the_whole_prefix(trained):
+    decoder, tokenizer = trained.run.decoder, trained.run.corpus.tokenizer
+    tokens = tokenizer("오늘 아침 서울에서", return_tensors="pt").input_ids
+    decoder.eval()
+    cached, whole = (
+        decoder.generate(tokens, do_sample=False, max_new_tokens=20, use_cache=use, eos_token_id=None)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, whole)
+
+
+def test_sampling_changes_nothing_in_training(build, tmp_path):
+    figures = []
+    for interval in ("1", "1000"):
+        run = build(tmp_path / interval, "--sample-steps", interval, "--save-steps", "100")
+        t.train(run, t.TrainState())
+        run.saver.wait()
+        figures.append([line["loss"] for line in read_metrics(tmp_path / interval) if "loss" in line])
+        assert run.causal_loss.training
+    assert figures[0] == figures[1]
+
+
+def test_sampling_compiles_nothing_again(build, tmp_path):
+    from torch._dynamo.utils import counters
+
+    run = build(tmp_path)
+    run.causal_loss.compile(backend="eager")  # the graphs without the minutes of making kernels of them
+    positions = t.RankPositions(run.cfg, 0, 1, range(4))
+    batches = iter(t.make_loader(run.cfg, run.corpus, positions))
+    t.train_step(run, batches, 1e-3)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for step in (1, 2):
+        t.generate_samples(run, t.TrainState(step=step))
+        t.train_step(run, batches, 1e-3)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+def test_samples_are_kept_by_step_and_prompt_and_shown_in_the_log(trained):
+    text = (trained.folder / "outputs/samples.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^## 스텝 (\d+)$|^\*\*(.+)\*\*$|^> ", text, re.M)
+    headings = [first or second for first, second in parts if first or second]
+    assert headings == ["2", *t.SAMPLE_PROMPTS, "4", *t.SAMPLE_PROMPTS]
+    assert not CONTROL.search(text)
+    assert_in_order(trained.log, [r"📝 샘플 \(스텝 2,", r"\[오늘 아침 서울에서\]", r"📝 샘플 \(스텝 4,"])
+
+
+def test_a_prompt_of_ones_own_takes_the_place_of_the_fixed_ones(build, tmp_path):
+    run = build(tmp_path, "--prompt", "철수는")
+    t.generate_samples(run, t.TrainState(step=5))
+    text = (tmp_path / "outputs/samples.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\*\*(.+)\*\*$", text, re.M) == ["철수는"]
+
+
+def test_samples_of_later_steps_are_cut_when_a_run_goes_back(tmp_path):
+    path = tmp_path / "samples.md"
+    sections = [f"## 스텝 {step:,}\n\n**p**\n\n> ## 스텝 9\n\n" for step in (1000, 2000, 3000)]
+    path.write_text("".join(sections), encoding="utf-8")
+    t.cut_samples(path, 2500)
+    assert path.read_text(encoding="utf-8") == "".join(sections[:2])
+    t.cut_samples(path, 0)
+    assert path.read_text(encoding="utf-8") == ""
+
+
+def test_a_sample_that_can_not_be_made_does_not_end_the_run(build, tmp_path, monkeypatch, caplog):
+    run = build(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such cache")
+
+    monkeypatch.setattr(run.decoder, "generate", fail)
+    t.generate_samples(run, t.TrainState(step=5))
+    assert "샘플을 만들지 못했습니다: RuntimeError: no such cache" in caplog.text
+    assert run.causal_loss.training
+
+
+def test_control_characters_of_a_generated_text_are_replaced():
+    assert t.printable("가\x1b[2J\r\n나\x00\t다\u202e") == "가\ufffd[2J\n나\ufffd 다\ufffd"
+
+
+# --- how long a run will take ---
+
+
+def test_the_time_of_a_run_is_told_at_a_named_mfu_or_as_unknown(tmp_path):
+    cfg = config(tmp_path, "--model-size", "1.3b", "--vocab-size", "65536", "--max-seq-length", "2048")
+    # 6 x 1,348.57 M parameters + 12 x 24 x 2048 x 2048 = 9.2994e9 FLOPs a token; twice 40 % of 989 TFLOP/s
+    assert t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", 10**9) == "3:15:54 (MFU 40% 가정)"
+    assert "알 수 없음" in t.estimated_time(cfg, 1, None, 10**9)
+
+
+def test_the_time_of_a_run_is_told_by_the_speed_of_an_earlier_one_like_it(trained):
+    run = trained.run
+    t.write_run_info(run.cfg, 1, state="finished", first_step=0)
+    t.note_speed(run)
+    speeds = [line["tokens_per_second"] for line in read_metrics(trained.folder) if "loss" in line]
+    measured = sorted(speeds[1:])[1]
+    told = t.estimated_time(run.cfg, 1, None, round(measured * 3600))
+    assert told == f"1:00:00 (이 머신에서 잰 {measured:,.0f} 토큰/s)"
+    assert "알 수 없음" in t.estimated_time(run.cfg, 2, None, 1000), "another number of processes"
