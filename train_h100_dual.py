@@ -2308,12 +2308,23 @@ def agent_pid() -> int | None:
     return -1
 
 
+def is_running(pid: str) -> bool:
+    """Whether a process exists and hasn't ended; one that nobody has waited for yet has."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def count_children(pid: int) -> int:
-    """How many children the threads of a process have; 0 if it is gone."""
+    """How many running children the threads of a process have; 0 if it is gone.
+
+    torchrun waits for its workers in turn, so a rank that died is a zombie for as long as an earlier one lives.
+    """
     count = 0
     with suppress(OSError):  # a thread, or the process, ended meanwhile
         for thread in os.listdir(f"/proc/{pid}/task"):
-            count += len(Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+            count += sum(map(is_running, children))
     return count
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAUNCHER, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
+from conftest import LAUNCHER, SCRIPT, Place, Terminal, assert_in_order, cleaned, wait_for, write_program
 
 import train_h100_dual as t
 
@@ -265,6 +265,19 @@ def test_a_stop_during_a_restart_stops(broken) -> None:
     place.wait_for_end(5)
 
 
+def test_a_stop_that_finds_one_rank_still_importing_stops(broken) -> None:
+    place = broken('if rank_and_world()[0] == 1 and __name__ == "__main__":\n    time.sleep(1000)')
+    launcher = place.start(*SMALL)
+    log = place.logs / "training_detail_rank_0.log"
+    place.wait("rank 0 at the rendezvous", lambda: log.exists() and "token cache" in log.read_text(encoding="utf-8"))
+    time.sleep(1)  # into the store's wait, from which no Python handler runs
+    answer = place.run("--stop", timeout=60)
+    assert answer.code == 0, answer.text
+    assert place.info()["state"] == "stopped"
+    place.finish(launcher)
+    place.wait_for_end(5)
+
+
 def test_the_children_of_every_thread_are_counted() -> None:
     started, done = threading.Event(), threading.Event()
 
@@ -281,6 +294,14 @@ def test_the_children_of_every_thread_are_counted() -> None:
     done.set()
     thread.join()
     assert t.count_children(os.getpid()) == before
+
+
+def test_a_child_that_ended_does_not_count_though_nobody_waited_for_it() -> None:
+    before = t.count_children(os.getpid())
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as child:
+        child.stdout.read()
+        wait_for("its end", lambda: t.count_children(os.getpid()) == before, 10)
+        assert Path(f"/proc/{child.pid}").exists()
 
 
 @pytest.mark.parametrize(("counts", "gone"), [([2], False), ([1, 2], False), ([1, 1], True)])
