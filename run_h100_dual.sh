@@ -36,6 +36,7 @@ may_install=true
 script_args=()
 python=""       # has the packages
 plain_python="" # recent enough, may lack them
+answer=""       # to the question that they were found with
 
 log() { printf '%s\n' "$*"; }
 warn() { printf '⚠️  %s\n' "$*" >&2; }
@@ -193,20 +194,27 @@ check_nodes() { # adds to usage_problems
 
 # --- environment ---
 
-find_python() {
-  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate missing
+find_python() { # find_python [QUESTION...]: the Python to use, and its answer, whose first line names what it lacks
+  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate reply
+  local question=("${@:-internal:packages}")
   [[ -n $wanted_python ]] && candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
     command -v "$candidate" >/dev/null || continue
-    missing=$("$candidate" "$TRAIN_SCRIPT" internal:packages 2>/dev/null) || continue
-    plain_python=${plain_python:-$candidate}
+    reply=$("$candidate" "$TRAIN_SCRIPT" "${question[@]}" 2>/dev/null) || continue # too old to read the script, say
+    [[ -n $plain_python ]] || plain_python=$candidate answer=$reply
     [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
-    if [[ -z $missing ]]; then
+    if [[ ${reply%%$'\n'*} == missing= ]]; then
       python=$(command -v "$candidate")
+      answer=$reply
       return
     fi
   done
-  [[ -n $plain_python ]] && return
+  [[ -z $plain_python ]] || return 0
+  for candidate in "${candidates[@]}"; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+    "$candidate" "$TRAIN_SCRIPT" "${question[@]}" >/dev/null || true # says why it gave no answer
+    die "$candidate 이(가) $TRAIN_SCRIPT 을(를) 실행하지 못했습니다"
+  done
   if [[ -n $wanted_python ]]; then
     command -v "$wanted_python" >/dev/null || die "--python: '$wanted_python' 을(를) 실행할 수 없습니다. 경로를 확인하세요"
     die "--python: '$wanted_python' 은(는) Python 3.11 이상이 아닙니다. 다른 경로를 주세요"
@@ -216,8 +224,8 @@ find_python() {
 
 ensure_environment() {
   [[ -n $python ]] && return
-  local missing
-  missing=$("$plain_python" "$TRAIN_SCRIPT" internal:packages | paste -sd ' ')
+  local missing=${answer%%$'\n'*}
+  missing=${missing#missing=}
   if [[ $may_install == false || -n $wanted_python ]]; then
     die "필요한 패키지가 없습니다: $missing (설치: $plain_python -m pip install -r '$SCRIPT_DIR/requirements.txt')"
   fi
@@ -273,12 +281,11 @@ check_text=""
 info_text=""
 
 make_plan() {
-  # One question answers everything that can be told before torch is imported, and refuses what
-  # can't run; its exit code says whether the options (2) or the machine (1) were at fault.
-  local output line block=0 background=true
+  # One question, with which Python is found too, answers everything that can be told before torch is imported, and
+  # refuses what can't run; its code says whether the options (2) or the machine (1) were at fault.
+  local line block=0 background=true
   [[ $foreground == true ]] && background=false
-  output=$("$plain_python" "$TRAIN_SCRIPT" internal:plan "$num_gpus" "$background" \
-    "${rdzv_endpoint%:*}" "${script_args[@]}") || exit $?
+  find_python internal:plan "$num_gpus" "$background" "${rdzv_endpoint%:*}" "${script_args[@]}"
   while IFS= read -r line; do
     if [[ -z $line ]] && ((block < 2)); then
       block=$((block + 1))
@@ -289,7 +296,11 @@ make_plan() {
     else
       info_text+=$line$'\n'
     fi
-  done <<<"$output"
+  done <<<"$answer"
+  if ((plan[code] != 0)); then
+    printf '%s' "$check_text" >&2
+    exit "${plan[code]}"
+  fi
 }
 
 check_environment() {
@@ -300,9 +311,6 @@ check_environment() {
 }
 
 build_command() {
-  local answer=$'-m\ntorch.distributed.run' agent
-  [[ ! -x $python ]] || answer=$("$python" "$TRAIN_SCRIPT" internal:agent)
-  mapfile -t agent <<<"$answer"
   local rendezvous=(--standalone)
   if ((nnodes > 1)); then
     # torchrun numbers the machines in the alphabetical order of their names; only the first one's is an address too.
@@ -317,7 +325,7 @@ build_command() {
     env "OMP_NUM_THREADS=${plan[threads]}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400 # a save may take as long as it takes
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead workers' addresses: restarts would hang on them
-    "$python" "${agent[@]}" "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
+    "$python" "$TRAIN_SCRIPT" internal:torchrun "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
     --max-restarts "${plan[max_restarts]}" --signals-to-handle "SIGTERM,SIGINT,SIGQUIT" # and not SIGHUP
     "$TRAIN_SCRIPT" "${script_args[@]}"
   )
@@ -700,7 +708,7 @@ main() {
     usage
     return
   fi
-  find_python
+  [[ $action == run ]] || find_python
   case $action in
     run) start_run ;;
     status) status_run ;;

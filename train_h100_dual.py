@@ -26,6 +26,7 @@ if __name__ == "__main__":  # until the run has a handler, Ctrl-C ends it withou
 import difflib
 import errno
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1568,10 +1569,25 @@ def fit_problems(start: Start, cfg: TrainConfig, steps: int | None) -> list[str]
     return [text for text in (disk, memory) if text]
 
 
-def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
-    """Print, for the launcher, ``name=value`` lines, an empty line, and what a person sees before the start.
+def answer_plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
+    """Print the launcher's ``plan``, or why there is none, after a line that names the packages that are missing."""
+    print(f"missing={' '.join(missing_packages())}")
+    try:
+        print(plan(argv, num_gpus, background, first_node))
+    except (UsageProblem, EnvironmentProblem) as error:
+        code = USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
+        print(f"code={code}\n")
+        print("\n".join(f"❌ {problem}" for problem in error.problems))
+    return 0
+
+
+def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> str:
+    """``name=value`` lines for the launcher, an empty line, and in two blocks what a person sees before the start.
 
     ``first_node`` is the address of the first of several machines.
+
+    Raises:
+        UsageProblem, EnvironmentProblem: the run can't start.
     """
     typed = parse_args(argv)
     start = plan_start(typed, num_gpus, first_node)
@@ -1591,6 +1607,7 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> i
     notes += fit_problems(start, cfg, steps)
     torch_told = not start.gpus and not missing_packages()
     values = {
+        "code": 0,
         "device": cfg.device,
         "processes": start.processes,
         "threads": max(1, (os.cpu_count() or 1) // start.processes),
@@ -1602,16 +1619,17 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> i
         "interface": start.interface,
         "torch_told": "true" if torch_told else "false",
     }
-    print("\n".join(f"{name}={value}" for name, value in values.items()), end="\n\n")
+    checks = check_lines(cfg, start.gpus, files, notes)
     if torch_told:  # without a GPU there is nothing to ask PyTorch itself: one question less
-        check_torch(needs_cuda=False, argv=argv)
-    print("\n".join(check_lines(cfg, start.gpus, files, notes)), end="\n\n")
-    print("\n".join(info_lines(cfg, world_size, background, (steps, exact))))
+        checks.insert(0, torch_line())
+    info = info_lines(cfg, world_size, background, (steps, exact))
     if steps is not None:
         left = max(0, steps - done) * cfg.tokens_per_step(world_size)
-        print(f"   • 예상 시간: {estimated_time(cfg, world_size, start.gpus[0].name if start.gpus else None, left)}")
-    print("\n".join(f"⚠️  {note}" for note in start.adapted))
-    return 0
+        gpu = start.gpus[0].name if start.gpus else None
+        info.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, left)}")
+    info += [f"⚠️  {note}" for note in start.adapted]
+    blocks = [f"{name}={value}" for name, value in values.items()], checks, info
+    return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
 def check_lines(cfg: TrainConfig, gpus: list[Gpu], files: list[Path], notes: list[str]) -> list[str]:
@@ -1713,21 +1731,6 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def agent_arguments() -> list[str]:
-    """Arguments with which Python starts torchrun so that, asked to stop, it waits for a last save of any length.
-
-    Newer ones read TORCH_ELASTIC_SHUTDOWN_TIMEOUT; in torch 2.11 the 30 s after which it kills its
-    workers stand in the code only.
-    """
-    import importlib.util
-
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in read_text(torch / "distributed" / "launcher" / "api.py"):
-        return ["-m", "torch.distributed.run"]
-    longer = "from torch.distributed.elastic.multiprocessing import PContext; PContext.close.__defaults__ = None, 86400"
-    return ["-c", f"{longer}; import torch.distributed.run; torch.distributed.run.main()"]
-
-
 def fp8_problem(capability: tuple[int, int]) -> str | None:
     """What keeps ``--fp8`` from running with this Python on a GPU of this compute capability, in Korean."""
     if capability < (8, 9):
@@ -1739,11 +1742,16 @@ def fp8_problem(capability: tuple[int, int]) -> str | None:
     return None
 
 
+def torch_line() -> str:
+    """PyTorch's line of the environment check where no GPU is used."""
+    return f"✅ PyTorch 확인 완료 (PyTorch {importlib.metadata.version('torch')}, CUDA 사용 안 함)"
+
+
 def check_torch(needs_cuda: bool, argv: list[str]) -> int:
     """Print PyTorch's line of the environment check; ask it for CUDA only where a GPU was seen."""
     version = importlib.metadata.version("torch")
     if not needs_cuda:
-        print(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
+        print(torch_line())
         return 0
     import torch
 
@@ -2174,13 +2182,12 @@ def standalone_main(argv: list[str]) -> int | None:
             print(help_text())
             return 0
         if argv[:1] == ["internal:plan"]:
-            return plan(argv[4:], int(argv[1]), argv[2] == "true", argv[3])
+            return answer_plan(argv[4:], int(argv[1]), argv[2] == "true", argv[3])
         if argv[:1] == ["internal:packages"]:
-            print("\n".join(missing_packages()))
+            print(f"missing={' '.join(missing_packages())}")
             return 0
-        if argv[:1] == ["internal:agent"]:
-            print("\n".join(agent_arguments()))
-            return 0
+        if argv[:1] == ["internal:torchrun"]:
+            return None
         if argv[:1] == ["internal:torch"]:
             return check_torch(argv[1] != "0", argv[2:])
         if argv[:1] == ["internal:use"]:
@@ -2216,9 +2223,9 @@ if __name__ == "__main__":
     exit_code = standalone_main(sys.argv[1:])
     if exit_code is not None:
         sys.exit(exit_code)
+    gc.disable()  # importing makes much and frees nothing: the collector would take a fifth of the time
 
 import faulthandler
-import gc
 import gzip
 import itertools
 import logging
@@ -2283,6 +2290,9 @@ DRAWING_SECONDS = 60.0  # that one may take
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")
 SAMPLE_TOKENS = 64
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
+# The run, until the process is gone.  DDP takes gloo's group down with it and waits, with the GIL, for its threads;
+# one that still lets go of the last collective's tensors waits for the GIL.
+KEPT: list[Any] = []
 
 logger = logging.getLogger("h100_dual")
 
@@ -2527,6 +2537,15 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.DEBUG if cfg.verbose else logging.INFO)
         logger.addHandler(console)
+
+
+def keep_compiled_kernels(cfg: TrainConfig) -> None:
+    """Let compiled kernels outlive the run and a container's /tmp; read when transformers imports the compiler.
+
+    Not on a CPU: there a kill in the middle of g++ would leave a torn library that every later run stumbles over.
+    """
+    if cfg.device == "cuda":
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled"))
 
 
 def quiet_libraries() -> None:
@@ -6067,6 +6086,7 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
         cfg, checkpoint = agree_on_start(cfg, accelerator, corpus.report["fingerprint"])
         cfg = find_batch_size(cfg, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg
         run = build_run(cfg, corpus, stop, accelerator)
+        KEPT.append(run)
         state = load_checkpoint(run, checkpoint) if checkpoint else TrainState()
         stop.defer()
         begin_at(run, state)
@@ -6234,6 +6254,7 @@ def report_failure(cfg: TrainConfig, error: BaseException, rank: int) -> int:
 
 def main() -> int:
     """Run one rank of a training run, or use a checkpoint, from the command line; returns the exit code."""
+    gc.enable()
     cfg = parse_args(sys.argv[1:])
     if cfg.uses_checkpoint:
         try:
@@ -6251,10 +6272,7 @@ def main() -> int:
         return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
     set_up_logging(cfg, rank)
     Watchdog(cfg, stop, rank).start()
-    if cfg.device == "cuda":
-        # Kernels outlive the run and a container's /tmp.  Read when transformers imports the compiler.  Not on a CPU:
-        # there a kill in the middle of g++ would leave a torn library that every later run stumbles over.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled"))
+    keep_compiled_kernels(cfg)
     quiet_libraries()
     try:
         return run_training(cfg, notes, stop)
@@ -6281,5 +6299,89 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+# --- torchrun, as the launcher starts it ---
+
+
+class ForkedRank:
+    """A rank that torchrun forks from itself, where everything is imported, instead of starting Python anew.
+
+    To torchrun it is the ``subprocess.Popen`` that it asked for: the same environment, session and exit code.
+    """
+
+    def __init__(self, command: tuple[str, ...], environment: dict[str, str]):
+        self.command = command
+        context, caught = multiprocessing.get_context("fork"), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+        self.process = context.Process(target=enter_rank, args=(command, environment, caught))
+        signal.pthread_sigmask(signal.SIG_BLOCK, caught)  # torchrun's handlers are not for the child
+        self.process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; returns the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout or 0)
+        return self.process.exitcode
+
+
+def enter_rank(command: tuple[str, ...], environment: dict[str, str], caught: Iterable[signal.Signals]) -> NoReturn:
+    """Become what ``command`` (Python, its options, the script, the script's options) would have started."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # torchrun's connections: they shall close when it dies
+    for number in caught:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
+    Path("/proc/self/comm").write_text(f"rank_{environment['RANK']}")  # for top and ps: the command line is torchrun's
+    sys.argv = list(command[command.index(__file__) :])
+    code = standalone_main(sys.argv[1:])
+    leave(main() if code is None else code)
+
+
+def can_fork() -> bool:
+    """Whether CUDA works in a fork of this process: not once something has asked the driver for anything."""
+    child = os.fork()
+    if child == 0:
+        os._exit(getattr(torch._C, "_cuda_isInBadFork", lambda: False)())
+    return os.waitpid(child, 0)[1] == 0
+
+
+def run_torchrun(argv: list[str]) -> None:
+    """Be torchrun; import beforehand, once, what every rank would have to import.
+
+    Raises:
+        SystemExit, ChildFailedError, SignalException: as torchrun itself.
+    """
+    words = argv[argv.index(__file__) + 1 :]
+    keep_compiled_kernels(parse_args(words))
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without touching the driver
+    import torch.distributed.run as torchrun
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from torch.distributed.elastic.multiprocessing import PContext
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    if can_fork():
+        SubprocessHandler._popen = lambda self, command, environment: ForkedRank(command, environment)
+    # torch 2.11 kills its workers 30 s after a stop, save or no save; newer ones read TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+    PContext.close.__defaults__ = None, 86400
+    gc.freeze()  # so that a collection in a rank writes to none of the pages that they share
+    gc.enable()
+    torchrun.main(argv)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["internal:torchrun"]:
+        run_torchrun(sys.argv[2:])
+        sys.exit()
     leave(main())

@@ -74,6 +74,13 @@ def marked_processes(mark: str) -> dict[int, str]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """A process's parent; 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def list_tree(folder: Path) -> dict[str, str]:
     """Every path below ``folder``, with a hash of each file's content."""
     return {
@@ -148,6 +155,16 @@ class Place:
     def processes(self) -> dict[int, str]:
         """What runs of this place's processes."""
         return marked_processes(self.mark)
+
+    def agents(self) -> list[int]:
+        """The processes of torchrun itself; the ranks that it forked have its command line too."""
+        found = [pid for pid, text in self.processes().items() if "internal:torchrun" in text and "bash" not in text]
+        return [pid for pid in found if parent_of(pid) not in found]
+
+    def workers(self) -> list[int]:
+        """The ranks."""
+        agents = self.agents()
+        return [pid for pid in self.processes() if parent_of(pid) in agents]
 
     def kill_all(self) -> None:
         """End whatever is left here, at once."""

@@ -77,6 +77,13 @@ def learning_rate_at(done, total, cfg):
 """
 
 
+BEFORE_MAIN = """
+real_standalone_main = standalone_main
+def standalone_main(argv):
+    if "RANK" in os.environ and {condition}:
+        time.sleep({seconds})
+    return real_standalone_main(argv)
+"""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 FIRST_TIME = 'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and '
 
@@ -265,8 +272,8 @@ def test_a_stop_during_a_restart_stops(broken) -> None:
     place.wait_for_end(5)
 
 
-def test_a_stop_that_finds_one_rank_still_importing_stops(broken) -> None:
-    place = broken('if rank_and_world()[0] == 1 and __name__ == "__main__":\n    time.sleep(1000)')
+def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
+    place = broken(BEFORE_MAIN.format(condition="rank_and_world()[0] == 1", seconds=1000))
     launcher = place.start(*SMALL)
     log = place.logs / "training_detail_rank_0.log"
     place.wait("rank 0 at the rendezvous", lambda: log.exists() and "token cache" in log.read_text(encoding="utf-8"))
@@ -316,25 +323,26 @@ def test_a_rank_that_is_missing_for_a_moment_is_not_gone(
     assert flag.peer_is_gone() is gone
 
 
-def agents_and_workers(place: Place) -> tuple[list[int], list[int]]:
-    """The processes of torchrun itself, and those that it started."""
-    running = place.processes()
-    agents = [pid for pid, command in running.items() if "torch.distributed.run" in command]
-    return agents, [pid for pid, command in running.items() if SCRIPT.name in command and pid not in agents]
-
-
-def test_workers_whose_agent_dies_while_they_import_leave_too(broken) -> None:
-    place = broken("")
-    script = place.launcher.parent / SCRIPT.name
-    mark = "import faulthandler\n"
-    script.write_text(script.read_text(encoding="utf-8").replace(mark, f"{mark}time.sleep(5)\n", 1), encoding="utf-8")
+def test_workers_whose_agent_dies_before_they_know_it_leave_too(broken) -> None:
+    place = broken(BEFORE_MAIN.format(condition="True", seconds=5))
     launcher = place.start(*SMALL, "--max-restarts", "0")
-    place.wait("two workers", lambda: [len(found) for found in agents_and_workers(place)] == [1, 2])
-    os.kill(agents_and_workers(place)[0][0], signal.SIGKILL)
+    place.wait("two workers", lambda: len(place.workers()) == 2)
+    os.kill(place.agents()[0], signal.SIGKILL)
     place.wait_for_end(30)
     shown = place.finish(launcher)[0]
     assert launcher.returncode == 1, shown
     assert not place.checkpoints()
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_a_rank_is_forked_unless_cuda_forbids_it(broken, fork: bool) -> None:
+    place = broken(f"torch._C._cuda_isInBadFork = lambda: {not fork}\n" + at_step(2, 'print("ready"); time.sleep(600)'))
+    launcher = place.start(*SMALL)
+    place.wait("the second step", lambda: place.console_log.exists() and "ready" in place.console())
+    commands = [place.processes()[pid] for pid in place.workers()]
+    assert ["internal:torchrun" in command for command in commands] == [fork, fork]
+    place.kill_all()
+    place.finish(launcher)
 
 
 # --- numbers going wrong ---
@@ -524,7 +532,7 @@ def test_a_full_disk_at_the_last_save_fails_the_run_which_can_be_resumed(
 
 def kill_at_random(place: Place, chance: random.Random) -> str:
     """Kill a worker, the agent, or all of it; returns what."""
-    agents, workers = agents_and_workers(place)
+    agents, workers = place.agents(), place.workers()
     what, chosen = chance.choice([("worker", workers), ("agent", agents), ("all", list(place.processes()))])
     for pid in chosen if what == "all" else chance.sample(chosen, min(1, len(chosen))):
         with contextlib.suppress(ProcessLookupError):

@@ -60,12 +60,6 @@ def status(place: Place) -> tuple[int, dict]:
     return answer.code, json.loads(answer.out)
 
 
-def agents(place: Place) -> list[int]:
-    """The torchrun processes of a place."""
-    commands = place.processes().items()
-    return [pid for pid, text in commands if "torch.distributed.run" in text and "internal:supervise" not in text]
-
-
 def assert_whole_checkpoint(place: Place, step: int) -> None:
     """Assert that the newest checkpoint is that of ``step``, with all its files and nothing half-written."""
     assert place.checkpoints()[-1].name == f"checkpoint-{step}"
@@ -357,7 +351,7 @@ def test_of_two_starts_at_the_same_moment_one_runs_and_one_is_refused(place: Pla
     running, refused = shown
     assert f"🔢 프로세스 ID: {place.pid()}" in running
     assert f"❌ 이미 실행 중인 학습이 있습니다 (PID {place.pid()})" in refused
-    assert len(agents(place)) == 1
+    assert len(place.agents()) == 1
     assert status(place)[0] == 0
 
 
@@ -400,10 +394,10 @@ def abandoned_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) ->
         place.wait("the training loop", lambda: place.console_log.exists() and "최대 스텝" in place.console())
         terminal.hang_up()
         place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
-        seen = SimpleNamespace(place=place, pid=place.pid(), agents=agents(place), alive=process_is_alive(place.pid()))
+        seen = SimpleNamespace(place=place, pid=place.pid(), agents=place.agents(), alive=process_is_alive(place.pid()))
         os.kill(seen.pid, signal.SIGTERM)
         place.wait("the answer to the first signal", lambda: "🛑 중단 요청" in place.console(), 10)
-        seen.agents_after_one_signal = agents(place)
+        seen.agents_after_one_signal = place.agents()
         os.kill(seen.pid, signal.SIGTERM)
         place.wait_for_end(10)
         yield seen
@@ -432,7 +426,7 @@ def test_workers_stop_and_a_new_start_works_after_kill_9_of_supervisor_and_torch
     place.cache = warm_cache
     place.run(*ENDLESS_TEST.split())
     place.wait_for_step()
-    for pid in (place.pid(), *agents(place)):
+    for pid in (place.pid(), *place.agents()):
         os.kill(pid, signal.SIGKILL)
     code, _ = status(place)
     assert code == 1, "a dead run with a PID file"
@@ -563,7 +557,7 @@ def test_a_run_that_fails_at_its_start_is_reported_with_its_error(place: Place) 
 
 def test_a_run_that_dies_before_its_first_line_is_reported_with_its_error(place: Place, tmp_path: Path) -> None:
     body = f"""
-if [[ "$*" == *torch.distributed.run* ]]; then
+if [[ "$*" == *internal:torchrun* ]]; then
   echo 'ImportError: libcudart.so.12: cannot open shared object file' >&2
   exit 1
 fi

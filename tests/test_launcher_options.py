@@ -250,7 +250,7 @@ def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothin
     answer = bare_place.run("--dry-run")
     assert answer.code == 0, answer.text
     assert ".venv" in answer.err
-    assert_in_order(answer.out, ["📋 학습 정보", "🎯 모드", "실행할 명령어", "torch.distributed.run"])
+    assert_in_order(answer.out, ["📋 학습 정보", "🎯 모드", "실행할 명령어", "internal:torchrun"])
     assert list_tree(bare_folder / "checkout") == before
     assert list_tree(bare_place.folder) == {}
 
