@@ -1942,6 +1942,7 @@ class LogFollower:
 
     def __init__(self, cfg: TrainConfig, pid: str):
         self.cfg, self.pid = cfg, pid
+        self.lock = cfg.logs_dir / f".{log_path(cfg.logs_dir, 'training.lock').name}"
         self.live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.ended = self.stopping = False  # set from outside
         self.unfinished = b""  # the begin of a line
@@ -1953,7 +1954,7 @@ class LogFollower:
     def is_running(self) -> bool:
         """Whether the supervisor lives: it holds the lock of the logs on descriptor 9."""
         try:
-            return not self.ended and os.path.samefile(f"/proc/{self.pid}/fd/9", self.cfg.logs_dir / ".training.lock")
+            return not self.ended and os.path.samefile(f"/proc/{self.pid}/fd/9", self.lock)
         except OSError:
             return False
 
@@ -2021,6 +2022,7 @@ class LogFollower:
         return int(step), info["total_steps"]
 
 
+STOP_HEARD = "🛑 중단 요청: ".encode()  # the launcher's line at the first signal, in this run's own log
 LAST_LINES = 10  # of the log that --follow shows before what is new
 EXIT_CODES = {"finished": 0, "stopped": STOPPED}
 
@@ -2043,8 +2045,10 @@ def follow_run(cfg: TrainConfig, pid: str, how: str) -> int:
                 lines = stream.read().splitlines(keepends=True)
                 stream.seek(-sum(map(len, lines[-LAST_LINES:])), os.SEEK_END)
             elif how == "stop":
-                stream.seek(0, os.SEEK_END)
-                os.kill(int(pid), signal.SIGTERM)
+                if STOP_HEARD in stream.read():  # a second signal would end it without the save
+                    print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})")
+                else:
+                    os.kill(int(pid), signal.SIGTERM)
                 follower.stopping = True
             follower.follow(stream)
     except KeyboardInterrupt:
@@ -2280,6 +2284,7 @@ MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for
 MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
 MOST_BAD_LINES_KEPT = 100_000
 MOST_NAMES_SHOWN = 20
+CLEARING_SECONDS = 5  # that a rank has to leave by itself, asked to before its first step
 LOST_NODE_SECONDS = 300  # without a step, after which a stop can't be meant any more
 MOST_MINUTES_APART = 7 * 24 * 60  # that one machine may be ready before another
 BATCHES_AHEAD = 4  # that each thread of the loader reads before the step asks
@@ -2342,6 +2347,10 @@ class StopRequested(BaseException):
     """A signal asked to end before the first step; not an Exception, so that nothing swallows it."""
 
 
+class RankLost(StopRequested):
+    """It came when another rank was gone already: nobody need have asked to stop."""
+
+
 class StopFlag:
     """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and knows how far it is.
 
@@ -2365,12 +2374,13 @@ class StopFlag:
 
     def handle(self, number: int, frame: Any) -> None:
         """Signal handler: set the flag, or leave."""
-        if number == signal.SIGTERM and self.peer_is_gone():  # nobody asked to stop: the agent ends what is left
+        lost = number == signal.SIGTERM and self.peer_is_gone()
+        if not self.deferred:
+            raise RankLost if lost else StopRequested
+        if lost:  # nobody asked to stop: the agent ends what is left
             if not self.watched:
                 os._exit(ENVIRONMENT_ERROR)
             return  # the watchdog does, and keeps the stacks
-        if not self.deferred:
-            raise StopRequested
         if self.requested:
             os._exit(STOPPED)
         self.requested = True
@@ -2446,10 +2456,11 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look once a second."""
-        terminated = False
+        terminated, asked = False, 0.0
         while True:
-            if select.select([self.signals], [], [], 1)[0]:
-                terminated = signal.SIGTERM in os.read(self.signals, 64) or terminated
+            if select.select([self.signals], [], [], 1)[0] and signal.SIGTERM in os.read(self.signals, 64):
+                asked = asked if terminated else time.monotonic()
+                terminated = True
             idle = 0.0
             if self.stop.progressed is not None:
                 faulthandler.dump_traceback_later(self.limit() + 15, exit=True, file=self.detail)
@@ -2458,6 +2469,8 @@ class Watchdog(threading.Thread):
                 faulthandler.cancel_dump_traceback_later()
             if idle > self.limit():
                 self.report_hang()
+            elif terminated and not self.stop.deferred and time.monotonic() < asked + CLEARING_SECONDS:
+                pass  # the main thread clears up, unless it is stuck
             elif terminated and self.stop.peer_is_gone() and not self.stop.saving:
                 self.write_stacks("another rank died")
                 os._exit(ENVIRONMENT_ERROR)
@@ -5823,9 +5836,10 @@ def numeric_problem(run: Run, state: TrainState) -> str | None:
     return None
 
 
-def process_age() -> float:
-    """Seconds since this process was started, imports and all."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+def run_age() -> float:
+    """Seconds since this run's torchrun (or this process, without one) was started; restarts don't begin anew."""
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return uptime - ticks / os.sysconf("SC_CLK_TCK")
 
@@ -5844,7 +5858,7 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     reserve = (
         2 * step_seconds + evaluation + run.sample_seconds + (2.5 if run.saver.busy else 1.5) * run.save_seconds + 5
     )
-    run.stop.deadline = time.monotonic() - process_age() + run.cfg.max_hours * 3600 - reserve
+    run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
 
 
 def train(run: Run, state: TrainState) -> str:
@@ -5975,7 +5989,9 @@ def start_command() -> str:
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         agent = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes else [sys.executable]
         typed = [*agent, *sys.argv]
-    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(typed)}"
+    kept = [name for name in sorted(os.environ) if name == "CUDA_VISIBLE_DEVICES" or name.startswith("NCCL_")]
+    settings = "".join(f"{name}={shlex.quote(os.environ[name])} " for name in kept if os.environ[name])
+    return f"cd {shlex.quote(os.getcwd())} && {settings}{shlex.join(typed)}"
 
 
 def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
@@ -6276,8 +6292,12 @@ def main() -> int:
     quiet_libraries()
     try:
         return run_training(cfg, notes, stop)
+    except RankLost:
+        return ENVIRONMENT_ERROR
     except StopRequested:
         logger.info("🛑 시작하기 전에 중단했습니다")
+        if not is_first_here():
+            time.sleep(1)  # so that the first one finds all ranks there, and knows it for a stop
         # On several machines it may be a restart after another one's fault: the supervisor knows.
         if rank == 0 and node_count() == 1 and run_info_path(cfg.output_dir).exists():
             write_run_info(cfg, world_size, state="stopped", ended=now())

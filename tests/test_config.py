@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -204,8 +205,9 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     with pytest.raises(t.EnvironmentProblem, match=r"디스크 공간이 부족합니다.*--save-total-limit 2"):
         t.plan(argv, 1, False, "")
     free[0] += 1
-    assert t.plan(argv, 1, False, "") == 0
+    assert t.plan(argv, 1, False, "").startswith("code=0\n")
     free[0] = 0
-    assert t.plan(["--test", "--device=cpu", "--dummy-data", *places], 1, False, "") == 0
-    assert "⚠️  디스크 공간이 부족합니다" in capsys.readouterr().out
+    assert "⚠️  디스크 공간이 부족합니다" in t.plan(["--test", "--device=cpu", "--dummy-data", *places], 1, False, "")
+    assert t.answer_plan(argv, 1, False, "") == 0
+    assert re.search(r"^missing=\ncode=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())

@@ -331,7 +331,7 @@ def test_workers_whose_agent_dies_before_they_know_it_leave_too(broken) -> None:
     place.wait_for_end(30)
     shown = place.finish(launcher)[0]
     assert launcher.returncode == 1, shown
-    assert not place.checkpoints()
+    assert_checkpoints_open(place)
 
 
 @pytest.mark.parametrize("fork", [True, False])
@@ -419,6 +419,10 @@ def test_a_stop_while_a_save_takes_long_waits_for_it(broken, seconds: float) -> 
     place.wait("the save", lambda: (place.outputs / ".checkpoint-4.tmp" / t.MANIFEST).exists())
     os.kill(place.pid(), signal.SIGTERM)
     begun = time.monotonic()
+    place.wait("the stop", lambda: "🛑 중단 요청" in place.console())
+    again = place.run("--stop")  # of somebody who left the first one, or doesn't know of it
+    assert again.code == 0, again.text
+    assert "이미 멈추는 중입니다" in again.out
     shown = place.finish(launcher)[0]
     assert launcher.returncode == 130, shown
     assert time.monotonic() - begun > seconds / 2

@@ -324,7 +324,7 @@ def test_weights_that_are_torn_or_lacking_are_refused_and_not_made_up(checkpoint
 
 def test_without_the_launcher_the_kept_command_is_torchruns_or_pythons(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name in ("LAUNCHER_COMMAND", "LOCAL_WORLD_SIZE"):
+    for name in ("LAUNCHER_COMMAND", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(t.sys, "argv", ["train_h100_dual.py", "--prompt", "오늘 아침"])
     start = ["cd", str(tmp_path), "&&"]
@@ -332,3 +332,5 @@ def test_without_the_launcher_the_kept_command_is_torchruns_or_pythons(monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     agent = ["torchrun", "--standalone", "--nproc-per-node", "2"]
     assert t.shlex.split(t.start_command()) == [*start, *agent, *t.sys.argv]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert t.shlex.split(t.start_command()) == [*start, "CUDA_VISIBLE_DEVICES=2,3", *agent, *t.sys.argv]

@@ -234,7 +234,7 @@ def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
 
 def test_the_time_kept_for_the_end_is_taken_from_what_evaluations_and_saves_took(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, "--max-hours", "1")
-    monkeypatch.setattr(t, "process_age", lambda: 600.0)
+    monkeypatch.setattr(t, "run_age", lambda: 600.0)
     run.save_seconds, run.evaluation_seconds = 20.0, 8.0
     t.set_deadline(run, step_seconds=3.0)
     assert run.stop.deadline - time.monotonic() == pytest.approx(3600 - 600 - (2 * 3 + 8 + 1.5 * 20 + 5), abs=1)
@@ -245,7 +245,7 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
     try:
         run, state = tiny_run(tmp_path, "--max-steps", "100000", "--max-hours", "1"), t.TrainState()
         run.stop = run.saver.stop = t.StopFlag()
-        monkeypatch.setattr(t, "process_age", lambda: 3600 - 7.0)
+        monkeypatch.setattr(t, "run_age", lambda: 3600 - 7.0)
         assert t.train(run, state) == "stopped"
         t.finish_saving(run, state)
     finally:

@@ -292,6 +292,19 @@ def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
     assert json.loads(session.alive.out)["state"] == "running"
 
 
+@pytest.mark.parametrize(("rank", "lock"), [("0", ".training.lock"), ("1", ".training_node_1.lock")])
+def test_each_machines_run_is_known_by_its_own_lock(tmp_path, monkeypatch, rank, lock):
+    monkeypatch.setenv("GROUP_RANK", rank)
+    command = ["bash", "-c", 'exec 9>>"$0"; echo ready; exec sleep 60', str(tmp_path / lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout.readline() == b"ready\n"
+        follower = t.LogFollower(config(tmp_path, "--logs-dir", str(tmp_path)), str(supervisor.pid))
+        assert follower.is_running()
+        supervisor.kill()
+        supervisor.wait()
+        assert not follower.is_running()
+
+
 def test_stop_waits_and_shows_the_save(session):
     assert session.stop.code == 0
     assert_in_order(
