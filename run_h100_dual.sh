@@ -424,7 +424,7 @@ supervise() { # supervise: runs the command to its end; the PID in the file is t
   done
   ((signals == 0)) || outcome=stopped
   reason="프로세스가 비정상 종료했습니다 (코드 $code)"
-  if ((nnodes > 1)) && tail -c "+$((logged + 1))" "$detail_log" | grep -q 'Rendezvous[A-Za-z]*Error'; then
+  if ((nnodes > 1)) && grep -q 'Rendezvous[A-Za-z]*Error' < <(tail -c "+$((logged + 1))" "$detail_log"); then
     reason="다른 머신과 연결하지 못했거나 연결이 끊겼습니다. 그 머신의 로그와 --rdzv-endpoint 를 확인하세요"
   fi
   state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$reason")
@@ -439,7 +439,7 @@ supervise() { # supervise: runs the command to its end; the PID in the file is t
   fi
   rm -f "$pid_file"
   if [[ -n $notify ]]; then
-    bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
+    bash -c "$notify \"\$@\"" notify "$state" 8>&- 9>&- || warn "--notify 명령이 실패했습니다: $notify"
   fi
   case $state in
     finished) return 0 ;;

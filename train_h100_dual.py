@@ -2175,6 +2175,10 @@ def finalize_state(output_dir: Path, outcome: str, reason: str) -> int:
     return 0
 
 
+# With it torch looks for GPUs without touching their driver, which a fork would break.
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
 def standalone_main(argv: list[str]) -> int | None:
     """Answer what needs no package: ``--help``, wrong options, and the launcher's questions.
 
@@ -2191,6 +2195,7 @@ def standalone_main(argv: list[str]) -> int | None:
             print(f"missing={' '.join(missing_packages())}")
             return 0
         if argv[:1] == ["internal:torchrun"]:
+            os.environ.setdefault(NVML_CHECK, "1")
             return None
         if argv[:1] == ["internal:torch"]:
             return check_torch(argv[1] != "0", argv[2:])
@@ -2238,6 +2243,7 @@ import pickle
 import random
 import select
 import threading
+import traceback
 import unicodedata
 from collections import deque
 from collections.abc import Iterable
@@ -2384,6 +2390,12 @@ class StopFlag:
         if self.requested:
             os._exit(STOPPED)
         self.requested = True
+
+    @staticmethod
+    def deafen() -> None:
+        """From now on a signal does nothing: this rank is leaving."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
     def defer(self) -> None:
         """From now on a signal only sets the flag."""
@@ -4696,11 +4708,13 @@ class Saver:
         self.seconds = time.monotonic() - self.begun
         self.stop.saving = False
 
-    def wait(self) -> None:
-        """Wait, however long it takes, for the save that is being written."""
-        while self.busy:
-            self.thread.join(1)
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Wait for the save that is being written; returns whether it ended in that time."""
+        deadline = time.monotonic() + seconds
+        while self.busy and time.monotonic() < deadline:
+            self.thread.join(min(1, deadline - time.monotonic()))
             self.stop.mark()
+        return not self.busy
 
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
@@ -4736,6 +4750,13 @@ def save_checkpoint(run: Run, state: TrainState, last: bool = False) -> None:
     if last:
         run.stop.finish()
     if not run.is_main:
+        return
+    # The other ranks wait in the next step meanwhile: longer, and their watchdogs would call it a hang.
+    if not last and not run.saver.wait(30 * run.cfg.hang_timeout):
+        logger.warning(
+            f"⚠️  스텝 {run.saver.step:,}의 저장이 아직 끝나지 않아 스텝 {state.step:,}은(는) 저장하지 않습니다. "
+            "디스크가 느리면 --save-steps 를 늘리세요"
+        )
         return
     report_save(run, wait=True)
     logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
@@ -6295,14 +6316,17 @@ def main() -> int:
     except RankLost:
         return ENVIRONMENT_ERROR
     except StopRequested:
+        stop.deafen()
         logger.info("🛑 시작하기 전에 중단했습니다")
-        if not is_first_here():
-            time.sleep(1)  # so that the first one finds all ranks there, and knows it for a stop
         # On several machines it may be a restart after another one's fault: the supervisor knows.
         if rank == 0 and node_count() == 1 and run_info_path(cfg.output_dir).exists():
             write_run_info(cfg, world_size, state="stopped", ended=now())
+        deadline = time.monotonic() + CLEARING_SECONDS
+        while not is_first_here() and time.monotonic() < deadline and not stop.peer_is_gone():
+            time.sleep(0.05)  # the first one, which may be slower, shall find all ranks there, and know it for a stop
         return STOPPED
     except Exception as error:
+        stop.deafen()  # torchrun may be ending us for another rank's sake: what happened is said all the same
         return report_failure(cfg, error, rank)
 
 
@@ -6325,55 +6349,86 @@ def leave(code: int) -> NoReturn:
 class ForkedRank:
     """A rank that torchrun forks from itself, where everything is imported, instead of starting Python anew.
 
-    To torchrun it is the ``subprocess.Popen`` that it asked for: the same environment, session and exit code.
+    To torchrun it is the ``subprocess.Popen`` that it asked for: the same environment, session, signals and exit code.
     """
 
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)  # by torchrun, whose handlers are not for the child
+
     def __init__(self, command: tuple[str, ...], environment: dict[str, str]):
-        self.command = command
-        context, caught = multiprocessing.get_context("fork"), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-        self.process = context.Process(target=enter_rank, args=(command, environment, caught))
-        signal.pthread_sigmask(signal.SIG_BLOCK, caught)  # torchrun's handlers are not for the child
-        self.process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
-        self.pid = self.process.pid
+        self.command, self.code = command, None
+        ready, started = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.CAUGHT)
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.close(ready)
+                enter_rank(command, environment, started)
+        finally:
+            os.close(started)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.CAUGHT)
+        os.read(ready, 1)  # until it leads its own group, to which torchrun sends signals
+        os.close(ready)
 
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs."""
-        return self.process.exitcode
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float = math.inf) -> int:
         """Wait for its end; returns the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs.
+            subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
         """
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.command, timeout or 0)
-        return self.process.exitcode
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.command, timeout)
+            time.sleep(0.02)
+        return code
 
 
-def enter_rank(command: tuple[str, ...], environment: dict[str, str], caught: Iterable[signal.Signals]) -> NoReturn:
+def enter_rank(command: tuple[str, ...], environment: dict[str, str], started: int) -> NoReturn:
     """Become what ``command`` (Python, its options, the script, the script's options) would have started."""
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # torchrun's connections: they shall close when it dies
-    for number in caught:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
-    Path("/proc/self/comm").write_text(f"rank_{environment['RANK']}")  # for top and ps: the command line is torchrun's
-    sys.argv = list(command[command.index(__file__) :])
-    code = standalone_main(sys.argv[1:])
-    leave(main() if code is None else code)
+    code = ENVIRONMENT_ERROR
+    try:
+        os.setsid()
+        for number in ForkedRank.CAUGHT:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ForkedRank.CAUGHT)
+        os.close(started)
+        close_sockets()
+        with suppress(OSError):  # for top and ps: the command line is torchrun's
+            Path("/proc/self/comm").write_text(f"rank_{environment['RANK']}")
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = list(command[command.index(__file__) :])
+        refused = standalone_main(sys.argv[1:])
+        code = main() if refused is None else refused
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def close_sockets() -> None:
+    """Close torchrun's connections in a rank: they shall end when torchrun dies.  Drivers keep their files."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.close(int(name))
 
 
 def can_fork() -> bool:
-    """Whether CUDA works in a fork of this process: not once something has asked the driver for anything."""
-    child = os.fork()
-    if child == 0:
-        os._exit(getattr(torch._C, "_cuda_isInBadFork", lambda: False)())
-    return os.waitpid(child, 0)[1] == 0
+    """Whether CUDA will work in a fork of this process: not once anything has initialised its driver here."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
 def run_torchrun(argv: list[str]) -> None:
@@ -6382,19 +6437,27 @@ def run_torchrun(argv: list[str]) -> None:
     Raises:
         SystemExit, ChildFailedError, SignalException: as torchrun itself.
     """
-    words = argv[argv.index(__file__) + 1 :]
-    keep_compiled_kernels(parse_args(words))
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without touching the driver
+    keep_compiled_kernels(parse_args(argv[argv.index(__file__) + 1 :]))
+    import torch.distributed.launcher.api
     import torch.distributed.run as torchrun
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
     from torch.distributed.elastic.multiprocessing import PContext
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    if can_fork():
-        SubprocessHandler._popen = lambda self, command, environment: ForkedRank(command, environment)
-    # torch 2.11 kills its workers 30 s after a stop, save or no save; newer ones read TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
-    PContext.close.__defaults__ = None, 86400
+    start_anew = SubprocessHandler._popen
+
+    def start_rank(handler: SubprocessHandler, command: tuple[str, ...], environment: dict[str, str]) -> Any:
+        environment.pop(NVML_CHECK, None)  # a rank asks the driver itself
+        if can_fork():
+            return ForkedRank(command, environment)
+        print("the ranks start anew: CUDA was initialised in torchrun's process", file=sys.stderr)
+        return start_anew(handler, command, environment)
+
+    SubprocessHandler._popen = start_rank
+    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in read_text(Path(torch.distributed.launcher.api.__file__)):
+        # torch 2.11 kills its workers 30 s after a stop, save or no save, unless told here.
+        PContext.close.__defaults__ = None, 86400
     gc.freeze()  # so that a collection in a rank writes to none of the pages that they share
     gc.enable()
     torchrun.main(argv)

@@ -409,6 +409,25 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_writt
     assert not all(torch.equal(saved[name], now[name]) for name in now)
 
 
+def test_a_save_that_others_would_wait_for_too_long_is_left_out_and_said(tmp_path, caplog):
+    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
+    run.cfg = t.replace(run.cfg, hang_timeout=0.01)
+    state, write = t.TrainState(), t.write_checkpoint
+
+    def slowly(run, step, weights, content, info):
+        if step == 2:
+            wait_for("the step after the next save", lambda: state.step > 4)
+        write(run, step, weights, content, info)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "write_checkpoint", slowly)
+        assert t.train(run, state) == "finished"
+        t.finish_saving(run, state)
+    (line,) = [text for text in caplog.messages if "저장하지 않습니다" in text]
+    assert "스텝 2의 저장이 아직 끝나지 않아 스텝 4" in line
+    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
+
+
 def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_path, caplog):
     run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
     state, write = t.TrainState(), t.write_checkpoint

@@ -334,9 +334,34 @@ def test_workers_whose_agent_dies_before_they_know_it_leave_too(broken) -> None:
     assert_checkpoints_open(place)
 
 
+@pytest.mark.parametrize(("answer", "can"), [(3, True), (0, False)])
+def test_nothing_is_forked_once_the_driver_of_a_gpu_was_initialised(monkeypatch, answer: int, can: bool) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(cuDeviceGetCount=lambda count: answer))
+    assert t.can_fork() is can
+
+
+def test_a_forked_rank_is_to_torchrun_what_a_started_process_is(monkeypatch) -> None:
+    def rank(command: tuple[str, ...], environment: dict[str, str], started: int) -> None:
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, t.ForkedRank.CAUGHT)
+        os.close(started)
+        time.sleep(60)
+        os._exit(0)
+
+    monkeypatch.setattr(t, "enter_rank", rank)
+    for number, code in ((signal.SIGTERM, 7), (signal.SIGKILL, -signal.SIGKILL)):
+        process = t.ForkedRank(("python3", "-u", "script"), {})
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        os.killpg(process.pid, number)
+        assert process.wait(10) == process.poll() == code
+
+
 @pytest.mark.parametrize("fork", [True, False])
 def test_a_rank_is_forked_unless_cuda_forbids_it(broken, fork: bool) -> None:
-    place = broken(f"torch._C._cuda_isInBadFork = lambda: {not fork}\n" + at_step(2, 'print("ready"); time.sleep(600)'))
+    place = broken(f"def can_fork():\n    return {fork}\n" + at_step(2, 'print("ready"); time.sleep(600)'))
     launcher = place.start(*SMALL)
     place.wait("the second step", lambda: place.console_log.exists() and "ready" in place.console())
     commands = [place.processes()[pid] for pid in place.workers()]
