@@ -28,7 +28,17 @@ SECTIONS = [
 EXAMPLE = "기본 테스트 (10스텝, 백그라운드)"
 # Options of other programs that the README names.
 FOREIGN_OPTIONS = {
-    *("--standalone", "--nproc-per-node", "--index-url", "--all", "--outfile", "--outtype", "--dtype", "--logdir"),
+    *(
+        "--standalone",
+        "--nproc-per-node",
+        "--shutdown-timeout",
+        "--index-url",
+        "--all",
+        "--outfile",
+        "--outtype",
+        "--dtype",
+        "--logdir",
+    ),
     *("--model", "--model_args", "--batch_size", "--tasks", "--num_fewshot", "--include_path"),
 }
 
@@ -215,8 +225,9 @@ def test_the_table_of_presets_shows_their_shapes_and_parameter_counts():
         assert told[name] == [count, *map(str, (preset.layers, preset.hidden, preset.mlp, preset.head))]
 
 
-def test_the_table_of_memory_shows_the_estimates_of_the_program():
-    (table,) = tables(section("4. 모델 크기, 배치, 학습률 고르기"))
+def test_the_table_of_memory_and_speed_shows_the_estimates_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "format_duration", str)
+    (table,) = tables(section("3. 모델 크기, 배치, 학습률 고르기"))
     assert [row[0] for row in table] == list(t.PRESETS)
     for name, *told in table:
         figures = []
@@ -224,7 +235,14 @@ def test_the_table_of_memory_shows_the_estimates_of_the_program():
             cfg = t.resolve_config(t.parse_args(["--train", "--model-size", name, *more]), "cuda")[0]
             figures.append(f"{sum(t.estimate_memory(cfg, t.PRESETS[name], 2).values()) / 2**30:.1f}")
         assert told[:2] == figures
-        assert told[2] == f"{20 * t.PRESETS[name].parameter_count(65536) / 1e8:.0f}억"
+        tokens = 20 * t.PRESETS[name].parameter_count(65536)
+        assert told[2] == f"{tokens / 1e8:.0f}억"
+        cfg = t.replace(cfg, cache_dir=tmp_path)  # where no run has measured a speed
+        seconds, how = t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", tokens).split(maxsplit=1)
+        assert how == "(MFU 40% 가정)"
+        assert float(told[3].replace(",", "")) == pytest.approx(tokens / float(seconds), rel=0.01)
+        hours = float(seconds) / 3600
+        assert told[4] == (f"{hours:.0f}시간" if hours > 0.9 else f"{60 * hours:.0f}분")
 
 
 def test_the_tools_are_those_that_the_tests_use():
