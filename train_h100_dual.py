@@ -2284,6 +2284,7 @@ TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for 
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
+LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
 MOST_BAD_LINES = 0.01
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
@@ -5416,7 +5417,8 @@ def evaluate(run: Run) -> dict[str, float]:
     end-of-text tokens, so they compare across tokenizers.
     """
     rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length)
-    size, world_size, rank = run.cfg.batch_size, run.accelerator.num_processes, run.accelerator.process_index
+    size = max(run.cfg.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
+    world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
     names = run.corpus.report["languages"]
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     end_of_text = run.corpus.tokenizer.eos_token_id
