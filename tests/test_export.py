@@ -148,5 +148,5 @@ def test_int8_weights_of_torchao_change_little(checkpoint, model, capsys):
         "오늘 학생이 서울에서 책을 읽었다. Today the student read a book.", return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        exact, rounded = (t.CausalLoss(item)(rows).item() for item in (model, names["model"]))
+        exact, rounded = (item(rows, labels=rows).loss.item() for item in (model, names["model"]))
     assert 0 < abs(exact - rounded) < 0.01
