@@ -78,7 +78,7 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H100": 989, "A10
 ASSUMED_MFU = 0.4  # for the time of a run whose speed this machine hasn't measured yet
 CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
 
-CACHE_VERSION = 3  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 4  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
@@ -1424,7 +1424,7 @@ def named_peak_flops(gpu_name: str) -> float | None:
 def speed_key(cfg: TrainConfig, world_size: int, gpu_name: str | None) -> str:
     """Names what decides the speed of a run, in the file of measured speeds; ``gpu_name`` is None on a CPU."""
     names = [item.name for item in fields(TrainConfig) if item.metadata["group"] in ("model", "hopper")]
-    names += ["vocab_size", "batch_size", "max_seq_length"]
+    names += ["vocab_size", "batch_size", "max_seq_length", "gradient_accumulation_steps", "optimizer"]
     values = [f"{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) is not None]
     return ", ".join([gpu_name or f"CPU {os.cpu_count()}", f"processes={world_size}", *values])
 
@@ -2245,7 +2245,7 @@ import select
 import threading
 import traceback
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -2571,7 +2571,8 @@ def keep_compiled_kernels(cfg: TrainConfig) -> None:
     Not on a CPU: there a kill in the middle of g++ would leave a torn library that every later run stumbles over.
     """
     if cfg.device == "cuda":
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled"))
+        # One for each kind of attention: the key of a compiled graph doesn't name the kernel that was chosen.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
 
 
 def quiet_libraries() -> None:
@@ -2623,7 +2624,10 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     Accumulation is the loop's own (``train_step`` scales the loss and calls ``no_sync``), so that
     the accelerator's counter can't disagree with the data position.
     """
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # A compiled model is cut into graphs at the buckets' borders: with the default of 25 MiB inside a layer, so that
+    # little fuses; with 256 about at each layer of 1.3b, and communication still overlaps with the backward pass.
+    bucket = 256 if cfg.compile else 25
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket)
     # Later than the watchdog, which knows more; NCCL's own record is for what it finds first.
     # Machines wait for each other's tokenisation here, however long.
     minutes = cfg.hang_timeout + COMPILE_MINUTES + 5 if node_count() == 1 else MOST_MINUTES_APART
@@ -2709,11 +2713,15 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 def read_line_chunks(path: Path) -> Iterator[Chunk]:
     """Cut a file into chunks of whole lines, or a .txt file into chunks of whole paragraphs."""
     first_line, pending = 1, []
+    end = re.compile(rb"\n[ \t\r]*\n" if path.suffix == ".txt" else rb"\n")
     for block in read_blocks(path):
         pending.append(block)
-        if block and b"\n" not in block:
-            continue  # joined once, so that a very long line costs no more than its length
-        lines = b"".join(pending).split(b"\n")
+        # A block may begin with the second half of an end: the last bytes before it are looked at too.
+        seen = b"".join(part[-64:] for part in pending[-2:-1]) + block
+        if block and not end.search(seen):
+            continue  # joined once, so that a very long line or paragraph costs no more than its length
+        text = b"".join(pending)
+        lines = text.split(b"\n")
         cut = len(lines) - 1 if block else len(lines)
         while block and path.suffix == ".txt" and cut and lines[cut - 1].strip():
             cut -= 1
@@ -2748,6 +2756,17 @@ def split_hub_name(name: str) -> tuple[str, str, str, str]:
     repository, config, split = [*name.removeprefix("hf:").split(":"), "", ""][:3]
     repository, _, revision = repository.partition("@")
     return repository, revision, config, split or "train"
+
+
+def pinned_dataset(cfg: TrainConfig) -> str:
+    """The hub's data set with its revision: what this run read before a restart or --resume, else the newest.
+
+    So a run goes on with the same rows when the data set has changed meanwhile, or the hub can't be reached.
+    """
+    asked, path = str(cfg.dataset_path), run_info_path(cfg.output_dir)
+    goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    known = read_json(path).get("dataset", {}) if goes_on else {}
+    return known["pinned"] if known.get("asked") == asked else pin_hub_revision(asked)
 
 
 def pin_hub_revision(name: str) -> str:
@@ -3408,7 +3427,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
         counts += count
         progress.update(int(counts[:, 0].sum()))
     tokens = [writer.close() for writer in writers]
-    write_held_out(folder, sorted(val, key=lambda item: item[0]), end)
+    write_held_out(folder, held_out_order(val), end)
     report = corpus_report(scan, counts, len(tokenizer), engine)
     report["train_tokens"] = sum(tokens)
     report["streams"] = dict(zip(how.mix_names or ["all"], tokens, strict=True))
@@ -3418,13 +3437,15 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
     content = [hashlib.blake2b(scan.document_key.tobytes()).hexdigest(), tokenizer_fingerprint(tokenizer)]
     report["fingerprint"] = hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
     report["dtype"] = end.dtype.name
+    if not files:
+        report["dataset"] = str(cfg.dataset_path)  # with its commit
     write_json(folder / "corpus.json", report)
 
 
 def train_own_tokenizer(cfg: TrainConfig, scan: Scan, bounds: np.ndarray, folder: Path) -> Any:
     """Train a tokenizer on the scan's sample without the held-out documents, and say how it went."""
-    highest = int(bounds.max())  # leaves out a little more than needed, and never less
-    scan.sample[:] = limit_words([item for item in scan.sample if item[1] > highest], TOKENIZER_SAMPLE_WORDS)
+    held_out = set(scan.document_key[scan.document_key <= bounds[scan.document_language]].tolist())
+    scan.sample[:] = limit_words([item for item in scan.sample if item[1] not in held_out], TOKENIZER_SAMPLE_WORDS)
     texts = [text for _, _, text in scan.sample]
     size = sum(len(text) for text in texts)
     logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서 {size / 1e6:.1f}M자)")
@@ -3479,8 +3500,20 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+def held_out_order(documents: list[tuple]) -> list[tuple]:
+    """By content key, which is as good as shuffled; but first, a few of each language, so that none is cut off.
+
+    The keys of a small language, of which a larger share is held out, reach further than a large one's.
+    """
+    found, first, rest = Counter(), [], []
+    for document in sorted(documents, key=lambda item: item[0]):
+        found[document[2]] += 1
+        (first if found[document[2]] <= LEAST_HELD_OUT_DOCUMENTS else rest).append(document)
+    return first + rest
+
+
 def write_held_out(folder: Path, documents: list[tuple], end: np.ndarray) -> None:
-    """Write the held-out documents in the order of their content keys, which is as good as shuffled."""
+    """Write the held-out documents, in the order in which an evaluation takes them."""
     parts = [end, *(part for _, tokens, _, _ in documents for part in (tokens, end))]
     np.concatenate(parts).tofile(folder / "val.bin")
     lengths = [1, *(len(tokens) + 1 for _, tokens, _, _ in documents)]
@@ -3534,7 +3567,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
     if not files:
-        cfg = replace(cfg, dataset_path=Path(pin_hub_revision(str(cfg.dataset_path))))
+        cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     folder = cfg.cache_dir / corpus_key(cfg, files)
     if is_first_here():
         with file_lock(folder.with_suffix(".lock")):  # another run may be at it
@@ -3905,6 +3938,8 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, device: torch.device) 
                 seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    if model.config._attn_implementation != ATTENTION_NAME:
+        return model.config._attn_implementation  # transformers' own, which chooses by its mask
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision, torch.bfloat16)
@@ -3940,8 +3975,11 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
     vocab_size = -(-len(tokenizer) // 128) * 128
     if cfg.model_config:
         config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
+        text = config.get_text_config()
         for name, value in {**special, "pad_token_id": None, "vocab_size": vocab_size}.items():
-            setattr(config.get_text_config(), name, value)
+            setattr(text, name, value)
+        if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
+            text.max_position_embeddings = cfg.max_seq_length  # a new model's, as a preset's
         return config
     preset = PRESETS[cfg.model_size]
     return LlamaConfig(
@@ -3968,6 +4006,12 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         fit_vocabulary(model, tokenizer)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and longest < cfg.max_seq_length:
+            raise ValueError(
+                f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다. "
+                f"--max-seq-length {longest} 을(를) 쓰세요"
+            )
     else:
         set_seed(cfg.seed)
         config = model_settings(cfg, tokenizer)
@@ -4396,7 +4440,10 @@ def batch_fits(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> bo
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
     try:
         try_steps(cfg, tokenizer, accelerator)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # Libraries that take memory by themselves have errors of their own.
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         fits.zero_()
     accelerator.free_memory()  # it keeps the models that it prepared
     torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
@@ -4687,7 +4734,11 @@ class Saver:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            try:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            except RuntimeError as error:  # the host has too little memory that can't be swapped out
+                logger.debug(f"{name} is copied to ordinary memory: {error}")
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
             self.buffers[name] = buffer
         return buffer.copy_(tensor, non_blocking=True)
 
@@ -5763,7 +5814,8 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     if accelerator.scaler is None:
         run.optimizer.optimizer.found_inf = skipped.float()
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
+    run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
     asked = torch.full((), float(run.stop.is_set()), device=accelerator.device)
     shares = torch.stack([total, grad_norm.float(), skipped.float()]) / accelerator.num_processes
     return torch.cat([shares, asked[None]])
@@ -6022,8 +6074,8 @@ def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
     path = run_info_path(cfg.output_dir)
     info = read_json(path)
     if more.get("state") == "running":
-        kept = ("restarts", "first_step", "failed_saves") if is_restart(info) else ()
-        kept += ("step", "total_steps") if cfg.resume else ()
+        kept = ("restarts", "first_step", "failed_saves", "dataset") if is_restart(info) else ()
+        kept += ("step", "total_steps", "dataset") if cfg.resume else ()
         info = {
             **{name: info[name] for name in kept if name in info},
             "mode": cfg.mode,
@@ -6118,6 +6170,9 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
     corpus = prepare_corpus(cfg)
     if node_count() == 1:
         stop.mark()  # only now: the others wait for the first one's tokenisation, however long
+    if is_first_here() and str(cfg.dataset_path).startswith("hf:"):
+        asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
+        write_run_info(cfg, world_size, dataset=asked)
     log_report(corpus.report, corpus.path)
     with attention_kernels(cfg):
         accelerator = build_accelerator(cfg)

@@ -171,6 +171,23 @@ def test_another_hub_data_set_or_commit_makes_another_cache(tmp_path, hub):
     assert len({first, path("hf:org/name"), path("hf:org/name:wiki")}) == 3
 
 
+def test_a_run_that_goes_on_reads_the_commit_it_began_with_also_without_the_hub(tmp_path, hub, monkeypatch):
+    cfg = config(tmp_path, "--dataset-path", "hf:org/name")
+    for path in (cfg.logs_dir, cfg.output_dir):
+        path.mkdir()
+    hub["rows"] = [{"text": text} for text in wild_documents(100)]
+    first = t.prepare_corpus(cfg)
+    t.write_run_info(cfg, 1, state="running", dataset={"asked": "hf:org/name", "pinned": first.report["dataset"]})
+    hub["sha"] = "second"
+    assert t.prepare_corpus(cfg).path != first.path  # a new run takes the newest
+    monkeypatch.setattr(t, "pin_hub_revision", None)  # a call would fail
+    resumed = t.replace(cfg, resume="auto")
+    t.write_run_info(resumed, 1, state="running")
+    assert t.prepare_corpus(resumed).path == first.path
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert t.prepare_corpus(cfg).path == first.path
+
+
 def test_a_hub_that_can_not_be_reached_is_named(hub):
     with pytest.raises(RuntimeError, match=r"org/other \(no route to the hub\)"):
         t.pin_hub_revision("hf:org/other")
@@ -181,6 +198,17 @@ def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, mo
     path = tmp_path / "a.txt"
     path.write_text("첫째 줄\n둘째 줄\n\n\nsecond paragraph\r\n\r\nthird", encoding="utf-8")
     assert documents_of(path).texts == ["첫째 줄\n둘째 줄", "second paragraph", "third"]
+
+
+def test_a_long_paragraph_is_searched_once_and_not_once_for_each_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_BYTES", 64)
+    path, paragraph = tmp_path / "a.txt", "한 줄에 문장 하나\n" * 2000
+    path.write_text(f"{paragraph}\n{paragraph}\n끝", encoding="utf-8")
+    joined, chunks = [], t.Chunk
+    monkeypatch.setattr(t, "Chunk", lambda *parts: joined.append(len(parts[2])) or chunks(*parts))
+    found = [text for chunk in t.read_line_chunks(path) for text in t.parse_chunk(chunk, "text").texts]
+    assert found == [paragraph.strip(), paragraph.strip(), "끝"]
+    assert len(joined) <= 3
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -308,6 +336,28 @@ def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypat
     assert seen
     assert not held & set(seen)
     assert set(seen) <= {unicodedata.normalize("NFC", text) for text in texts}
+
+
+def test_a_small_language_costs_the_tokenizer_no_other_text_than_what_is_held_out(tmp_path, monkeypatch):
+    train, seen = t.train_tokenizer, tmp_path / "seen"
+
+    def train_and_tell(texts: list[str], size: int):
+        seen.write_text(str(len(texts)))
+        return train(texts, size)
+
+    monkeypatch.setattr(t, "train_tokenizer", train_and_tell)
+    texts = [f"한국어 문서 번호 {index}" for index in range(500)] + [f"English document {index}" for index in range(40)]
+    corpus = prepared(tmp_path, texts)
+    assert len(corpus.val_languages) == 30 + 30
+    assert int(seen.read_text()) == 540 - 60
+
+
+def test_a_small_languages_held_out_documents_are_not_cut_off_by_a_large_ones():
+    documents = [(key, [], 0, 0) for key in range(1000)] + [(10_000 + key, [], 1, 0) for key in range(40)]
+    ordered = t.held_out_order(documents[::-1])
+    assert Counter(item[2] for item in ordered[:60]) == {0: 30, 1: 30}
+    assert sorted(ordered) == sorted(documents)
+    assert ordered == t.held_out_order(documents)
 
 
 def test_the_tokenizers_sample_is_bounded_by_its_distinct_words():

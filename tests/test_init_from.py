@@ -62,6 +62,7 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
         expected = F.cross_entropy(made.eval()(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
         assert run.causal_loss(rows).item() == pytest.approx(expected.item(), abs=1e-5)  # every part of it is kept
 
+    assert (run.backend in ("sdpa", "eager")) == (kind in ("qwen3-sliding", "gemma2", "gemma3"))
     before = t.evaluate(run)["val_loss"]
     assert t.train(run, state) == "finished"
     t.finish_saving(run, state)
@@ -92,3 +93,11 @@ def test_a_checkpoint_is_a_start_like_any_other(tmp_path, trained):
     ours, theirs = run.decoder.state_dict(), trained[0].decoder.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert run.corpus.tokenizer.get_vocab() == trained[0].corpus.tokenizer.get_vocab()
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused(tmp_path, tokenizer):
+    start = tmp_path / "start"
+    AutoModelForCausalLM.from_config(KINDS["llama"]).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    with pytest.raises(ValueError, match=r"--max-seq-length 128.*최대 길이 64.*--max-seq-length 64"):
+        tiny_run(tmp_path, "--init-from", str(start), "--max-seq-length", "128")

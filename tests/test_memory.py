@@ -363,13 +363,17 @@ def test_the_search_leaves_no_model_and_no_random_number_behind(tmp_path: Path, 
     assert not [tuple(item.shape) for item in left]
 
 
-def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")],
+)
+def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeError) -> None:
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
     sizes = []
 
     def fail(cfg: t.TrainConfig, *more: Any) -> None:
         sizes.append((cfg.batch_size, cfg.gradient_accumulation_steps))
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(t, "try_steps", fail)
     with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
