@@ -1833,7 +1833,8 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
         "state": state,
         "pid": int(pid) if pid else None,
         "started": info.get("started"),
-        "step": metrics.get("step"),
+        # The last logged one while it runs, or died; one that ended by itself has said which was its last.
+        "step": (state in EXIT_CODES and info.get("step")) or metrics.get("step"),
         "total_steps": total,
         **{name: metrics.get(name) for name in figures},
         "seconds_left": seconds_left(records, metrics.get("step"), total) if alive else None,

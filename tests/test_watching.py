@@ -311,6 +311,8 @@ def test_stop_waits_and_shows_the_save(session):
         session.stop.out, ["🛑 중단 요청", "💾 체크포인트 저장 중", "✅ 체크포인트 저장 완료", "상태: 중단됨"]
     )
     assert session.place.checkpoints()
+    saved, shown = (re.search(text, session.stop.out)[1] for text in (r"outputs/checkpoint-(\d+)", r"스텝: +([\d,]+)"))
+    assert saved == shown.replace(",", "")
 
 
 def test_following_ends_with_the_run_and_its_exit_code(session):

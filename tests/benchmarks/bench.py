@@ -530,7 +530,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="litgpt too, in an environment of its own")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="tiny, 30m; with --gpu presets")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes on the CPU (default 2)")
-    parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each contestant (default 24)")
+    parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each, 0 for none (default 24)")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="a block lasts about (default 2)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="with --gpu or --fresh (default 3)")
     parser.add_argument("--fresh", action="store_true", help="start everyone anew in each round, as --gpu does")
@@ -567,7 +567,7 @@ def main() -> None:
     """Measure what the options ask for; print, and record."""
     args = parse_arguments()
     parts = []
-    for setting in settings(args):
+    for setting in settings(args) if args.blocks else ():
         with tempfile.TemporaryDirectory(prefix="bench_") as name:
             folder = Path(name)
             variants = [setting]
