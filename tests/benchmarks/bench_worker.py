@@ -14,25 +14,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-from common import ROOT
+from common import ROOT, Words
 from turns import Turns
 
 sys.path.insert(0, str(ROOT))
 import train_h100_dual as t
 
 HELD_OUT_ROWS = 16
-
-
-class Words:
-    """As much of a tokenizer as a run takes that saves nothing."""
-
-    bos_token_id = eos_token_id = 0
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
 
 
 def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, median_and_range, provenance, table
+from common import ROOT, Words, median_and_range, provenance, table
 from torch._subclasses import FakeTensorMode
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,18 +29,6 @@ SHAPES = {
     "tiny, vocabulary 16,384": (t.PRESETS["tiny"], 16384, 256),
     "30M": (t.Preset(8, 384, 1152, 64), 16384, 256),
 }
-
-
-class Words:
-    """As much of a tokenizer as building a model takes."""
-
-    bos_token_id = eos_token_id = 0
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
 
 
 class PlainLoss(torch.nn.Module):
