@@ -238,7 +238,7 @@ positive = parse_number(int, 1)
 share = parse_number(float, 0, 1)
 DEVICES = ("auto", "cuda", "cpu")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "wsd", "linear", "constant")
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
 ATTENTION = ("auto", "cudnn", "flash", "flash3", "efficient", "math")
 
@@ -315,7 +315,7 @@ class TrainConfig:
         default="adamw",
     )
     lr_schedule: str = option(
-        "optimisation", "|".join(SCHEDULES), parse_choice(*SCHEDULES), "학습률 스케줄", default="cosine"
+        "optimisation", "|".join(SCHEDULES), parse_choice(*SCHEDULES), "학습률 스케줄", default="wsd"
     )
     warmup_ratio: float = option("optimisation", "F", share, "워밍업 비율", default=0.05)
     weight_decay: float = option("optimisation", "F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
@@ -2288,6 +2288,7 @@ MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
 MOST_BAD_LINES = 0.01
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
+WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
 MOST_BAD_LINES_KEPT = 100_000
@@ -4400,7 +4401,7 @@ def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
     factor = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
-        "wsd": min(1.0, (1 - progress) / 0.2),
+        "wsd": min(1.0, (1 - progress) / WSD_DECAY),
         "constant": 1.0,
     }[cfg.lr_schedule]
     return cfg.learning_rate * factor

@@ -22,8 +22,17 @@ def rates(cfg: t.TrainConfig, total: int = 200) -> list[float]:
     return [t.learning_rate_at(step, total, cfg) / cfg.learning_rate for step in range(total)]
 
 
-def test_the_rate_warms_up_and_falls_along_a_cosine_to_zero(tmp_path):
+def test_by_default_the_rate_warms_up_stays_and_falls_to_zero_over_the_last_fifth(tmp_path):
     found = rates(config(tmp_path))
+    assert found[4] == pytest.approx(0.5)
+    assert set(found[10:162]) == {1.0}  # 10 steps of warm-up, then four fifths of 190
+    assert found[181] == pytest.approx(0.5)
+    assert 0 < found[-1] < 0.03
+    assert all(a > b for a, b in itertools.pairwise(found[162:]))
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine_to_zero(tmp_path):
+    found = rates(dataclasses.replace(config(tmp_path), lr_schedule="cosine"))
     assert found[0] == pytest.approx(0.1)
     assert found[9] == found[10] == pytest.approx(1.0)
     assert found[105] == pytest.approx(0.5, abs=0.01)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -23,7 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_h100_dual as ours
 
 FIGURES = [f"{name}{suffix}" for name in ("val_loss", "val_bits_per_byte") for suffix in ("", "_ko", "_en")]
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {
+    "wsd": "warmup_stable_decay",
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -84,10 +90,9 @@ class Recorder(transformers.TrainerCallback):
 
 def training_arguments(cfg: ours.TrainConfig, steps: int) -> transformers.TrainingArguments:
     """Translate our options; whatever has no counterpart there keeps Trainer's default."""
-    if cfg.lr_schedule not in SCHEDULES:
-        sys.exit(f"--lr-schedule {cfg.lr_schedule}: one of {', '.join(SCHEDULES)} can be compared")
     if cfg.optimizer != "adamw":
         sys.exit(f"--optimizer {cfg.optimizer}: give --optimizer adamw, which Trainer has too")
+    decay = round((steps - math.ceil(cfg.warmup_ratio * steps)) * ours.WSD_DECAY)
     return transformers.TrainingArguments(
         output_dir=str(cfg.output_dir),
         max_steps=steps,
@@ -95,6 +100,7 @@ def training_arguments(cfg: ours.TrainConfig, steps: int) -> transformers.Traini
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         learning_rate=cfg.learning_rate,
         lr_scheduler_type=SCHEDULES[cfg.lr_schedule],
+        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"} if cfg.lr_schedule == "wsd" else None,
         warmup_steps=cfg.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=cfg.weight_decay,
         adam_beta1=0.9,

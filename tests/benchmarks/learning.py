@@ -31,6 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 EVALUATE_EVERY = 20
 SEEDS = (42, 43, 44)
 RATES = {"adamw": (5e-3, 2e-3, 1e-2, 1e-4, 2e-2, 1e-3), "muon": (1e-2, 5e-3, 1e-4, 2e-2, 1e-3, 2e-3)}
+SCHEDULES = ("cosine", "wsd")
+DEFAULT_RATE = 1e-4
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -142,15 +144,19 @@ def final_loss(result: dict[str, Any]) -> float:
     return result["val_loss"] if result["val_loss"] == result["val_loss"] else float("inf")
 
 
-def grid(optimizer: str, options: argparse.Namespace) -> list[Trial]:
-    """An optimizer with each of its learning rates."""
+def grids(options: argparse.Namespace) -> list[list[Trial]]:
+    """Each optimizer and schedule with each of its learning rates."""
     size = {name: getattr(options, name) for name in ("steps", "batch_size", "vocab_size")}
-    return [Trial(optimizer, rate, **size) for rate in RATES[optimizer]]
+    return [
+        [Trial(optimizer, rate, schedule, **size) for rate in RATES[optimizer]]
+        for schedule, optimizer in itertools.product(SCHEDULES, RATES)
+    ]
 
 
-def best(results: dict[Trial, dict[str, Any]], trials: list[Trial]) -> Trial:
-    """The one with the lowest final loss."""
-    return min((trial for trial in trials if trial in results), key=lambda trial: final_loss(results[trial]))
+def best(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> list[Trial]:
+    """Of each grid the trial with the lowest final loss."""
+    tried = [[trial for trial in trials if trial in results] for trials in grids(options)]
+    return [min(trials, key=lambda trial: final_loss(results[trial])) for trials in tried if trials]
 
 
 def over_seeds(trial: Trial) -> list[Trial]:
@@ -158,9 +164,15 @@ def over_seeds(trial: Trial) -> list[Trial]:
     return [replace(trial, seed=seed) for seed in SEEDS]
 
 
-def variants(trial: Trial) -> list[Trial]:
-    """What else is compared at the same learning rate."""
-    return [replace(trial, qk_norm=True), replace(trial, schedule="wsd"), replace(trial, tied=False)]
+def compared(chosen: list[Trial]) -> list[Trial]:
+    """What is run with each seed: the best of each grid, the default rate, and at the best rates what else differs."""
+    cosine = [trial for trial in chosen if trial.schedule == "cosine"]
+    return [
+        *chosen,
+        *(replace(trial, learning_rate=DEFAULT_RATE) for trial in chosen),
+        *(replace(trial, qk_norm=True) for trial in cosine),
+        *(replace(trial, tied=False) for trial in cosine),
+    ]
 
 
 def run_missing(trials: Iterable[Trial], results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
@@ -178,12 +190,9 @@ def run_missing(trials: Iterable[Trial], results: dict[Trial, dict[str, Any]], o
 
 
 def run_stages(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
-    """The grids; the best of each with more seeds; what else is compared, at those learning rates."""
-    grids = [grid(name, options) for name in RATES]
-    run_missing(itertools.chain(*zip(*grids, strict=True)), results, options)
-    chosen = [best(results, trials) for trials in grids]
-    for stage in (chosen, *zip(*map(variants, chosen), strict=True)):
-        run_missing(itertools.chain(*map(over_seeds, stage)), results, options)
+    """The grids, then what is compared over the seeds."""
+    run_missing(itertools.chain(*zip(*grids(options), strict=True)), results, options)
+    run_missing(itertools.chain(*map(over_seeds, compared(best(results, options)))), results, options)
 
 
 def steps_to(curve: list[list[float]], target: float) -> int | None:
@@ -193,41 +202,43 @@ def steps_to(curve: list[list[float]], target: float) -> int | None:
 
 def report(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
     """Print what the results show, as far as they go."""
-    grids = {name: grid(name, options) for name in RATES}
-    rates = sorted({rate for rates in RATES.values() for rate in rates})
-    shown = {
-        (trial.learning_rate, name): f"{final_loss(results[trial]):.4f}"
-        for name, trials in grids.items()
-        for trial in trials
-        if trial in results
-    }
-    print(f"\nFinal validation loss by learning rate, seed {SEEDS[0]}:\n")
-    print(
-        table(
-            ["learning rate", *RATES],
-            [[f"{rate:g}", *(shown.get((rate, name), "-") for name in RATES)] for rate in rates],
-        )
-    )
-    chosen = [best(results, trials) for trials in grids.values()]
+    chosen = best(results, options)
+    print(f"\nFinal validation loss by learning rate, seed {SEEDS[0]}:\n\n{rate_table(results, options)}")
     rows = []
-    for trial in itertools.chain(chosen, *zip(*map(variants, chosen), strict=True)):
+    for trial in compared(chosen):
         found = [results[one] for one in over_seeds(trial) if one in results]
         if found:
             losses, bits = [final_loss(one) for one in found], [one["val_bits_per_byte"] for one in found]
             size = f"{found[0]['parameters'] / 1e6:.2f} M"
             rows.append([str(trial), size, len(found), median_and_range(losses, 4), median_and_range(bits, 4)])
-    print("\nOver the seeds, median and range:\n")
-    print(table(["", "parameters", "seeds", "validation loss", "bits/byte"], rows))
-    rows = []
-    for adamw, muon in zip(*map(over_seeds, chosen), strict=True):
-        if adamw in results and muon in results:
-            target = results[adamw]["curve"][-1][1]
-            steps = steps_to(results[muon]["curve"], target)
-            share = f"{steps / muon.steps:.2f}" if steps else "-"
-            rows.append([adamw.seed, f"{target:.4f}", steps or "-", share, f"{results[muon]['curve'][-1][1]:.4f}"])
-    head = ["seed", f"{chosen[0]} after {chosen[0].steps} steps", f"{chosen[1]} there at step", "share", "at the end"]
+    head = ["", "parameters", "seeds", "validation loss", "bits/byte"]
+    print(f"\nOver the seeds, median and range:\n\n{table(head, rows)}")
+    adamw, muon = ([trial for trial in chosen if trial.optimizer == name] for name in RATES)
     print("\nSteps to the best AdamW's final loss, on the held-out documents of the curves:\n")
-    print(table(head, rows))
+    head = ["", "seed", "its last loss", "", "there at step", "share", "last loss"]
+    pairs = [zip(over_seeds(one), over_seeds(other), strict=True) for one, other in itertools.product(adamw, muon)]
+    rows = [steps_row(results, *pair) for pair in itertools.chain(*pairs)]
+    print(table(head, [row for row in rows if row]))
+
+
+def rate_table(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> str:
+    """The final losses of the grids, a row for each learning rate."""
+    rates = sorted({rate for rates in RATES.values() for rate in rates})
+    rows = []
+    for rate in rates:
+        trials = [next(trial for trial in trials if trial.learning_rate == rate) for trials in grids(options)]
+        rows.append([f"{rate:g}", *(f"{final_loss(results[one]):.4f}" if one in results else "-" for one in trials)])
+    return table(["learning rate", *(f"{one.optimizer} {one.schedule}" for one, *_ in grids(options))], rows)
+
+
+def steps_row(results: dict[Trial, dict[str, Any]], adamw: Trial, muon: Trial) -> list[Any]:
+    """When Muon was at AdamW's last loss, with one seed; nothing if one of them was not run."""
+    if adamw not in results or muon not in results:
+        return []
+    target = results[adamw]["curve"][-1][1]
+    steps = steps_to(results[muon]["curve"], target)
+    share = f"{steps / muon.steps:.2f}" if steps else "-"
+    return [adamw, adamw.seed, f"{target:.4f}", muon, steps or "-", share, f"{results[muon]['curve'][-1][1]:.4f}"]
 
 
 def time_steps(options: argparse.Namespace, rounds: int = 20, block: int = 5) -> None:
