@@ -83,6 +83,9 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
+TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 
 GROUPS = {
@@ -144,6 +147,7 @@ PRESETS = {
 
 def parse_number(convert: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Return a parser for a number in ``[low, high]``; it raises ValueError with the nearest valid one."""
+    show = str if convert is int else "{:g}".format
 
     def parse(text: str) -> Any:
         try:
@@ -152,9 +156,9 @@ def parse_number(convert: type, low: float, high: float = math.inf) -> Callable[
             kind, example = ("정수", "예: 8") if convert is int else ("숫자", "예: 1e-4")
             raise ValueError(f"'{text}' 값은 {kind}가 아닙니다 ({example})") from None
         if not low <= value <= high:  # also catches nan
-            limits = f"{low:g} 이상" if high == math.inf else f"{low:g} 이상 {high:g} 이하"
+            limits = f"{show(low)} 이상" + ("" if high == math.inf else f" {show(high)} 이하")
             nearest = high if value > high else low
-            raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {nearest:g}")
+            raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {show(nearest)}")
         return value
 
     return parse
@@ -173,9 +177,11 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 
 def parse_text(text: str) -> str:
-    """Return ``text`` as it is; an empty one is an error."""
+    """Return ``text`` as it is; an empty one is an error, and one that a terminal didn't send as UTF-8."""
     if not text:
         raise ValueError("빈 값은 쓸 수 없습니다")
+    if any("\ud800" <= char <= "\udfff" for char in text):  # how Python keeps bytes that it can't decode
+        raise ValueError("UTF-8이 아닌 글자가 있습니다. 터미널의 인코딩을 UTF-8로 바꾸세요")
     return text
 
 
@@ -412,11 +418,16 @@ class UsageProblem(ValueError):
         self.problems = problems
 
 
+def as_typed(name: str) -> str:
+    """A field of ``TrainConfig`` as the option that sets it."""
+    return "--" + name.replace("_", "-")
+
+
 def option_names() -> dict[str, Any]:
     """Map each option as it is typed to its field."""
     names = {}
     for item in fields(TrainConfig):
-        for name in item.metadata.get("flags", {"--" + item.name.replace("_", "-"): None}):
+        for name in item.metadata.get("flags", {as_typed(item.name): None}):
             names[name] = item
     return names
 
@@ -633,7 +644,7 @@ def help_text() -> str:
             for name, (_, text) in item.metadata.get("flags", {}).items():
                 lines.append(help_line(name, text))
             if "flags" not in item.metadata:
-                name = "--" + item.name.replace("_", "-")
+                name = as_typed(item.name)
                 lines.append(help_line(f"{name} {item.metadata['metavar']}", item.metadata["help"], item))
     lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
     for name, preset in PRESETS.items():
@@ -759,11 +770,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or torn file is an empty one."""
+    """Read a JSON object; a missing or torn file is an empty one, and so is one with something else in it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_text(path: Path) -> str:
@@ -923,11 +935,16 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems = []
-    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
-    fixed += [] if cfg.model_config or cfg.init_from else ["model_size"]
     before_options = {"optimizer": "adamw", **info["options"]}  # checkpoints from before there was a choice
+    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
+    sources = [name for name in ("init_from", "tokenizer") if getattr(cfg, name) or before_options.get(name)]
+    # Another path may name the same files; whether there is one has to stay.
+    fixed += [name for name in sources if not (getattr(cfg, name) and before_options.get(name))]
+    fixed += [] if sources else ["vocab_size"]
+    if "init_from" not in sources and not cfg.model_config and not before_options.get("model_config"):
+        fixed.append("model_size")
     for name in fixed:
-        value, typed = before_options.get(name), "--" + name.replace("_", "-")
+        value, typed = before_options.get(name), as_typed(name)
         if str(getattr(cfg, name)) != str(value):
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
@@ -943,6 +960,14 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
             "새 데이터로는 --init-from 을 쓰세요"
         )
     return problems
+
+
+def begins_elsewhere(cfg: TrainConfig) -> bool:
+    """Whether a run goes on from nothing that its own output directory holds."""
+    if cfg.resume in (None, "auto"):
+        return cfg.resume is None
+    checkpoint = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
+    return checkpoint.resolve().parent != cfg.output_dir.resolve()
 
 
 def check_output(cfg: TrainConfig) -> None:
@@ -966,7 +991,8 @@ def check_output(cfg: TrainConfig) -> None:
         )
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     info = read_json(cfg.output_dir / "run_info.json")
-    if earlier and cfg.resume is None and info.get("mode") != "test" and not is_restart(info):
+    clearable = cfg.resume is None and info.get("mode") == "test"
+    if earlier and begins_elsewhere(cfg) and not clearable and not is_restart(info):
         raise EnvironmentProblem(
             f"이전 학습의 결과가 있습니다: {cfg.output_dir} "
             "(이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요)"
@@ -1217,12 +1243,17 @@ def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
 
 
 def tokenizer_key(cfg: TrainConfig) -> str:
-    """Identity of the tokenizer that the options stand for."""
+    """Identity of the tokenizer that the options stand for: of one on the disk, all that decides its tokens."""
     source = cfg.tokenizer or cfg.init_from
     if source is None:
         return f"trained:{cfg.vocab_size}"
-    file = checkpoint_dir(Path(source).expanduser()) / "tokenizer.json"
-    return hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else f"hub:{source}"
+    folder, digest = checkpoint_dir(Path(source).expanduser()), hashlib.blake2b()
+    if not folder.is_dir():
+        return f"hub:{source}"
+    for path in map(folder.joinpath, TOKENIZER_FILES):
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def total_steps(cfg: TrainConfig, rows: int, world_size: int) -> int:
@@ -1261,12 +1292,13 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
         source if source.is_file() and source.suffix == ".json" else checkpoint_dir(source) / "config.json"
     )
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    if not all(isinstance(values.get(name), int) for name in needed) or any("experts" in name for name in values):
+    layers, hidden, mlp, heads = sizes = [values.get(name) for name in needed]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or any("experts" in name for name in values):
         return None
-    layers, hidden, mlp, heads = (values[name] for name in needed)
     head = values.get("head_dim") or hidden // heads
     keys = head * (values.get("num_key_value_heads") or heads)
-    return Preset(layers, hidden, mlp, head, head * heads, keys, values.get("tie_word_embeddings", True)), str(source)
+    tied = values.get("tie_word_embeddings", values.get("model_type") in TIED_BY_DEFAULT)
+    return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {source}"
 
 
 def planned_vocab_size(cfg: TrainConfig) -> int:
@@ -1277,10 +1309,14 @@ def planned_vocab_size(cfg: TrainConfig) -> int:
     folder = checkpoint_dir(Path(source).expanduser())
     if cfg.init_from:
         return read_json(folder / "config.json").get("vocab_size") or cfg.vocab_size
+    return -(-tokenizer_size(folder) // 128) * 128 or cfg.vocab_size
+
+
+def tokenizer_size(folder: Path) -> int:
+    """Vocabulary of a saved tokenizer; 0 if its file doesn't tell."""
     content = read_json(folder / "tokenizer.json")
     words = (content.get("model") or {}).get("vocab") or ()
-    size = max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
-    return -(-size // 128) * 128 or cfg.vocab_size
+    return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
 
 def loss_rows(tokens: int, vocab_size: int) -> int:
@@ -1460,13 +1496,74 @@ def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     attempt(lambda: check_output(cfg))
     attempt(lambda: corpus_files(cfg))
     attempt(lambda: problems.extend(planned_resume_problems(cfg, world_size)))
-    if cfg.model_config and not cfg.model_config.exists():
-        problems.append(f"모델 설정 파일이 없습니다: {cfg.model_config} (--model-config 의 경로를 확인하세요)")
-    for name, source in (("--tokenizer", cfg.tokenizer), ("--init-from", cfg.init_from)):
-        could_be_hub = source and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source[0] not in ".~"
-        if source and not could_be_hub and not checkpoint_dir(Path(source).expanduser()).exists():
-            problems.append(f"{name}: 경로가 없습니다: {source} (있는 디렉토리나 Hugging Face ID를 주세요)")
+    problems += model_config_problems(cfg.model_config) if cfg.model_config else []
+    attempt(lambda: check_folder("--tokenizer", cfg.tokenizer, ("tokenizer.json", "tokenizer_config.json")))
+    attempt(lambda: check_folder("--init-from", cfg.init_from, ("config.json",)))
+    problems += init_from_problems(cfg) if cfg.init_from else []
+    if (cfg.max_tokens or math.inf) < cfg.tokens_per_step(world_size):
+        one = f"{cfg.tokens_per_step(world_size):,}"
+        problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {one}보다 작습니다")
+    return problems + sources_in_output(cfg)
+
+
+def model_config_problems(path: Path) -> list[str]:
+    """What is wrong with the file that ``--model-config`` names, as far as it can be told without transformers."""
+    if not path.exists():
+        return [f"모델 설정 파일이 없습니다: {path} (--model-config 의 경로를 확인하세요)"]
+    if not read_json(path / "config.json" if path.is_dir() else path).get("model_type"):
+        return [f"모델 설정이 아닙니다: {path} (--model-config 에 model_type이 있는 config.json을 주세요)"]
+    return []
+
+
+def check_folder(name: str, source: str | None, wanted: tuple[str, ...]) -> None:
+    """Raise FileNotFoundError if an option names a place on the disk where there is nothing, or nothing of use."""
+    if source is None:
+        return
+    folder = checkpoint_dir(Path(source).expanduser())
+    could_be_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source[0] not in ".~"
+    if not folder.exists() and not could_be_hub:
+        raise FileNotFoundError(f"{name}: 경로가 없습니다: {source} (있는 디렉토리나 Hugging Face ID를 주세요)")
+    if folder.exists() and not any((folder / file).is_file() for file in wanted):
+        raise FileNotFoundError(f"{name}: {source} 에 {wanted[0]}이 없습니다 (그것이 있는 디렉토리를 주세요)")
+
+
+def init_from_problems(cfg: TrainConfig) -> list[str]:
+    """Options that don't go with the model of ``--init-from``, as far as its files tell."""
+    values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json")
+    longest, vocabulary = values.get("max_position_embeddings"), values.get("vocab_size")
+    problems = []
+    if isinstance(longest, int) and longest < cfg.max_seq_length:
+        problems.append(too_long_for_model(cfg.max_seq_length, longest))
+    words = tokenizer_size(checkpoint_dir(Path(cfg.tokenizer).expanduser())) if cfg.tokenizer else 0
+    if isinstance(vocabulary, int) and vocabulary < words:
+        problems.append(too_many_words(words, vocabulary))
     return problems
+
+
+def too_long_for_model(length: int, longest: int) -> str:
+    """A sentence for rows that are longer than the model of ``--init-from`` was made for."""
+    return (
+        f"--max-seq-length {length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다. "
+        f"--max-seq-length {longest} 을(를) 쓰세요"
+    )
+
+
+def too_many_words(words: int, have: int) -> str:
+    """A sentence for a tokenizer with more tokens than the model of ``--init-from`` has."""
+    return f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {have:,}개보다 큽니다. 모델의 토크나이저를 쓰세요"
+
+
+def sources_in_output(cfg: TrainConfig) -> list[str]:
+    """A sentence for each file that a new run is to begin with and would clear away with its output directory."""
+    if cfg.resume is not None:
+        return []
+    named = {"--init-from": cfg.init_from, "--tokenizer": cfg.tokenizer, "--model-config": cfg.model_config}
+    paths = {name: checkpoint_dir(Path(source).expanduser()).resolve() for name, source in named.items() if source}
+    return [
+        f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
+        for name, path in paths.items()
+        if path.exists() and cfg.output_dir.resolve() in path.parents
+    ]
 
 
 def planned_checkpoint(cfg: TrainConfig) -> Path | None:
@@ -1486,17 +1583,21 @@ def planned_resume_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     return resume_problems(cfg, world_size, info, report.get("fingerprint"))
 
 
-def check_disk_for_checkpoints(cfg: TrainConfig, steps: int | None) -> str | None:
-    """A sentence if the checkpoints that the options plan can't fit beside the output; None if they can.
+def check_disk_for_checkpoints(cfg: TrainConfig, left: int | None) -> str | None:
+    """A sentence if the checkpoints of the steps that are left can't fit beside the output; None if they can.
 
     A checkpoint holds the weights in fp32; the newest two, and one that is being written, also the
-    optimizer's state.
+    optimizer's state.  Those that are there already, in a resumed run, take no more room.
     """
     shape = model_shape(cfg)
-    if shape is None or steps is None:
+    if shape is None or left is None:
         return None
-    count = min(-(-steps // cfg.save_steps), cfg.save_total_limit or steps) + 1 + cfg.save_initial
-    needed = count * 4 * shape[0].parameter_count(cfg.vocab_size) + min(count, 3) * optimizer_bytes(cfg, shape[0])
+    there = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))
+    count = -(-left // cfg.save_steps)
+    count = min(count, max(0, (cfg.save_total_limit or there + count) - there)) + 1
+    models = count + (cfg.save_initial and not there)
+    needed = models * 4 * shape[0].parameter_count(cfg.vocab_size)
+    needed += min(count, 3 - min(there, 2)) * optimizer_bytes(cfg, shape[0])
     existing = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed <= free:
@@ -1559,9 +1660,9 @@ def plan_start(cfg: TrainConfig, num_gpus: int, first_node: str) -> Start:
     return Start(cfg, gpus[:processes], processes, interface, notes, adapted)
 
 
-def fit_problems(start: Start, cfg: TrainConfig, steps: int | None) -> list[str]:
+def fit_problems(start: Start, cfg: TrainConfig, left: int | None) -> list[str]:
     """What is short of room on the disk or a GPU: told in a test, refused in train (EnvironmentProblem)."""
-    disk = None if node_rank() else check_disk_for_checkpoints(cfg, steps)
+    disk = None if node_rank() else check_disk_for_checkpoints(cfg, left)
     memory, too_large = memory_problem(cfg, start.gpus, start.world_size)
     problems = [text for text, fatal in ((disk, True), (memory, too_large)) if text and fatal]
     if problems and not cfg.is_test:
@@ -1603,8 +1704,11 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> s
     steps = None
     if cfg.max_steps or tokens is not None:
         steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, world_size)
+        if exact or cfg.max_steps:
+            refuse_too_few_steps(steps, done)
     cfg = replace(cfg, vocab_size=planned_vocab_size(cfg))
-    notes += fit_problems(start, cfg, steps)
+    left = None if steps is None else max(0, steps - done)
+    notes += fit_problems(start, cfg, left)
     torch_told = not start.gpus and not missing_packages()
     values = {
         "code": 0,
@@ -1623,13 +1727,21 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> s
     if torch_told:  # without a GPU there is nothing to ask PyTorch itself: one question less
         checks.insert(0, torch_line())
     info = info_lines(cfg, world_size, background, (steps, exact))
-    if steps is not None:
-        left = max(0, steps - done) * cfg.tokens_per_step(world_size)
+    if left is not None:
         gpu = start.gpus[0].name if start.gpus else None
-        info.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, left)}")
+        info.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, left * cfg.tokens_per_step(world_size))}")
     info += [f"⚠️  {note}" for note in start.adapted]
     blocks = [f"{name}={value}" for name, value in values.items()], checks, info
     return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def refuse_too_few_steps(total: int, done: int) -> None:
+    """Raise EnvironmentProblem if a run was to end before the step at which it is."""
+    if total < done:
+        raise EnvironmentProblem(
+            f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {total:,}입니다. "
+            "--max-steps, --max-tokens, --max-epochs 를 늘리세요"
+        )
 
 
 def check_lines(cfg: TrainConfig, gpus: list[Gpu], files: list[Path], notes: list[str]) -> list[str]:
@@ -1661,7 +1773,8 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
     shape = model_shape(cfg)
     memory = estimate_memory(cfg, shape[0], world_size) if shape and not cfg.find_batch_size else None
     length = "테스트 모드" if cfg.is_test else "실제 학습 모드"
-    length += f" ({cfg.max_steps}스텝)" if cfg.max_steps else f" ({cfg.max_epochs}에포크)"
+    length += f" ({cfg.max_steps}스텝" if cfg.max_steps else f" ({cfg.max_epochs}에포크"
+    length += f", 최대 {cfg.max_tokens:,} 토큰)" if cfg.max_tokens else ")"
     run_mark = "" if exact or cfg.max_steps else " (추정)"
     whole = f"{steps:,} 스텝, {steps * step_tokens:,} 토큰{run_mark}" if steps else "데이터를 준비한 뒤 정해집니다"
     parameters = (
@@ -2783,9 +2896,8 @@ def pin_hub_revision(name: str) -> str:
     try:
         commit = huggingface_hub.dataset_info(repository, revision=revision or None).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
-            f"허브의 데이터셋을 열 수 없습니다: {repository} ({reason}). "
+            f"허브의 데이터셋을 열 수 없습니다: {repository} ({first_line(error)}). "
             "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요"
         ) from error
     return f"hf:{repository}@{commit}:{config}:{split}"
@@ -3235,8 +3347,8 @@ def load_tokenizer(source: str | Path) -> Any:
     path = checkpoint_dir(Path(source).expanduser())
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the libraries raise whatever a broken file leads them to
+        raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise RuntimeError(f"빠른(fast) 토크나이저가 아닙니다: {source} (tokenizer.json이 있는 것을 쓰세요)")
     if tokenizer.eos_token_id is None:
@@ -3976,7 +4088,10 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     vocab_size = -(-len(tokenizer) // 128) * 128
     if cfg.model_config:
-        config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
+        except Exception as error:  # each check of transformers has its own
+            raise RuntimeError(f"모델 설정을 읽을 수 없습니다: {cfg.model_config} ({first_line(error)})") from error
         text = config.get_text_config()
         for name, value in {**special, "pad_token_id": None, "vocab_size": vocab_size}.items():
             setattr(text, name, value)
@@ -4003,30 +4118,49 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     Weights are normal with deviation 0.02; the projections that write into the residual stream are
     smaller by sqrt(2 * layers), so that its variance doesn't grow with depth (Radford et al., 2019).
     """
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         fit_vocabulary(model, tokenizer)
+        model.get_input_embeddings().padding_idx = None  # it may be the end of text's, and that row has to learn
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest and longest < cfg.max_seq_length:
-            raise ValueError(
-                f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다. "
-                f"--max-seq-length {longest} 을(를) 쓰세요"
-            )
+            raise ValueError(too_long_for_model(cfg.max_seq_length, longest))
     else:
         set_seed(cfg.seed)
         config = model_settings(cfg, tokenizer)
         with torch.device(device):
             if cfg.model_config:
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model = model_of(config, cfg)
             else:
                 model = LlamaForCausalLM(config)
                 shrink_residual_projections(model)
-    model.set_attn_implementation(choose_attention(model.config, cfg))
+    try:
+        model.set_attn_implementation(choose_attention(model.config, cfg))
+    except ValueError as error:  # it knows its own only
+        if cfg.attention != "auto":
+            problem = f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. --attention auto 를 쓰세요"
+            raise ValueError(problem) from error
+        logger.info("⚠️  이 모델은 자기 어텐션만 쓸 수 있어 그것으로 학습합니다")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def model_of(config: Any, cfg: TrainConfig) -> nn.Module:
+    """A new model of ``--model-config``; RuntimeError if transformers can't make one of it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:
+        raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or of which kind it is."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -4043,12 +4177,13 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         model, found = AutoModelForCausalLM.from_pretrained(
             path if path.exists() else str(source), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({reason})") from error
-    lacking = sorted(found["missing_keys"])
+    except Exception as error:  # each format of weights, and transformers' checks, have their own
+        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({first_line(error)})") from error
+    lacking, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
+    if surplus:
+        logger.warning(f"⚠️  모델 설정에 없는 가중치 {len(surplus)}개를 읽지 않았습니다: {source} (예: {surplus[0]})")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # some versions of transformers take SDPA, which leaves it out
     return model
@@ -4081,10 +4216,7 @@ def fit_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     """
     have = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > have:
-        raise ValueError(
-            f"--tokenizer의 어휘 {len(tokenizer):,}개가 --init-from 모델의 {have:,}개보다 큽니다. "
-            "모델의 토크나이저를 쓰세요"
-        )
+        raise ValueError(too_many_words(len(tokenizer), have))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -4143,7 +4275,8 @@ def has_plain_head(model: nn.Module) -> bool:
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return logits is seen.get("output") and torch.equal(seen["last"], seen["input"])
+    # Some models have no base model of their own that is called.
+    return "last" in seen and logits is seen.get("output") and torch.equal(seen["last"], seen["input"])
 
 
 class CausalLoss(nn.Module):
@@ -4555,6 +4688,8 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
     """All options of a run in a form that JSON holds."""
     names = [item.name for item in fields(cfg) if item.metadata["group"] != "use"]
     values = {name: getattr(cfg, name) for name in names}
+    if cfg.model_config or cfg.init_from:
+        values["model_size"] = None  # the preset that would have been taken
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
@@ -4565,13 +4700,30 @@ def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> Non
     decoder, tokenizer = run.decoder, run.corpus.tokenizer
     write_tensors(folder / "pytorch_model.bin", weights)
     config = decoder.config.to_dict()
-    config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
-    type(decoder.config).from_dict(config).save_pretrained(folder)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
+    config.get("text_config", config).update(ids)  # the tokenizer may not be the one that --init-from came with
+    type(decoder.config).from_dict(config).save_pretrained(folder)
+    write_rope_as_before(folder / "config.json")
     GenerationConfig(
-        **ids, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_p=0.95
+        **ids, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_k=0, top_p=0.95
     ).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+
+
+def write_rope_as_before(path: Path) -> None:
+    """Repeat a saved configuration's ``rope_parameters`` under the names that they had before transformers 5.
+
+    Version 4, and what reads configurations as it did, knows no others and would take the defaults in silence.
+    """
+    config = read_json(path)
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" not in rope:  # none, or several by type of layer, which version 4 had no common names for
+        return
+    config.update({name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    write_json(path, config)
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -4660,7 +4812,7 @@ def model_info(run: Run) -> dict[str, Any]:
             "embedding": decoder.get_input_embeddings().weight.numel(),
         },
         "architecture": type(decoder).__name__,
-        "model_size": None if run.cfg.model_config or run.cfg.init_from else run.cfg.model_size,
+        "model_size": options_of(run.cfg)["model_size"],
         "dtype": "float32",
         "vocab_size": decoder.get_input_embeddings().weight.shape[0],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -4685,6 +4837,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         "stream_epochs": stream_epochs(run.cfg, run.corpus, state.tokens_seen),
         "tokens_seen": state.tokens_seen,
         "loss": state.loss,
+        **dict.fromkeys(evaluation_figures(np.zeros((3, 0)), np.zeros(0), [])),
         **state.evaluation,
         "evaluation_step": state.evaluation_step,
         "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
@@ -5000,7 +5153,13 @@ def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
     problems = resume_problems(run.cfg, run.accelerator.num_processes, info, run.corpus.report["fingerprint"])
     if problems:
         raise EnvironmentProblem(problems)
-    run.decoder.load_state_dict(read_tensors(folder / "pytorch_model.bin"))
+    refuse_too_few_steps(run.total_steps, info["step"])
+    weights = read_tensors(folder / "pytorch_model.bin")
+    try:
+        run.decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({first_line(error)})"
+        raise EnvironmentProblem(problem) from error
     return {**read_tensors(folder / "training_state" / "state.pt"), "info": info}
 
 
@@ -5078,7 +5237,7 @@ class StatsReader:
     def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
         """Hand in a step's figures (4 float32 on the device); returns the step before it, if any.
 
-        A step is returned as its number, the time at which it was handed in, and its figures.
+        A step is returned as its number, the time by which it had ended, and its figures.
         """
         work = dist.all_reduce(stats, async_op=True) if dist.is_initialized() else None
         event = None
@@ -5101,6 +5260,7 @@ class StatsReader:
             work.wait()
         if event:
             event.synchronize()
+            moment = time.monotonic()  # when the step ended: the host had launched it long before
         return step, moment, stats.tolist()
 
 
@@ -5127,7 +5287,7 @@ class StepLog:
         self.all_paused += time.monotonic() - start
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
-        """Note a step that was launched by ``moment``; write a line every ``logging_steps``, the first and the last.
+        """Note a step that had ended by ``moment``; write a line every ``logging_steps``, the first and the last.
 
         The line's loss is the mean over the steps since the last line.
         """
@@ -5204,11 +5364,15 @@ def start_trackers(run: Run, state: TrainState, fresh: bool) -> None:
     if fresh and folder.exists():
         folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
     settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
-    try:
-        run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
-    except Exception as error:  # no network, no account, no room: none of it forbids training
-        run.accelerator.trackers.clear()
-        report_tracker(run.cfg.report_to, error)
+    wanted, started = run.accelerator.log_with, []
+    for tracker in wanted:  # one by one: what one of them lacks is no reason to do without the others
+        run.accelerator.log_with = [tracker]
+        try:
+            run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
+            started += run.accelerator.trackers
+        except Exception as error:  # no network, no account, no room: none of it forbids training
+            report_tracker(str(tracker), error)
+    run.accelerator.log_with, run.accelerator.trackers = wanted, started
 
 
 def track(run: Run, values: dict[str, Any], step: int) -> None:
@@ -5537,6 +5701,7 @@ def complete(
     settings = GenerationConfig(
         do_sample=True,
         temperature=0.8,
+        top_k=0,  # else transformers takes 50
         top_p=0.95,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
@@ -5570,7 +5735,9 @@ def generate_samples(run: Run, state: TrainState) -> None:
     try:
         for prompt in prompts:
             room = cfg.max_seq_length - len(tokenizer(prompt).input_ids)
-            length = max(8, min(room, SAMPLE_TOKENS))
+            if room < 1:
+                raise ValueError(f"--prompt 가 {cfg.max_seq_length:,} 토큰보다 깁니다")
+            length = min(room, SAMPLE_TOKENS)
             with run.accelerator.autocast():
                 texts.append(complete(run.decoder, tokenizer, prompt, length, cfg.seed, run.stop.mark))
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
@@ -6260,7 +6427,8 @@ def note_speed(run: Run) -> None:
         return
     path, device = run.cfg.cache_dir / "speed.json", run.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    key = speed_key(run.cfg, run.accelerator.num_processes, name)
+    cfg = replace(run.cfg, vocab_size=planned_vocab_size(run.cfg))  # as the plan of the next run has it
+    key = speed_key(cfg, run.accelerator.num_processes, name)
     try:
         write_json(path, {**read_json(path), key: sorted(speeds)[len(speeds) // 2]})
     except OSError as error:

@@ -60,6 +60,9 @@ def test_all_problems_are_told_in_one_go():
         (["--test=1"], "--test"),
         (["--dataset-path", ""], "--dataset-path"),
         (["stray"], "stray"),
+        (["--vocab-size", "2000000"], "가장 가까운 값: 1048576"),
+        (["--seed", "3000000000"], "가장 가까운 값: 2147483647"),
+        (["--prompt", b"\xbf\xc0\xb4\xc3".decode(errors="surrogateescape")], "UTF-8"),  # from a terminal in CP949
     ],
 )
 def test_a_wrong_value_is_named_with_what_to_type(argv, named):
@@ -167,6 +170,53 @@ def test_results_of_a_training_run_are_not_touched_and_those_of_a_test_are_repla
     t.check_output(cfg)
 
 
+def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_a_directory_with_results(tmp_path):
+    other = tmp_path / "other" / "checkpoint-4"
+    own = config(tmp_path).output_dir / "checkpoint-5"
+    t.check_output(config(tmp_path, "--resume", str(other)))
+    own.mkdir(parents=True)
+    t.check_output(config(tmp_path, "--resume", str(own / "pytorch_model.bin")))
+    for mode in ("train", "test"):
+        (own.parent / "run_info.json").write_text(json.dumps({"mode": mode}))
+        with pytest.raises(t.EnvironmentProblem, match="이전 학습의 결과가 있습니다"):
+            t.check_output(config(tmp_path, "--resume", str(other)))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--init-from", "outputs/checkpoint-2"), "--init-from: 새 학습이 지울 출력 디렉토리 안에 있습니다"),
+        (("--tokenizer", "outputs/checkpoint-2/pytorch_model.bin"), "--tokenizer: 새 학습이 지울 출력 디렉토리"),
+        (("--model-config", "outputs/checkpoint-2/config.json"), "--model-config: 새 학습이 지울 출력 디렉토리"),
+        (("--model-config", "list.json"), "모델 설정이 아닙니다"),
+        (("--model-config", "words.txt"), "모델 설정이 아닙니다"),
+        (("--model-config", "empty"), "모델 설정이 아닙니다"),
+        (("--init-from", "words.txt"), "--init-from: words.txt 에 config.json이 없습니다"),
+        (("--init-from", "./empty"), "--init-from: ./empty 에 config.json이 없습니다"),
+        (("--tokenizer", "list.json"), "--tokenizer: list.json 에 tokenizer.json이 없습니다"),
+        (("--init-from", "model", "--max-seq-length", "128"), "모델의 최대 길이 64보다 깁니다. --max-seq-length 64"),
+        (("--init-from", "model", "--tokenizer", "large"), "--tokenizer의 어휘 200개가 --init-from 모델의 128개보다"),
+        (("--max-tokens", "63"), "--max-tokens 63: 한 스텝의 토큰 수 64보다 작습니다"),
+    ],
+)
+def test_what_a_run_begins_with_is_looked_at_before_the_start(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "outputs" / "checkpoint-2"
+    for folder in (kept, tmp_path / "model", tmp_path / "large", tmp_path / "empty"):
+        folder.mkdir(parents=True)
+    (kept / "config.json").write_text('{"model_type": "llama"}')
+    (kept / "tokenizer.json").write_text("{}")
+    (tmp_path / "outputs" / "run_info.json").write_text('{"mode": "test"}')
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 128, "max_position_embeddings": 64}')
+    vocabulary = {str(number): number for number in range(200)}
+    (tmp_path / "large" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "words.txt").write_text("words")
+    problems = t.plan_problems(config(tmp_path, "--dummy-data", *words), 1)
+    assert [problem for problem in problems if told in problem], problems
+    assert len(problems) == 1
+
+
 def test_a_checkpoint_can_be_named_by_its_weights_file():
     assert t.checkpoint_dir("a/checkpoint-10/pytorch_model.bin") == Path("a/checkpoint-10")
     assert t.checkpoint_dir("a/checkpoint-10") == Path("a/checkpoint-10")
@@ -211,3 +261,66 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     assert t.answer_plan(argv, 1, False, "") == 0
     assert re.search(r"^missing=\ncode=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    cfg = config(tmp_path, "--resume", "--save-steps", "10")
+    weights = 4 * t.PRESETS["tiny"].parameter_count(cfg.vocab_size)
+    for step in range(10, 100, 10):
+        (cfg.output_dir / f"checkpoint-{step}").mkdir(parents=True)
+
+    def lacks(room: int, *more: str) -> bool:
+        monkeypatch.setattr(t.shutil, "disk_usage", lambda path: usage._replace(free=room))
+        return t.check_disk_for_checkpoints(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) is not None
+
+    assert lacks(5 * weights - 1)  # two more and one being written; the training state of one more, two times a model
+    assert not lacks(5 * weights)
+    assert lacks(3 * weights - 1, "--save-total-limit", "9")
+    assert not lacks(3 * weights, "--save-total-limit", "9")
+
+
+def test_a_run_does_not_end_before_the_step_of_its_checkpoint():
+    t.refuse_too_few_steps(8, 8)
+    with pytest.raises(t.EnvironmentProblem, match=r"스텝 8인데 전체 스텝이 4.*--max-steps"):
+        t.refuse_too_few_steps(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "told"),
+    [
+        (("--init-from", "a"), (), "--init-from: .*쓸 값: --init-from a"),
+        ((), ("--init-from", "a"), "--init-from: .*--init-from 없이"),
+        (("--tokenizer", "a"), (), "--tokenizer: .*쓸 값: --tokenizer a"),
+        ((), ("--vocab-size", "1024"), "--vocab-size: .*쓸 값: --vocab-size 512"),
+        (("--model-config", "/a"), (), "--model-config: .*쓸 값: --model-config /a"),
+        (("--init-from", "a"), ("--init-from", "b"), None),
+    ],
+)
+def test_a_resumed_run_takes_its_model_and_tokenizer_from_where_it_began(tmp_path, began, goes_on, told):
+    cfg = config(tmp_path, *began)
+    info = {"mode": "train", "options": t.options_of(cfg), "tokens_seen": 64, "step": 1, "data_fingerprint": ""}
+    problems = t.resume_problems(config(tmp_path, *goes_on), 1, info, None)
+    assert len(problems) == (told is not None), problems
+    assert told is None or re.search(told, problems[0])
+
+
+def test_the_token_cache_is_another_for_another_end_of_text(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    cfg = config(tmp_path, "--tokenizer", str(tmp_path))
+    keys = [t.tokenizer_key(cfg)]
+    for end in ("<a>", "<b>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        keys.append(t.tokenizer_key(cfg))
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(("more", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
+def test_embeddings_count_as_tied_only_where_transformers_ties_them(tmp_path, more, tied):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    path = tmp_path / "config.json"
+    for kind, expected in (("llama", tied), ("gemma", True)):
+        path.write_text(json.dumps({"model_type": kind, **shape, **more}))
+        assert t.model_shape(config(tmp_path, "--model-config", str(path)))[0].tied == expected
+    path.write_text(json.dumps({"model_type": "llama", **shape, "num_attention_heads": 0}))
+    assert t.model_shape(config(tmp_path, "--model-config", str(path))) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
+    MambaConfig,
+    OPTConfig,
     Qwen3Config,
 )
 
@@ -83,8 +86,62 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
     assert torch.allclose(logits[2], logits[1], atol=1e-4)
     again = AutoTokenizer.from_pretrained(checkpoint)
     assert again.bos_token == "<s>"
+    for saved in (model.config, model.generation_config):
+        assert (saved.bos_token_id, saved.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if kind == "llama":  # transformers 4 knows it under this name only
+        assert json.loads((checkpoint / "config.json").read_text())["rope_theta"] == 100.0
     text = model.generate(**again("오늘 학생이", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert again.decode(text[0]).startswith("오늘 학생이")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OPTConfig(**SHAPE, ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1, dropout=0.0),
+        MambaConfig(hidden_size=64, state_size=8, num_hidden_layers=2, vocab_size=640),
+    ],
+    ids=["opt", "mamba"],
+)
+def test_any_causal_model_that_transformers_makes_is_trained(tmp_path, kind):
+    kind.save_pretrained(tmp_path)
+    run = tiny_run(tmp_path, "--model-config", str(tmp_path / "config.json"), "--max-steps", "2")
+    rows = torch.from_numpy(t.evaluation_rows(run.corpus, 32)[0][:4].copy())
+    with torch.no_grad():
+        logits = run.decoder.eval()(rows[:, :-1]).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        assert run.causal_loss(rows).item() == pytest.approx(expected.item(), abs=1e-5)
+        changed = rows[:, :-1].clone()
+        changed[:, -1] = 5
+        assert torch.allclose(run.decoder(changed).logits[:, :-1], logits[:, :-1], atol=1e-5), "it looks ahead"
+    assert t.train(run, t.TrainState()) == "finished"
+
+
+def test_the_end_of_text_learns_although_it_was_the_padding(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    kind = LlamaConfig(**SHAPE, pad_token_id=tokenizer.eos_token_id, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    run = tiny_run(tmp_path, "--init-from", str(tmp_path / "start"))
+    rows = torch.full((1, 33), tokenizer.eos_token_id)
+    run.causal_loss(rows).backward()
+    assert run.decoder.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+
+
+def test_weights_that_the_configuration_does_not_name_are_told(tmp_path, trained, caplog):
+    shutil.copytree(trained[2] / "checkpoint-4", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "num_hidden_layers": values["num_hidden_layers"] - 1}))
+    t.load_model(tmp_path / "model")
+    assert "모델 설정에 없는 가중치 9개를 읽지 않았습니다" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04", b"", b"[]"])
+def test_a_file_that_holds_no_weights_is_one_sentence(tmp_path, trained, content):
+    shutil.copytree(trained[2] / "checkpoint-4", tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(RuntimeError, match="모델을 열 수 없습니다"):
+        t.load_model(tmp_path / "model")
 
 
 def test_a_checkpoint_is_a_start_like_any_other(tmp_path, trained):

@@ -308,7 +308,7 @@ def set_up_config(argv):
     return replace(cfg, find_batch_size=True), notes
 real_forward = CausalLoss.forward
 def limited(self, rows, reduction="mean"):
-    if len(rows) > (16, 5)[rank_and_world()[0]]:
+    if torch.is_grad_enabled() and len(rows) > (16, 5)[rank_and_world()[0]]:  # evaluating needs less
         raise torch.OutOfMemoryError("injected")
     return real_forward(self, rows, reduction)
 CausalLoss.forward = limited

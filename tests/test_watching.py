@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -461,6 +462,23 @@ def test_a_tracker_that_fails_is_left_out_and_said(build, tmp_path, caplog):
     assert run.accelerator.trackers == []
 
 
+def test_a_tracker_that_does_not_start_leaves_the_others_alone(tmp_path, caplog):
+    class Accelerator:
+        log_with = ("wandb", "tensorboard")
+        trackers: list[str]
+
+        def init_trackers(self, name: str, init_kwargs: object) -> None:
+            self.trackers = list(self.log_with)
+            if self.log_with == ["wandb"]:
+                raise RuntimeError("no key")
+
+    run = SimpleNamespace(is_main=True, cfg=config(tmp_path), accelerator=Accelerator())
+    t.start_trackers(run, t.TrainState(), fresh=True)
+    assert run.accelerator.trackers == ["tensorboard"]
+    assert "wandb 기록에 실패해 더 보내지 않습니다: RuntimeError: no key" in caplog.text
+    assert "tensorboard" not in caplog.text
+
+
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(t, "get_available_trackers", lambda: ["tensorboard"])
     caplog.set_level("INFO")
@@ -567,6 +585,14 @@ def test_a_sample_that_can_not_be_made_does_not_end_the_run(build, tmp_path, mon
     assert run.causal_loss.training
 
 
+def test_a_prompt_without_room_for_an_answer_is_said(build, tmp_path, monkeypatch, caplog):
+    run = build(tmp_path, "--prompt", "가나다라마바사" * 50)
+    monkeypatch.setattr(run.decoder, "generate", None)
+    t.generate_samples(run, t.TrainState(step=5))
+    assert "샘플을 만들지 못했습니다" in caplog.text
+    assert "--prompt" in caplog.text
+
+
 def test_control_characters_of_a_generated_text_are_replaced():
     assert t.printable("가\x1b[2J\r\n나\x00\t다\u202e") == "가\ufffd[2J\n나\ufffd 다\ufffd"
 
@@ -587,6 +613,7 @@ def test_the_time_of_a_run_is_told_by_the_speed_of_an_earlier_one_like_it(traine
     t.note_speed(run)
     speeds = [line["tokens_per_second"] for line in read_metrics(trained.folder) if "loss" in line]
     measured = sorted(speeds[1:])[1]
-    told = t.estimated_time(run.cfg, 1, None, round(measured * 3600))
+    again = dataclasses.replace(run.cfg, vocab_size=t.planned_vocab_size(run.cfg))  # as the plan asks
+    told = t.estimated_time(again, 1, None, round(measured * 3600))
     assert told == f"1:00:00 (이 머신에서 잰 {measured:,.0f} 토큰/s)"
     assert "알 수 없음" in t.estimated_time(run.cfg, 2, None, 1000), "another number of processes"
