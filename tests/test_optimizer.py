@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_a_step_lowers_the_loss_of_its_own_batch(tmp_path):
     batch = batches(run, 1)[0]
     losses = [t.train_step(run, iter([batch]), 1e-3)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_step_on_a_gpu_counts_until_it_has_ended_there_not_until_it_was_launched(monkeypatch):
+    ended = iter((10.0, 20.0))  # by then the first and the second step are through
+    clock = [0.0]
+    monkeypatch.setattr(t.time, "monotonic", lambda: clock[0])
+
+    def wait() -> None:
+        clock[0] = next(ended)
+
+    monkeypatch.setattr(t.torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=wait))
+    reader = t.StatsReader(torch.device("cpu"))
+    reader.pinned = [torch.zeros(4) for _ in range(2)]
+    assert reader.push(1, torch.full((4,), 1.0)) is None
+    clock[0] = 0.5
+    assert reader.push(2, torch.full((4,), 2.0)) == (1, 10.0, [1.0] * 4)
+    assert reader.pop() == (2, 20.0, [2.0] * 4)
 
 
 class NoHostRead(TorchDispatchMode):
