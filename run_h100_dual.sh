@@ -87,25 +87,28 @@ TEXT
   "$plain_python" "$TRAIN_SCRIPT" --help
 }
 
-need_value() { # need_value OPTION COUNT VALUE
-  if (($2 < 2)) || [[ -z $3 || $3 == --* ]]; then
-    die "$1: 값이 없습니다. 예: $1 $4" 2
+take_value() { # take_value VARIABLE EXAMPLE OPTION [VALUE...]
+  if (($# < 4)) || [[ -z $4 || $4 == --* ]]; then
+    die "$3: 값이 없습니다. 예: $3 $2" 2
   fi
+  printf -v "$1" '%s' "$4"
 }
 
-take_number() { # take_number OPTION VALUE LOW HIGH EXAMPLE: into number, or what is wrong with it into usage_problems
-  number=$3
-  if [[ ! $2 =~ ^[0-9]{1,9}$ ]]; then
-    usage_problems+=("$1: '$2' 값은 정수가 아닙니다 (예: $5)")
-  elif ((10#$2 < $3 || 10#$2 > $4)); then
-    usage_problems+=("$1: '$2' 값은 범위를 벗어났습니다 ($3 이상 $4 이하). 가장 가까운 값: $((10#$2 < $3 ? $3 : $4))")
+take_number() { # take_number VARIABLE LOW HIGH EXAMPLE OPTION [VALUE...]: what is wrong with it goes to usage_problems
+  local text
+  take_value text "${@:4}"
+  printf -v "$1" '%s' "$2"
+  if [[ ! $text =~ ^[0-9]{1,9}$ ]]; then
+    usage_problems+=("$5: '$text' 값은 정수가 아닙니다 (예: $4)")
+  elif ((10#$text < $2 || 10#$text > $3)); then
+    usage_problems+=("$5: '$text' 값은 범위를 벗어났습니다 ($2 이상 $3 이하). 가장 가까운 값: $((10#$text < $2 ? $2 : $3))")
   else
-    number=$((10#$2))
+    printf -v "$1" '%s' "$((10#$text))"
   fi
 }
 
 parse_args() {
-  local usage_problems=() number
+  local usage_problems=()
   while (($#)); do
     case $1 in
       --num-gpus=* | --notify=* | --python=* | --nnodes=* | --node-rank=* | --rdzv-endpoint=*)
@@ -113,40 +116,16 @@ parse_args() {
         ;;
     esac
     case $1 in
-      --num-gpus)
-        need_value "$1" $# "${2-}" 2
-        take_number "$1" "$2" 1 64 2
-        num_gpus=$number
-        shift
-        ;;
-      --nnodes)
-        need_value "$1" $# "${2-}" 2
-        take_number "$1" "$2" 1 999 2
-        nnodes=$number
-        shift
-        ;;
-      --node-rank)
-        need_value "$1" $# "${2-}" 0
-        take_number "$1" "$2" 0 998 0
-        node_rank=$number
-        shift
-        ;;
+      --num-gpus) take_number num_gpus 1 64 2 "$@" && shift ;;
+      --nnodes) take_number nnodes 1 999 2 "$@" && shift ;;
+      --node-rank) take_number node_rank 0 998 0 "$@" && shift ;;
+      --notify) take_value notify ./notify.sh "$@" && shift ;;
+      --python) take_value wanted_python /usr/bin/python3 "$@" && shift ;;
       --rdzv-endpoint)
-        need_value "$1" $# "${2-}" 10.0.0.1:29500
+        take_value rdzv_endpoint 10.0.0.1:29500 "$@"
         if [[ ! $2 =~ ^[A-Za-z0-9._-]+:0*([1-9][0-9]{0,4})$ ]] || ((BASH_REMATCH[1] > 65535)); then
           usage_problems+=("$1: '$2' 값은 HOST:PORT가 아닙니다 (예: 10.0.0.1:29500)")
         fi
-        rdzv_endpoint=$2
-        shift
-        ;;
-      --notify)
-        need_value "$1" $# "${2-}" "./notify.sh"
-        notify=$2
-        shift
-        ;;
-      --python)
-        need_value "$1" $# "${2-}" /usr/bin/python3
-        wanted_python=$2
         shift
         ;;
       --foreground) foreground=true ;;
@@ -648,9 +627,7 @@ find_node() { # whose part of a run is meant here: the named machine's, else tha
 status_run() {
   local alive=false code=3
   find_run
-  if pid_is_ours "$(read_pid "$pid_file")"; then
-    alive=true code=0
-  elif runs_elsewhere; then
+  if pid_is_ours "$(read_pid "$pid_file")" || runs_elsewhere; then
     alive=true code=0
   elif [[ -e $pid_file ]]; then
     code=1

@@ -38,7 +38,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -240,6 +240,16 @@ def switch(group: str, flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
     return option(group, "", parse_text, "", flags=flags, **more)
 
 
+def flag(group: str, name: str, help_text: str, value: bool = True) -> Any:
+    """Declare an option without a value that sets ``value`` where the default is its opposite."""
+    return switch(group, {name: (value, help_text)}, default=not value)
+
+
+def choice(group: str, choices: Iterable[str], help_text: str, **more: Any) -> Any:
+    """Declare an option whose value is one of ``choices``."""
+    return option(group, "|".join(choices), parse_choice(*choices), help_text, **more)
+
+
 positive = parse_number(int, 1)
 share = parse_number(float, 0, 1)
 DEVICES = ("auto", "cuda", "cpu")
@@ -253,139 +263,95 @@ ATTENTION = ("auto", "cudnn", "flash", "flash3", "efficient", "math")
 class TrainConfig:
     """Every option of a run and its default; None means that the person did not set it."""
 
-    # fmt: off  (one option a line or two: this is the table that people look things up in)
+    # One option a line or two: this is the table that people look things up in.
+    # fmt: off
     # run
-    mode: str = switch(
-        "run",
-        {
-            "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
-            "--train": ("train", "실제 학습 모드: 전체 에포크"),
-        },
-        default="test",
-    )
+    mode: str = switch("run", {
+        "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
+        "--train": ("train", "실제 학습 모드: 전체 에포크"),
+    }, default="test")
     max_steps: int | None = option("run", "N", positive, "최대 스텝", test=10, base=None)
     max_epochs: int = option("run", "N", positive, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("run", "N", positive, "최대 학습 토큰 수")
-    max_hours: float | None = option(
-        "run", "H", parse_number(float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)"
-    )
-    resume: str | None = option(
-        "run", "[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto"
-    )
-    device: str = option("run", "|".join(DEVICES), parse_choice(*DEVICES), "연산 장치", default="auto")
+    max_hours: float | None = option("run", "H", parse_number(float, 0.01),
+        "최대 시간 (데이터 준비부터 마지막 저장까지)")
+    resume: str | None = option("run", "[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)",
+        empty="auto")
+    device: str = choice("run", DEVICES, "연산 장치", default="auto")
     seed: int = option("run", "N", parse_number(int, 0, 2**31 - 1), "난수 시드", default=42)
     logging_steps: int | None = option("run", "N", positive, "로그 간격 (스텝)", base=10, test=1)
     # data
-    dataset_path: Path = option(
-        "data",
-        "PATH",
-        parse_path,
-        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
-        default=Path("../../../../datasets"),
-    )
+    dataset_path: Path = option("data", "PATH", parse_path,
+        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]", default=Path("../../../../datasets"))
     tokenizer: str | None = option("data", "PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
-    vocab_size: int | None = option(
-        "data", "N", parse_number(int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기", base=65536, cpu_test=2048
-    )
+    vocab_size: int | None = option("data", "N", parse_number(int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
+        base=65536, cpu_test=2048)
     text_column: str = option("data", "NAME", parse_text, "본문이 든 열의 이름", default="text")
-    validation_split: float = option(
-        "data", "F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005
-    )
+    validation_split: float = option("data", "F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율",
+        default=0.005)
     mix: str | None = option("data", "ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
-    dummy_data: bool = switch("data", {"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
+    dummy_data: bool = flag("data", "--dummy-data", "더미 한국어/영어 데이터로 실행")
     cache_dir: Path | None = option("data", "PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
-    num_workers: int | None = option(
-        "data", "N", parse_number(int, 0, 64), "프로세스마다 데이터를 미리 읽는 스레드 수", base=2, cpu=0
-    )
+    num_workers: int | None = option("data", "N", parse_number(int, 0, 64),
+        "프로세스마다 데이터를 미리 읽는 스레드 수", base=2, cpu=0)
     # output
     output_dir: Path = option("output", "PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
     logs_dir: Path = option("output", "PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
     # model
-    model_size: str | None = option(
-        "model", "|".join(PRESETS), parse_choice(*PRESETS), "모델 크기", base="1.3b", cpu_test="tiny"
-    )
+    model_size: str | None = choice("model", PRESETS, "모델 크기", base="1.3b", cpu_test="tiny")
     model_config: Path | None = option("model", "PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: str | None = option("model", "PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
     # optimisation
     batch_size: int = option("optimisation", "N", positive, "GPU당 배치 크기", default=4)
     learning_rate: float = option("optimisation", "LR", parse_number(float, 1e-9, 1), "학습률", default=1e-4)
-    max_seq_length: int | None = option(
-        "optimisation", "N", parse_number(int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256
-    )
+    max_seq_length: int | None = option("optimisation", "N", parse_number(int, 8, 131072), "최대 시퀀스 길이",
+        base=2048, cpu_test=256)
     gradient_accumulation_steps: int | None = option("optimisation", "N", positive, "기울기 누적 횟수", base=8, test=1)
-    optimizer: str = option(
-        "optimisation",
-        "|".join(OPTIMIZERS),
-        parse_choice(*OPTIMIZERS),
-        "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)",
-        default="adamw",
-    )
-    lr_schedule: str = option(
-        "optimisation", "|".join(SCHEDULES), parse_choice(*SCHEDULES), "학습률 스케줄", default="wsd"
-    )
+    optimizer: str = choice("optimisation", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)",
+        default="adamw")
+    lr_schedule: str = choice("optimisation", SCHEDULES, "학습률 스케줄", default="wsd")
     warmup_ratio: float = option("optimisation", "F", share, "워밍업 비율", default=0.05)
     weight_decay: float = option("optimisation", "F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
-    max_grad_norm: float = option(
-        "optimisation", "F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름", default=1.0
-    )
+    max_grad_norm: float = option("optimisation", "F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름",
+        default=1.0)
     # hopper
-    precision: str | None = switch(
-        "hopper",
-        {
-            "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
-            "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
-            "--fp8": ("fp8", "FP8 행렬곱 + BF16 (Hopper 전용, torchao 필요)"),
-            "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
-        },
-        base="bf16",
-        cpu="fp32",
-    )
-    compile: bool | None = switch(
-        "hopper",
-        {
-            "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
-            "--compile": (True, "torch.compile 사용 (GPU 기본)"),
-        },
-        base=True,
-        cpu=False,
-    )
-    attention: str = option("hopper", "|".join(ATTENTION), parse_choice(*ATTENTION), "어텐션 커널", default="auto")
-    gradient_checkpointing: bool = switch(
-        "hopper", {"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")}, default=False
-    )
-    find_batch_size: bool = switch(
-        "hopper", {"--find-batch-size": (True, "GPU 메모리에 들어가는 가장 큰 배치 크기를 찾아 사용")}, default=False
-    )
-    profile: bool = switch(
-        "hopper", {"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")}, default=False
-    )
+    precision: str | None = switch("hopper", {
+        "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
+        "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
+        "--fp8": ("fp8", "FP8 행렬곱 + BF16 (Hopper 전용, torchao 필요)"),
+        "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
+    }, base="bf16", cpu="fp32")
+    compile: bool | None = switch("hopper", {
+        "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
+        "--compile": (True, "torch.compile 사용 (GPU 기본)"),
+    }, base=True, cpu=False)
+    attention: str = choice("hopper", ATTENTION, "어텐션 커널", default="auto")
+    gradient_checkpointing: bool = flag("hopper", "--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
+    find_batch_size: bool = flag("hopper", "--find-batch-size", "GPU 메모리에 들어가는 가장 큰 배치 크기를 찾아 사용")
+    profile: bool = flag("hopper", "--profile", "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")
     # saving and evaluating
     save_steps: int = option("saving", "N", positive, "모델 저장 간격 (스텝)", default=500)
-    save_initial: bool = switch("saving", {"--no-save-initial": (False, "초기 모델 저장 비활성화")}, default=True)
+    save_initial: bool = flag("saving", "--no-save-initial", "초기 모델 저장 비활성화", False)
     save_total_limit: int | None = option("saving", "N", positive, "남겨 둘 체크포인트 수 (기본: 전부)")
     eval_steps: int = option("saving", "N", positive, "평가 간격 (스텝)", default=500)
     sample_steps: int = option("saving", "N", positive, "샘플 생성 간격 (스텝)", default=1000)
     prompt: str | None = option("saving", "TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
-    report_to: str = option(
-        "saving", "NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard"
-    )
+    report_to: str = option("saving", "NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb",
+        default="tensorboard")
     # faults
-    max_restarts: int | None = option(
-        "faults", "N", parse_number(int, 0, 100), "프로세스가 죽으면 자동으로 이어서 다시 시작할 횟수", base=3, test=0
-    )
-    hang_timeout: float = option(
-        "faults", "MIN", parse_number(float, 0.05, 10_000), "진행이 없으면 실패로 끝낼 때까지의 시간 (분)", default=30
-    )
+    max_restarts: int | None = option("faults", "N", parse_number(int, 0, 100),
+        "프로세스가 죽으면 자동으로 이어서 다시 시작할 횟수", base=3, test=0)
+    hang_timeout: float = option("faults", "MIN", parse_number(float, 0.05, 10_000),
+        "진행이 없으면 실패로 끝낼 때까지의 시간 (분)", default=30)
     # use
     generate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
     evaluate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
     max_new_tokens: int = option("use", "N", positive, "이어 쓸 최대 토큰 수", default=200)
-    temperature: float = option(
-        "use", "F", parse_number(float, 0, 10), "표본 추출 온도 (0이면 늘 가장 유력한 토큰)", default=0.8
-    )
+    temperature: float = option("use", "F", parse_number(float, 0, 10), "표본 추출 온도 (0이면 늘 가장 유력한 토큰)",
+        default=0.8)
     top_p: float = option("use", "F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
     # control
-    verbose: bool = switch("control", {"--verbose": (True, "상세 로그 출력")}, default=False)
+    verbose: bool = flag("control", "--verbose", "상세 로그 출력")
     # fmt: on
 
     @property
@@ -476,24 +442,16 @@ def parse_args(argv: list[str]) -> TrainConfig:
             problems.append(f"{name}: {error}")
     if problems:
         raise UsageProblem(problems)
-    return with_default_paths(TrainConfig(**values), values)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h100_dual"
+    paths = {name: getattr(TrainConfig, name) for name in ("dataset_path", "output_dir", "logs_dir")}
+    absolute = {name: Path(os.path.abspath(SCRIPT_DIR / path)) for name, path in {**paths, "cache_dir": cache}.items()}
+    return TrainConfig(**{**absolute, **values})  # what nobody typed is relative to the script, not to the caller
 
 
 def example_value(item: Any) -> str:
     """A value that could be typed for an option: its default, or its metavar."""
     value = item.default if item.default is not None else item.metadata["adapt"].get("base")
     return item.metadata["metavar"] if value is None else format_value(value)
-
-
-def with_default_paths(cfg: TrainConfig, typed: dict[str, Any]) -> TrainConfig:
-    """Make the paths that were not typed absolute: they are relative to the script, not the caller."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h100_dual"
-    paths = {
-        item.name: Path(os.path.abspath(SCRIPT_DIR / (item.default or cache)))
-        for item in fields(TrainConfig)
-        if item.metadata["parse"] is parse_path and item.name not in typed and item.name != "model_config"
-    }
-    return replace(cfg, **paths)
 
 
 ADAPTED_NAMES = {
@@ -534,59 +492,34 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
 
 def validate_config(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each combination of options that can't be meant."""
-    problems = []
-
-    def refuse(condition: Any, text: str) -> None:
-        if condition:
-            problems.append(text)
-
-    refuse(
-        cfg.resume and cfg.is_test,
-        "--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요",
-    )
-    refuse(
-        cfg.model_config and cfg.init_from,
-        "--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요",
-    )
-    nearest = round((cfg.vocab_size or 0) / 128) * 128
-    refuse(
-        cfg.vocab_size != nearest, f"--vocab-size {cfg.vocab_size}: 128의 배수여야 합니다. 가장 가까운 값: {nearest}"
-    )
-    refuse(
-        cfg.dummy_data and cfg.dataset_path != default_dataset_path(),
-        "--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요",
-    )
-    refuse(cfg.generate and cfg.evaluate, "--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요")
-    used = "--generate" if cfg.generate else "--evaluate"
-    refuse(cfg.uses_checkpoint and not cfg.is_test, f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요")
-    refuse(
-        cfg.generate and not cfg.prompt,
-        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"',
-    )
-    refuse(
-        cfg.evaluate and uses_dummy_data(cfg),
-        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE",
-    )
-    return problems
+    nearest, used = round((cfg.vocab_size or 0) / 128) * 128, "--generate" if cfg.generate else "--evaluate"
+    dummy = cfg.dummy_data and cfg.dataset_path != parse_args([]).dataset_path
+    refused = {
+        "--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요": cfg.resume and cfg.is_test,
+        "--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.model_config and cfg.init_from,
+        f"--vocab-size {cfg.vocab_size}: 128의 배수여야 합니다. 가장 가까운 값: {nearest}": cfg.vocab_size != nearest,
+        "--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요": dummy,
+        "--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.generate and cfg.evaluate,
+        f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요": cfg.uses_checkpoint and not cfg.is_test,
+        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"': cfg.generate
+        and not cfg.prompt,
+        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE": cfg.evaluate
+        and uses_dummy_data(cfg),
+    }
+    return [text for text, wrong in refused.items() if wrong]
 
 
 def cpu_problems(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each option that a CPU can't do; accelerate would silently run fp32."""
-    problems = []
-    if cfg.device == "cpu" and cfg.precision == "fp16":
-        problems.append("--fp16: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-    if cfg.device == "cpu" and cfg.precision == "fp8":
-        problems.append("--fp8: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-    if cfg.device == "cpu" and cfg.find_batch_size:
-        problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-    if cfg.device == "cpu" and cfg.attention not in ("auto", "flash", "math"):
-        problems.append(f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
-    return problems
-
-
-def default_dataset_path() -> Path:
-    """Where the documents' preprocessing step leaves its result."""
-    return with_default_paths(TrainConfig(), {}).dataset_path
+    if cfg.device != "cpu":
+        return []
+    refused = {
+        f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요": cfg.precision in ("fp16", "fp8"),
+        "--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요": cfg.find_batch_size,
+        f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요": cfg.attention
+        not in ("auto", "flash", "math"),
+    }
+    return [text for text, wrong in refused.items() if wrong]
 
 
 def format_value(value: Any) -> str:
@@ -747,7 +680,7 @@ def list_data_files(path: Path) -> list[Path]:
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
     return cfg.dummy_data or (
-        cfg.is_test and cfg.dataset_path == default_dataset_path() and not cfg.dataset_path.exists()
+        cfg.is_test and cfg.dataset_path == parse_args([]).dataset_path and not cfg.dataset_path.exists()
     )
 
 
@@ -848,9 +781,7 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     return None
 
 
-def find_latest_checkpoint(
-    output_dir: Path, thorough: bool = False, tell: Callable[[str], None] | None = None
-) -> Path | None:
+def find_latest_checkpoint(output_dir: Path, thorough: bool = False, tell: Callable = lambda text: None) -> Path | None:
     """The newest whole checkpoint that a run can go on from, or None; ``tell`` hears of each damaged one after it.
 
     Older ones hold only the model: the run itself took their training state away.
@@ -861,14 +792,11 @@ def find_latest_checkpoint(
         damage = checkpoint_damage(path, thorough)
         if damage is None:
             return path
-        if tell is not None:
-            tell(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
+        tell(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
     return None
 
 
-def resume_checkpoint(
-    cfg: TrainConfig, thorough: bool = False, tell: Callable[[str], None] | None = None
-) -> Path | None:
+def resume_checkpoint(cfg: TrainConfig, thorough: bool = False, tell: Callable = lambda text: None) -> Path | None:
     """The checkpoint from which ``--resume`` goes on; None without ``--resume``.
 
     Raises:
@@ -878,9 +806,11 @@ def resume_checkpoint(
         return None
     if cfg.resume == "auto":
         found = find_latest_checkpoint(cfg.output_dir, thorough, tell)
-        if found is None and is_unsaved_run(cfg.output_dir):
-            if tell is not None:
-                tell("아직 체크포인트가 없어 처음부터 시작합니다")
+        begun = (
+            not list_checkpoints(cfg.output_dir) and read_json(cfg.output_dir / "run_info.json").get("mode") == "train"
+        )
+        if found is None and begun:  # it ended before its first checkpoint: all there is to resume is its start
+            tell("아직 체크포인트가 없어 처음부터 시작합니다")
             return None
         if found is None:
             raise FileNotFoundError(
@@ -899,16 +829,6 @@ def resume_checkpoint(
     return path
 
 
-def is_unsaved_run(output_dir: Path) -> bool:
-    """Whether a training run began there and ended before its first checkpoint: all there is to resume is its start."""
-    return not list_checkpoints(output_dir) and read_json(output_dir / "run_info.json").get("mode") == "train"
-
-
-def accumulation_is_typed() -> bool:
-    """Whether the person set the accumulation on the command line, so that it isn't ours to change."""
-    return any(word.partition("=")[0] == "--gradient-accumulation-steps" for word in sys.argv)
-
-
 def with_same_step_tokens(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[TrainConfig, str | None]:
     """Adapt the accumulation so that a step reads as many tokens as it did in the checkpoint of ``info``.
 
@@ -917,7 +837,8 @@ def with_same_step_tokens(cfg: TrainConfig, world_size: int, info: dict[str, Any
     """
     wanted = info["tokens_seen"] // max(1, info["step"])
     steps, rest = divmod(wanted, replace(cfg, gradient_accumulation_steps=1).tokens_per_step(world_size))
-    if rest or steps in (0, cfg.gradient_accumulation_steps) or accumulation_is_typed():
+    typed = any(word.partition("=")[0] == "--gradient-accumulation-steps" for word in sys.argv)
+    if typed or rest or steps in (0, cfg.gradient_accumulation_steps):
         return cfg, None
     note = (
         f"스텝당 토큰({wanted:,})을 체크포인트와 같게 두려고 기울기 누적을 "
@@ -985,8 +906,9 @@ def check_output(cfg: TrainConfig) -> None:
     if node_rank():  # in a shared directory the first machine, which judges it, may be at work already
         return
     if run_is_alive(cfg.output_dir, patience=30 if is_restart(read_json(cfg.output_dir / "run_info.json")) else 0):
+        owner = read_text(cfg.output_dir / ".lock").strip() or "?"  # the PID that a person can stop
         raise EnvironmentProblem(
-            f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock_owner(cfg.output_dir)}): {cfg.output_dir} "
+            f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {owner}): {cfg.output_dir} "
             "(다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"
         )
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
@@ -1013,11 +935,6 @@ def can_write(folder: Path) -> bool:
     with suppress(OSError):  # another rank may use it already
         probe.rmdir()
     return True
-
-
-def lock_owner(output_dir: Path) -> str:
-    """The PID that a person can stop, as the run that holds the lock wrote it there."""
-    return (output_dir / ".lock").read_text().strip() or "?"
 
 
 def node_rank() -> int:
@@ -1276,11 +1193,13 @@ def estimate_tokens(cfg: TrainConfig, files: list[Path]) -> tuple[int | None, bo
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json")
     if report:
         return report["train_tokens"], True
-    size = sum(
-        item.stat().st_size * (COMPRESSION_ESTIMATE if item.suffix in (".gz", ".zst", ".parquet") else 1)
-        for item in files
-    )
-    return int(size / BYTES_PER_TOKEN_ESTIMATE), False
+    return int(estimated_bytes(files) / BYTES_PER_TOKEN_ESTIMATE), False
+
+
+def estimated_bytes(files: list[Path]) -> int:
+    """Bytes of text in the files, roughly: compressed ones hold more than their size."""
+    packed = (".gz", ".zst", ".parquet")
+    return int(sum(path.stat().st_size * (COMPRESSION_ESTIMATE if path.suffix in packed else 1) for path in files))
 
 
 def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
@@ -1679,7 +1598,6 @@ def answer_plan(argv: list[str], num_gpus: int, background: bool, first_node: st
         code = USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
         print(f"code={code}\n")
         print("\n".join(f"❌ {problem}" for problem in error.problems))
-    return 0
 
 
 def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> str:
@@ -1797,14 +1715,10 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
         f"   • 모델 파라미터: {parameters}",
         f"   • 스텝당 토큰: {step_tokens:,}",
         f"   • 전체 학습: {whole}",
-        *(
-            [f"   • 파라미터당 토큰: {per_parameter:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})"]
-            if per_parameter
-            else []
-        ),
+        f"   • 파라미터당 토큰: {per_parameter:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})" if per_parameter else "",
         "📁 경로:",
         f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
-        *([f"   • 데이터 혼합: {cfg.mix}"] if cfg.mix else []),
+        f"   • 데이터 혼합: {cfg.mix}" if cfg.mix else "",
         f"   • 출력: {display_path(cfg.output_dir)}",
         f"   • 로그: {display_path(cfg.logs_dir)}",
         "💾 저장 설정:",
@@ -1819,7 +1733,7 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
     if memory is not None:
         whose, gib = "GPU" if cfg.device == "cuda" else "프로세스", sum(memory.values()) / 2**30
         lines.append(f"   • 예상 메모리: {whose}당 {gib:.1f} GiB (추정: {memory_words(memory)})")
-    return lines
+    return [line for line in lines if line]
 
 
 def display_path(path: Path) -> str:
@@ -1941,7 +1855,7 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
     latest = list_checkpoints(cfg.output_dir)
     figures = ("loss", "val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")
     figures += ("tokens_per_second", "mfu", "memory_gb")
-    total = info.get("total_steps")
+    total, restarts = info.get("total_steps"), info.get("restarts", [])
     return {
         "state": state,
         "pid": int(pid) if pid else None,
@@ -1954,14 +1868,9 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
         "gpu_problem": gpu_problem,
         "last_checkpoint": str(latest[-1]) if latest else None,
-        "warnings": {name: warning_count(info.get(name, 0)) for name in WARNING_NAMES},
+        "warnings": {name: len(restarts) if name == "restarts" else info.get(name, 0) for name in WARNING_NAMES},
         "error": info.get("error"),
     }
-
-
-def warning_count(value: int | list[int]) -> int:
-    """A count in ``run_info.json``; of the restarts it holds the steps."""
-    return len(value) if isinstance(value, list) else value
 
 
 def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> int:
@@ -1969,12 +1878,11 @@ def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> int:
     status = run_status(cfg, alive)
     if as_json:
         print(json.dumps(status, ensure_ascii=False))
-        return 0
+        return
     state = STATE_NAMES.get(status["state"], "기록 없음")
     print(f"📊 상태: {state}" + (f" (PID {status['pid']})" if status["pid"] else ""))
     for label, text in status_lines(cfg, status):
         print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
-    return 0
 
 
 def status_lines(cfg: TrainConfig, status: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -2206,7 +2114,6 @@ def draw_curves(output_dir: Path) -> int:
         os.replace(temporary, output_dir / "training_curves.png")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would take room on a full disk
-    return 0
 
 
 def series(records: list[dict[str, Any]], name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
@@ -2286,11 +2193,24 @@ def finalize_state(output_dir: Path, outcome: str, reason: str) -> int:
             info["error"] = reason
         write_json(run_info_path(output_dir), info)
     print(info.get("state", outcome))
-    return 0
 
 
 # With it torch looks for GPUs without touching their driver, which a fork would break.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
+# What the launcher asks, and the process that draws; the words that follow are the arguments.
+INTERNAL: dict[str, Callable[..., int | None]] = {
+    "internal:plan": lambda gpus, background, host, *argv: answer_plan(argv, int(gpus), background == "true", host),
+    "internal:packages": lambda: print(f"missing={' '.join(missing_packages())}"),
+    "internal:torch": lambda gpus, *argv: check_torch(gpus != "0", argv),
+    "internal:use": lambda *argv: check_use(parse_args(argv)),
+    "internal:paths": lambda *argv: print("output_dir={0.output_dir}\nlogs_dir={0.logs_dir}".format(parse_args(argv))),
+    "internal:status": lambda alive, json, *argv: print_status(parse_args(argv), alive == "true", json == "true"),
+    "internal:curves": lambda folder: draw_curves(Path(folder)),
+    "internal:follow": lambda pid, how, *argv: follow_run(parse_args(argv), pid, how),
+    "internal:finalize": lambda folder, outcome, reason: finalize_state(Path(folder), outcome, reason),
+}
 
 
 def standalone_main(argv: list[str]) -> int | None:
@@ -2303,31 +2223,11 @@ def standalone_main(argv: list[str]) -> int | None:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads it may have seen enough
             print(help_text())
             return 0
-        if argv[:1] == ["internal:plan"]:
-            return answer_plan(argv[4:], int(argv[1]), argv[2] == "true", argv[3])
-        if argv[:1] == ["internal:packages"]:
-            print(f"missing={' '.join(missing_packages())}")
-            return 0
         if argv[:1] == ["internal:torchrun"]:
             os.environ.setdefault(NVML_CHECK, "1")
             return None
-        if argv[:1] == ["internal:torch"]:
-            return check_torch(argv[1] != "0", argv[2:])
-        if argv[:1] == ["internal:use"]:
-            check_use(parse_args(argv[1:]))
-            return 0
-        if argv[:1] == ["internal:paths"]:
-            cfg = parse_args(argv[1:])
-            print(f"output_dir={cfg.output_dir}\nlogs_dir={cfg.logs_dir}")
-            return 0
-        if argv[:1] == ["internal:status"]:
-            return print_status(parse_args(argv[3:]), argv[1] == "true", argv[2] == "true")
-        if argv[:1] == ["internal:curves"]:
-            return draw_curves(Path(argv[1]))
-        if argv[:1] == ["internal:follow"]:
-            return follow_run(parse_args(argv[3:]), argv[1], argv[2])
-        if argv[:1] == ["internal:finalize"]:
-            return finalize_state(Path(argv[1]), argv[2], argv[3])
+        if argv and argv[0] in INTERNAL:
+            return INTERNAL[argv[0]](*argv[1:]) or 0
         cfg = parse_args(argv)
         if cfg.uses_checkpoint:
             for number in (signal.SIGINT, signal.SIGPIPE):
@@ -2350,6 +2250,7 @@ if __name__ == "__main__":
 
 import faulthandler
 import gzip
+import io
 import itertools
 import logging
 import multiprocessing
@@ -2359,8 +2260,8 @@ import select
 import threading
 import traceback
 import unicodedata
+import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -2798,52 +2699,34 @@ class Documents:
 def open_data_file(path: Path) -> Any:
     """Open a plain or compressed data file for reading bytes."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return io.BufferedReader(gzip.open(path, "rb"))  # whose own readlines is slow
     if path.suffix == ".zst":
         import pyarrow  # comes with datasets, and unlike zstandard's own reader tells a truncated file from a whole one
 
-        return pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return open(path, "rb")
 
 
-def read_blocks(path: Path) -> Iterator[bytes]:
-    """Read a file in blocks of ``CHUNK_BYTES``, without a byte order mark; the last block is empty.
+def read_line_chunks(path: Path) -> Iterator[Chunk]:
+    """Cut a file into chunks of whole lines, without a byte order mark; a .txt file into chunks of whole paragraphs.
 
     Raises:
         RuntimeError: the compressed file is damaged.
     """
+    first_line = 1
     with open_data_file(path) as stream:
-        block = None
-        while block != b"":
-            first = block is None
-            try:
-                block = stream.read(CHUNK_BYTES)
-            except Exception as error:  # gzip and zlib each raise their own
-                if path.suffix not in (".gz", ".zst"):
-                    raise
-                raise RuntimeError(f"압축 파일이 손상되었습니다: {path} ({error}). 파일을 다시 받으세요") from error
-            yield block.removeprefix(b"\xef\xbb\xbf") if first else block
-
-
-def read_line_chunks(path: Path) -> Iterator[Chunk]:
-    """Cut a file into chunks of whole lines, or a .txt file into chunks of whole paragraphs."""
-    first_line, pending = 1, []
-    end = re.compile(rb"\n[ \t\r]*\n" if path.suffix == ".txt" else rb"\n")
-    for block in read_blocks(path):
-        pending.append(block)
-        # A block may begin with the second half of an end: the last bytes before it are looked at too.
-        seen = b"".join(part[-64:] for part in pending[-2:-1]) + block
-        if block and not end.search(seen):
-            continue  # joined once, so that a very long line or paragraph costs no more than its length
-        text = b"".join(pending)
-        lines = text.split(b"\n")
-        cut = len(lines) - 1 if block else len(lines)
-        while block and path.suffix == ".txt" and cut and lines[cut - 1].strip():
-            cut -= 1
-        pending = [b"\n".join(lines[cut:])]
-        if cut:
-            yield Chunk(str(path), first_line, lines[:cut])
-            first_line += cut
+        try:
+            while lines := stream.readlines(CHUNK_BYTES):
+                while path.suffix == ".txt" and lines[-1].strip() and (line := stream.readline()):
+                    lines.append(line)
+                if first_line == 1:
+                    lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                yield Chunk(str(path), first_line, lines)
+                first_line += len(lines)
+        except (OSError, EOFError, zlib.error) as error:  # gzip and zlib each raise their own
+            if path.suffix not in (".gz", ".zst"):
+                raise
+            raise RuntimeError(f"압축 파일이 손상되었습니다: {path} ({error}). 파일을 다시 받으세요") from error
 
 
 def read_table_chunks(path: Path, text_column: str) -> Iterator[Chunk]:
@@ -2967,7 +2850,7 @@ def split_plain_text(chunk: Chunk) -> Documents:
     texts, languages, bad, paragraph = [], [], [], []
     for number, line in enumerate([*chunk.lines, b""], chunk.first_line):
         try:
-            text = line.decode("utf-8").rstrip("\r")
+            text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             bad.append({"file": chunk.file, "line": number, "reason": "UTF-8이 아닙니다"})
             continue
@@ -3105,7 +2988,7 @@ class Scan:
     languages: list[str]  # names; a document's language is an index into them
     document_language: np.ndarray  # uint16 a document
     document_key: np.ndarray  # uint64 a document: a hash of its content
-    document_bytes: np.ndarray  # uint32 a document
+    byte_count: int
     sample: list[tuple[int, int, str]]  # (sampling key, content key, text), evenly spread over the documents
     bad: list[dict[str, Any]]
     bad_count: int
@@ -3128,11 +3011,10 @@ class ScannedChunk:
     """What the first pass found in one chunk; the texts are those that may go into the sample."""
 
     keys: np.ndarray
-    lengths: np.ndarray
+    byte_count: int
     languages: list[str]
     sources: set[str]
-    left_out: int  # documents that --mix doesn't name
-    named: set[int]  # streams that have a document here
+    streams: Counter[int]  # documents by stream; -1: those that --mix doesn't name
     sample: list[tuple[int, int, str]]
     bad: list[dict[str, Any]]
     line_count: int
@@ -3152,11 +3034,10 @@ def scan_chunk(state: tuple[str, list[str]], task: tuple[Chunk, int]) -> Scanned
     streams = assign_streams(documents, mix_names)
     return ScannedChunk(
         np.array([key[0] for key in keys], np.uint64),
-        np.array([key[2] for key in keys], np.uint32),
+        sum(key[2] for key in keys),
         documents.languages,
         {source for source in documents.sources if source} if mix_names else set(),
-        int((streams < 0).sum()),
-        set(streams.tolist()),
+        Counter(streams.tolist()),
         sample,
         documents.bad,
         documents.line_count,
@@ -3200,8 +3081,8 @@ def scan_corpus(cfg: TrainConfig, files: list[Path], workers: int) -> Scan:
         UsageProblem: ``--mix`` names what the corpus hasn't.
     """
     index: dict[str, int] = {}
-    keys, lengths, languages, bad, named, sources = [], [], [], [], set(), set()
-    bad_count = line_count = byte_count = left_out = 0
+    keys, languages, bad, streams, sources = [], [], [], Counter(), set()
+    bad_count = line_count = byte_count = 0
     own_tokenizer = cfg.tokenizer is None and cfg.init_from is None
     sample = BoundedSample(TOKENIZER_SAMPLE_CHARACTERS if own_tokenizer else CHECK_SAMPLE_CHARACTERS)
     progress = Progress("말뭉치 읽는 중", estimated_bytes(files))
@@ -3209,25 +3090,23 @@ def scan_corpus(cfg: TrainConfig, files: list[Path], workers: int) -> Scan:
     tasks = ((chunk, sample.bound) for chunk in read_chunks(cfg, files))
     for found in parallel_map(scan_chunk, (cfg.text_column, mix_names), tasks, workers):
         keys.append(found.keys)
-        lengths.append(found.lengths)
         languages.append(np.array([index.setdefault(name, len(index)) for name in found.languages], np.uint16))
         sample.add(found.sample)
         bad += found.bad[: max(0, MOST_BAD_LINES_KEPT - len(bad))]
         bad_count += len(found.bad)
         line_count += found.line_count
-        byte_count += int(found.lengths.sum())
-        left_out += found.left_out
-        named |= found.named
+        byte_count += found.byte_count
+        streams += found.streams
         sources |= found.sources if len(sources) < MOST_NAMES_SHOWN else set()
         progress.update(byte_count)
-    parts = (np.concatenate(part) if part else np.array([]) for part in (languages, keys, lengths))
-    scan = Scan(list(index), *parts, sample.trim(), bad, bad_count, line_count)
+    parts = (np.concatenate(part) if part else np.array([]) for part in (languages, keys))
+    scan = Scan(list(index), *parts, byte_count, sample.trim(), bad, bad_count, line_count)
     check_scan(cfg, scan)
-    check_mix(mix_names, named, left_out, scan.languages, sorted(sources))
+    check_mix(mix_names, streams, scan.languages, sorted(sources))
     return scan
 
 
-def check_mix(names: list[str], found: set[int], left_out: int, languages: list[str], sources: list[str]) -> None:
+def check_mix(names: list[str], found: Counter[int], languages: list[str], sources: list[str]) -> None:
     """Refuse a name of ``--mix`` that no document has; say how many documents no name stands for.
 
     Raises:
@@ -3238,15 +3117,8 @@ def check_mix(names: list[str], found: set[int], left_out: int, languages: list[
         there = f"lang: {', '.join(languages[:MOST_NAMES_SHOWN])}"
         there += f"; source: {', '.join(sources[:MOST_NAMES_SHOWN])}" if sources else ""
         raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름 {there})"])
-    if left_out:
-        logger.info(f"⚠️  --mix에 없는 문서 {left_out:,}개는 학습에 쓰지 않습니다")
-
-
-def estimated_bytes(files: list[Path]) -> int:
-    """Bytes of text in the files, roughly: compressed ones hold more than their size."""
-    return int(
-        sum(path.stat().st_size * (COMPRESSION_ESTIMATE if path.suffix in (".gz", ".zst") else 1) for path in files)
-    )
+    if found[-1]:
+        logger.info(f"⚠️  --mix에 없는 문서 {found[-1]:,}개는 학습에 쓰지 않습니다")
 
 
 def check_scan(cfg: TrainConfig, scan: Scan) -> None:
@@ -3359,7 +3231,7 @@ def load_tokenizer(source: str | Path) -> Any:
 def tiktoken_engine(tokenizer: Any) -> Any | None:
     """The same byte-level BPE on tiktoken's engine, about 2.5 times as fast; None for other tokenizers."""
     import tiktoken
-    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, steps = spec["model"], spec["pre_tokenizer"]
@@ -3371,10 +3243,7 @@ def tiktoken_engine(tokenizer: Any) -> Any | None:
     pattern = steps[0]["pattern"].get("Regex")
     if pattern is None or steps[0]["behavior"] != "Isolated" or steps[1]["use_regex"] or steps[1]["add_prefix_space"]:
         return None
-    # ByteLevel writes each byte as one printable character; this is its table read backwards.
-    printable = [char for char in map(chr, range(0x180)) if char in set(ByteLevel.alphabet())]
-    shifted = iter(char for char in printable if ord(char) > 0xFF)
-    to_byte = {(chr(byte) if chr(byte) in printable else next(shifted)): byte for byte in range(256)}
+    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
     special = {token["content"] for token in spec["added_tokens"]}
     ranks = {
         bytes(to_byte[char] for char in piece): rank for piece, rank in model["vocab"].items() if piece not in special
@@ -3527,7 +3396,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path], workers: int)
     encode, engine = make_encoder(tokenizer, [item[2] for item in scan.sample[:400]])
     scan.sample.clear()
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    check_disk(folder, int(scan.document_bytes.sum()) * dtype().itemsize // 2)
+    check_disk(folder, scan.byte_count * dtype().itemsize // 2)
     names = {name: index for index, name in enumerate(scan.languages)}
     end = np.array([tokenizer.eos_token_id], dtype)
     how = Encoding(cfg.text_column, encode, names, list(cfg.mix_counts), bounds, end)
@@ -3894,44 +3763,24 @@ class PackedRows:
         return batch
 
 
-class RankPositions:
+def rank_positions(cfg: TrainConfig, rank: int, world_size: int, steps: range) -> Iterator[list[int]]:
     """Positions of one rank's micro-batches, from the row where the run stands to its end.
 
     A global step takes the next ``batch_size * world_size * gradient_accumulation_steps`` rows
     whatever the number of ranks; micro-batch m of rank r takes the r-th share of the m-th slice.
     """
-
-    def __init__(self, cfg: TrainConfig, rank: int, world_size: int, steps: range):
-        self.cfg, self.rank, self.world_size, self.steps = cfg, rank, world_size, steps
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.cfg.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size, micro_steps = self.cfg.batch_size, self.cfg.gradient_accumulation_steps
-        for micro in range(self.steps.start * micro_steps, self.steps.stop * micro_steps):
-            first = (micro * self.world_size + self.rank) * size
-            yield list(range(first, first + size))
+    size, micro_steps = cfg.batch_size, cfg.gradient_accumulation_steps
+    for micro in range(steps.start * micro_steps, steps.stop * micro_steps):
+        first = (micro * world_size + rank) * size
+        yield list(range(first, first + size))
 
 
-class PlacedBatches:
-    """Micro-batches of (stream, row), for micro-batches of positions.
-
-    Worked out for many micro-batches at a time: numpy takes hardly longer for a block than for one.
-    """
-
-    def __init__(self, positions: RankPositions, order: RowOrder, block: int = 256):
-        self.positions, self.order, self.block = positions, order, block
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = iter(self.positions)
-        while block := list(itertools.islice(batches, self.block)):
-            places = zip(*(part.tolist() for part in self.order(np.concatenate(block))), strict=True)
-            for batch in block:
-                yield list(itertools.islice(places, len(batch)))
+def place_batches(positions: Iterator[list[int]], order: RowOrder) -> Iterator[list[tuple[int, int]]]:
+    """Micro-batches of (stream, row); for many at a time, as numpy takes hardly longer for a block than for one."""
+    while block := list(itertools.islice(positions, 256)):
+        places = zip(*(part.tolist() for part in order(np.concatenate(block))), strict=True)
+        for batch in block:
+            yield list(itertools.islice(places, len(batch)))
 
 
 def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
@@ -3948,14 +3797,14 @@ def stream_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, fl
     return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
 
 
-def make_loader(cfg: TrainConfig, corpus: Corpus, positions: RankPositions) -> Iterator[torch.Tensor]:
+def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[list[int]]) -> Iterator[torch.Tensor]:
     """Batches of rows, in pinned memory for a GPU, read ahead of the step by ``num_workers`` threads.
 
     Copying a row takes microseconds and lets go of the GIL, so processes would only add their pipes;
     what threads keep from the step is the wait for pages that have to come from the disk.
     """
     rows = PackedRows(corpus.streams, cfg.max_seq_length, pinned=cfg.device == "cuda")
-    batches = PlacedBatches(positions, row_order(cfg, corpus))
+    batches = place_batches(positions, row_order(cfg, corpus))
     if cfg.num_workers == 0:
         yield from map(rows.read, batches)
         return
@@ -5376,10 +5225,15 @@ def start_trackers(run: Run, state: TrainState, fresh: bool) -> None:
 
 
 def track(run: Run, values: dict[str, Any], step: int) -> None:
-    """Hand figures and texts to the trackers; one that fails is left out from then on, and said."""
+    """Hand figures and texts to the trackers."""
+    each_tracker(run, lambda tracker: tracker.log(values, step=step))
+
+
+def each_tracker(run: Run, call: Callable[[Any], None]) -> None:
+    """Do something with every tracker; one that fails is left out from then on, and said."""
     for tracker in list(run.accelerator.trackers):
         try:
-            tracker.log(values, step=step)
+            call(tracker)
         except Exception as error:
             run.accelerator.trackers.remove(tracker)
             report_tracker(tracker.name, error)
@@ -5393,11 +5247,7 @@ def report_tracker(name: str, error: Exception) -> None:
 
 def finish_trackers(run: Run) -> None:
     """Close the trackers."""
-    for tracker in run.accelerator.trackers:
-        try:
-            tracker.finish()
-        except Exception as error:
-            report_tracker(tracker.name, error)
+    each_tracker(run, lambda tracker: tracker.finish())
     run.accelerator.trackers.clear()
 
 
@@ -5660,10 +5510,8 @@ def evaluate(run: Run) -> dict[str, float]:
 def evaluation_figures(sums: np.ndarray, text_bytes: np.ndarray, names: list[str]) -> dict[str, float]:
     """Turn sums by language (loss, targets, loss of text) into losses and bits per byte."""
     figures = {}
-    for suffix, chosen in (("", range(len(names))), ("_ko", ["ko"]), ("_en", ["en"])):
-        columns = [
-            names.index(name) if isinstance(name, str) else name for name in chosen if name in names or suffix == ""
-        ]
+    for suffix, chosen in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
+        columns = [names.index(name) for name in chosen if name in names]
         loss, targets, text_loss = sums[:, columns].sum(axis=1)
         size = text_bytes[columns].sum()
         figures[f"val_loss{suffix}"] = float(loss / targets) if targets else None
@@ -5688,39 +5536,27 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 
 
 @torch.no_grad()
-def complete(
-    decoder: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, seed: int, tick: Callable = lambda: None
-) -> str:
-    """Continue a prompt; the same text for the same seed, and no generator's state is changed.
-
-    ``tick`` is called at every token.
-    """
+def write_on(model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any) -> torch.Tensor:
+    """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        do_sample=True,
-        temperature=0.8,
+        max_new_tokens=most,
+        do_sample=cfg.temperature > 0,
+        temperature=cfg.temperature or 1.0,
+        top_p=cfg.top_p,
         top_k=0,  # else transformers takes 50
-        top_p=0.95,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **more,
     )
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(decoder.device)
-    devices = [decoder.device] if decoder.device.type == "cuda" else []
+    tokens = torch.tensor([ids], device=model.device)
     # A kernel that --attention names may not take a single query.
     kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with torch.random.fork_rng(devices), kernels:
-        torch.manual_seed(seed)
-        output = decoder.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            generation_config=settings,
-            use_cache=True,
-            streamer=SimpleNamespace(put=lambda _: tick(), end=tick),
-        )
-    return tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), kernels:
+        torch.manual_seed(cfg.seed)
+        mask = torch.ones_like(tokens)
+        return model.generate(tokens, attention_mask=mask, generation_config=settings, streamer=streamer)[0]
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
@@ -5730,16 +5566,19 @@ def generate_samples(run: Run, state: TrainState) -> None:
     """
     cfg, tokenizer = run.cfg, run.corpus.tokenizer
     prompts, texts = [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS, []
+    tick = SimpleNamespace(put=lambda _: run.stop.mark(), end=run.stop.mark)
+    end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     start = time.monotonic()
     run.causal_loss.eval()
     try:
         for prompt in prompts:
-            room = cfg.max_seq_length - len(tokenizer(prompt).input_ids)
+            ids = tokenizer(prompt).input_ids
+            room = cfg.max_seq_length - len(ids)
             if room < 1:
                 raise ValueError(f"--prompt 가 {cfg.max_seq_length:,} 토큰보다 깁니다")
-            length = min(room, SAMPLE_TOKENS)
             with run.accelerator.autocast():
-                texts.append(complete(run.decoder, tokenizer, prompt, length, cfg.seed, run.stop.mark))
+                found = write_on(run.decoder, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
+            texts.append(tokenizer.decode(found[len(ids) :], skip_special_tokens=True))
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
@@ -5807,8 +5646,6 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     Raises:
         ValueError: the prompt leaves no room in the model's context.
     """
-    from transformers import GenerationConfig
-
     ids = tokenizer(cfg.prompt, add_special_tokens=False).input_ids
     most = context_length(model)
     room = most - len(ids) - 1
@@ -5816,19 +5653,9 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
         raise ValueError(f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({most:,} 토큰)에 들어가지 않습니다. 줄이세요")
     if cfg.max_new_tokens > room:
         logger.warning(f"⚠️  모델의 최대 길이가 {most:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
-    settings = GenerationConfig(
-        max_new_tokens=min(cfg.max_new_tokens, room),
-        do_sample=cfg.temperature > 0,
-        temperature=cfg.temperature or 1.0,
-        top_p=cfg.top_p,
-        top_k=0,
-    )
-    set_seed(cfg.seed)
-    tokens = torch.tensor([[document_start(tokenizer), *ids]], device=model.device)
-    whole = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), generation_config=settings, streamer=streamer
-    )
-    return tokenizer.decode(whole[0], skip_special_tokens=True).rstrip("\ufffd")
+    ids = [document_start(tokenizer), *ids]
+    whole = write_on(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
+    return tokenizer.decode(whole, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -6109,7 +5936,7 @@ def train(run: Run, state: TrainState) -> str:
     """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator = run.cfg, run.accelerator
     steps = range(state.step, run.total_steps)
-    positions = RankPositions(cfg, accelerator.process_index, accelerator.num_processes, steps)
+    positions = rank_positions(cfg, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
     reader, log = StatsReader(accelerator.device), StepLog(run, state)
     profile = start_profile(run, len(steps))

@@ -17,7 +17,7 @@ import train_h100_dual as t
 def main() -> None:
     run = tiny_run(Path(sys.argv[2]), "--max-grad-norm", "1e6", *sys.argv[3:])
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
-    batches = t.make_loader(run.cfg, run.corpus, t.RankPositions(run.cfg, rank, world_size, range(1)))
+    batches = t.make_loader(run.cfg, run.corpus, t.rank_positions(run.cfg, rank, world_size, range(1)))
     found = {}
 
     def keep_gradients() -> None:

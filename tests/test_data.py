@@ -526,7 +526,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumul
         cfg = dataclasses.replace(
             t.TrainConfig(), batch_size=size, gradient_accumulation_steps=accumulation, max_seq_length=8
         )
-        ranks = [list(t.RankPositions(cfg, rank, world_size, range(start, start + 3))) for rank in range(world_size)]
+        ranks = [list(t.rank_positions(cfg, rank, world_size, range(start, start + 3))) for rank in range(world_size)]
         assert all(len(rank) == 3 * accumulation for rank in ranks)
         return [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
 
@@ -555,7 +555,7 @@ def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the
     positions = [
         position
         for rank in range(world_size)
-        for batch in t.RankPositions(cfg, rank, world_size, steps)
+        for batch in t.rank_positions(cfg, rank, world_size, steps)
         for position in batch
     ]
     seen = Counter(t.row_at(np.array(positions), rows, cfg.seed).tolist())
@@ -570,8 +570,8 @@ def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the
 def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, workers):
     corpus = prepared(tmp_path, wild_documents(200))
     cfg = dataclasses.replace(config(tmp_path), num_workers=workers)
-    whole = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(0, 6))))
-    rest = list(t.make_loader(cfg, corpus, t.RankPositions(cfg, 1, 2, range(4, 6))))
+    whole = list(t.make_loader(cfg, corpus, t.rank_positions(cfg, 1, 2, range(0, 6))))
+    rest = list(t.make_loader(cfg, corpus, t.rank_positions(cfg, 1, 2, range(4, 6))))
     assert [batch.tolist() for batch in whole[4:]] == [batch.tolist() for batch in rest]
 
 
@@ -580,7 +580,7 @@ def test_the_loader_reads_ahead_of_the_step_but_not_without_end(tmp_path, monkey
     read = t.PackedRows.read
     monkeypatch.setattr(t.PackedRows, "read", lambda rows, places: (begun.append(places), read(rows, places))[1])
     cfg = dataclasses.replace(config(tmp_path), num_workers=2)
-    batches = t.make_loader(cfg, corpus, t.RankPositions(cfg, 0, 1, range(1000)))
+    batches = t.make_loader(cfg, corpus, t.rank_positions(cfg, 0, 1, range(1000)))
     next(batches)
     ahead = 1 + t.BATCHES_AHEAD * cfg.num_workers  # while this step works
     deadline = time.monotonic() + 30
@@ -598,7 +598,7 @@ def test_what_a_reading_thread_meets_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(t.PackedRows, "read", fail)
     cfg = dataclasses.replace(config(tmp_path), num_workers=2)
     with pytest.raises(OSError, match="Input/output"):
-        next(t.make_loader(cfg, corpus, t.RankPositions(cfg, 0, 1, range(4))))
+        next(t.make_loader(cfg, corpus, t.rank_positions(cfg, 0, 1, range(4))))
 
 
 # --- --mix ---
@@ -692,7 +692,7 @@ def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_pa
     def batches(world_size: int, size: int) -> list[list[list[int]]]:
         here = dataclasses.replace(cfg, batch_size=size)
         ranks = [
-            t.make_loader(here, corpus, t.RankPositions(here, rank, world_size, range(2, 6)))
+            t.make_loader(here, corpus, t.rank_positions(here, rank, world_size, range(2, 6)))
             for rank in range(world_size)
         ]
         return [sorted(row for part in parts for row in part.tolist()) for parts in zip(*ranks, strict=True)]

@@ -64,7 +64,7 @@ def test_only_matrices_decay():
 
 
 def batches(run: t.Run, count: int = 4) -> list[torch.Tensor]:
-    positions = t.RankPositions(run.cfg, 0, 1, range(count))
+    positions = t.rank_positions(run.cfg, 0, 1, range(count))
     return list(t.make_loader(run.cfg, run.corpus, positions))
 
 
@@ -131,7 +131,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
         folder.mkdir(parents=True)
     with t.attention_kernels(cfg):
         run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
-        rows = t.make_loader(cfg, run.corpus, t.RankPositions(cfg, 0, 1, range(8)))
+        rows = t.make_loader(cfg, run.corpus, t.rank_positions(cfg, 0, 1, range(8)))
         for step in range(8):
             if step == 4:  # compiled, and every buffer is there
                 torch.cuda.synchronize()

@@ -499,9 +499,11 @@ def test_unknown_trackers_are_refused(tmp_path, typed, told):
 def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(trained):
     decoder, tokenizer = trained.run.decoder, trained.run.corpus.tokenizer
     before = torch.get_rng_state()
-    ticks = []
+    ticks, ids = [], tokenizer("오늘").input_ids
+    streamer = SimpleNamespace(put=ticks.append, end=lambda: None)
     first, again, other = (
-        t.complete(decoder, tokenizer, "오늘", 24, seed, lambda: ticks.append(1)) for seed in (1, 1, 2)
+        t.write_on(decoder, ids, dataclasses.replace(trained.run.cfg, seed=seed), 24, streamer).tolist()
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     assert len(ticks) >= 24, "the watchdog hears of every token"
@@ -535,7 +537,7 @@ def test_sampling_compiles_nothing_again(build, tmp_path):
 
     run = build(tmp_path)
     run.causal_loss.compile(backend="eager")  # the graphs without the minutes of making kernels of them
-    positions = t.RankPositions(run.cfg, 0, 1, range(4))
+    positions = t.rank_positions(run.cfg, 0, 1, range(4))
     batches = iter(t.make_loader(run.cfg, run.corpus, positions))
     t.train_step(run, batches, 1e-3)
     graphs = counters["stats"]["unique_graphs"]

@@ -145,7 +145,7 @@ def train_trainer(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
 
 def plain_batches(cfg: t.TrainConfig, corpus: t.Corpus, device: torch.device) -> Iterator[torch.Tensor]:
     """This rank's rows through a plain DataLoader."""
-    positions = t.RankPositions(cfg, *t.rank_and_world(), range(cfg.max_steps))
+    positions = t.rank_positions(cfg, *t.rank_and_world(), range(cfg.max_steps))
     pinned = device.type == "cuda"
     loader = torch.utils.data.DataLoader(RowsInOrder(cfg, corpus), batch_sampler=positions, pin_memory=pinned)
     for batch in loader:

@@ -113,7 +113,7 @@ def learn(corpus: Path, cache: Path, trial: Trial) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         run = build(corpus, cache, Path(folder), trial)
-        positions = t.RankPositions(run.cfg, 0, 1, range(trial.steps))
+        positions = t.rank_positions(run.cfg, 0, 1, range(trial.steps))
         batches = iter(t.make_loader(run.cfg, run.corpus, positions))
         whole, run.corpus = run.corpus, thin_out(run.corpus, 8)
         curve, losses, skipped = [], [], 0.0
@@ -251,7 +251,7 @@ def time_steps(options: argparse.Namespace, rounds: int = 20, block: int = 5) ->
         for name in RATES:
             (Path(folder) / name).mkdir()
             run = build(options.corpus, options.cache, Path(folder) / name, Trial(name, 1e-3, **size))
-            positions = t.RankPositions(run.cfg, 0, 1, range(run.cfg.max_steps))
+            positions = t.rank_positions(run.cfg, 0, 1, range(run.cfg.max_steps))
             steppers[name] = (run, iter(t.make_loader(run.cfg, run.corpus, positions)))
         for turn in range(rounds + 1):
             for name, (run, batches) in steppers.items():

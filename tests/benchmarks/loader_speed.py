@@ -53,7 +53,7 @@ def open_stream(path: Path) -> np.ndarray:
 def loader_of(cfg: t.TrainConfig, stream: np.ndarray, steps: range) -> Iterator[torch.Tensor]:
     """The training loop's loader over ``stream``, which is all that it asks of a corpus."""
     corpus = SimpleNamespace(streams=(stream,))
-    return t.make_loader(cfg, cast(t.Corpus, corpus), t.RankPositions(cfg, RANK, WORLD_SIZE, steps))
+    return t.make_loader(cfg, cast(t.Corpus, corpus), t.rank_positions(cfg, RANK, WORLD_SIZE, steps))
 
 
 def epoch_steps(cfg: t.TrainConfig, stream: np.ndarray) -> int:

@@ -42,7 +42,7 @@ class Trainer:
         size = ["--model-config", str(folder / "config.json"), "--max-seq-length", str(tokens)]
         self.run = tiny_run(folder, *size, "--batch-size", "1", "--max-steps", "1000000", "--save-total-limit", "1")
         t.torch.set_num_threads(len(t.os.sched_getaffinity(0)))
-        positions = t.RankPositions(self.run.cfg, 0, 1, range(1_000_000))
+        positions = t.rank_positions(self.run.cfg, 0, 1, range(1_000_000))
         self.batches = t.make_loader(self.run.cfg, self.run.corpus, positions)
         self.state = t.TrainState()
 
