@@ -74,7 +74,7 @@ COMPRESSION_ESTIMATE = 2.5
 MEMORY_TO_USE = 0.92  # of a GPU's: the allocator's gaps and what others hold take the rest
 
 # Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
 ASSUMED_MFU = 0.4  # for the time of a run whose speed this machine hasn't measured yet
 CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
 
@@ -494,6 +494,7 @@ def validate_config(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each combination of options that can't be meant."""
     nearest, used = round((cfg.vocab_size or 0) / 128) * 128, "--generate" if cfg.generate else "--evaluate"
     dummy = cfg.dummy_data and cfg.dataset_path != parse_args([]).dataset_path
+    halves_only = cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash", "flash3")
     refused = {
         "--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요": cfg.resume and cfg.is_test,
         "--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.model_config and cfg.init_from,
@@ -505,6 +506,7 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         and not cfg.prompt,
         f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE": cfg.evaluate
         and uses_dummy_data(cfg),
+        f"--attention {cfg.attention}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요": halves_only,
     }
     return [text for text, wrong in refused.items() if wrong]
 
@@ -1294,6 +1296,7 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
         (early, copies + (0 if half == 4 else 2 * head), layers + ends, logits),
         (early, copies * (not again), layers + ends + again + working, 4 * head),
         (late, 0, kept + working, 8 * head * shape.tied),
+        (8 * parameters * (world_size > 1), 0, 0, 0),  # DDP makes its buckets anew once, beside the first ones
     ]
     gradients, copies, activations, logits = max(phases, key=sum)
     return {
@@ -1372,7 +1375,9 @@ def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> tuple[
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name; None where it isn't known."""
+    """Peak FLOP/s of a GPU by its name; None where it isn't known, as of a part of one."""
+    if " MIG " in gpu_name:
+        return None
     return next((value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name), None)
 
 
@@ -3865,6 +3870,8 @@ def choose_attention(config: Any, cfg: TrainConfig) -> str:
     softcapping = getattr(config, "attn_logit_softcapping", None)
     if softcapping or getattr(config, "sliding_window", None) or layer_types != {"full_attention"}:
         logger.info("⚠️  이 모델은 특별한 어텐션을 써서 transformers의 기본 구현으로 학습합니다")
+        if cfg.device == "cuda" and cfg.attention == "auto" and cfg.max_seq_length % 128 == 64:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask (pytorch issue 196678)
         return "eager" if softcapping else "sdpa"  # SDPA can't cap
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     return ATTENTION_NAME
@@ -3918,7 +3925,7 @@ def attention_name(text: str) -> str:
     names = {
         "cudnn": "cuDNN",
         "flash_attention_for_cpu": "flash (CPU)",
-        "FlashAttnFwdSm90": "FlashAttention-3",
+        "FlashAttn": "FlashAttention-3",  # its kernels of both directions; version 2 writes flash_fwd, flash_bwd
         "flash": "flash",
         "efficient": "efficient",
         "fmha": "efficient",
@@ -4425,8 +4432,7 @@ def batch_fits(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> bo
     try:
         try_steps(cfg, tokenizer, accelerator)
     except RuntimeError as error:
-        # Libraries that take memory by themselves have errors of their own.
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+        if not is_out_of_memory(error):
             raise
         fits.zero_()
     accelerator.free_memory()  # it keeps the models that it prepared
@@ -4439,6 +4445,17 @@ def batch_fits(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> bo
     if dist.is_initialized():
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small: libraries that take it by themselves have errors of their own.
+
+    PyTorch's own turns into another where NVML doesn't know the GPU, which it asks before it raises.
+    """
+    words = "out of memory|ALLOC_FAILED|NVML_SUCCESS"
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(words, str(error))
+    )
 
 
 def try_steps(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> None:
@@ -5337,6 +5354,9 @@ WORK_ORDER = ("어텐션", "행렬곱", "손실", "옵티마이저", OTHER_WORK,
 
 def kind_of_work(name: str) -> str | None:
     """The key of ``WORK`` for a name; None for all else."""
+    if name.startswith("triton_") and not name.startswith("triton_tem"):
+        # Named after all operators that were looked at in making it: attention is never one of those fused.
+        return "손실" if re.search("softmax_online|scatter_add|nll_loss", name) else None
     return next((kind for kind, pattern in WORK.items() if re.search(pattern, name, re.IGNORECASE)), None)
 
 
@@ -5932,6 +5952,17 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
 
 
+def let_buckets_go(run: Run) -> None:
+    """Wait after the first step until NCCL has let go of DDP's first buckets.
+
+    DDP makes its buckets anew in the second forward pass.  The first ones, 4 bytes a parameter, would
+    else often live on beside that step's activations, until NCCL's watchdog has looked.
+    """
+    if run.cfg.device == "cuda" and run.accelerator.num_processes > 1:
+        torch.cuda.synchronize()
+        time.sleep(0.3)  # it looks every 0.1 s
+
+
 def train(run: Run, state: TrainState) -> str:
     """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator = run.cfg, run.accelerator
@@ -5953,6 +5984,8 @@ def train(run: Run, state: TrainState) -> str:
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
         stopping = note_step(run, state, log, reader.push(state.step, stats))
+        if state.step == steps.start + 1:
+            let_buckets_go(run)
         if profile is not None:
             profile.profiler.step()
         report_save(run)
@@ -6328,8 +6361,9 @@ def report_use_failure(cfg: TrainConfig, error: Exception) -> int:
 def report_failure(cfg: TrainConfig, error: BaseException, rank: int) -> int:
     """Tell the person in a sentence or a few, keep the traceback, set the run's state; returns the exit code."""
     text, known = describe_error(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        smaller, known = max(1, cfg.batch_size // 2), True
+    if is_out_of_memory(error):
+        used = KEPT[0].cfg if KEPT else cfg  # --find-batch-size may have changed it
+        smaller, known = max(1, used.batch_size // 2), True
         text = f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요"
     logging.getLogger("traceback").error("run failed", exc_info=error)
     more = f"자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"

@@ -78,6 +78,19 @@ def test_resume_stands_alone_or_takes_a_path():
     assert t.parse_args(["--resume", "outputs/checkpoint-5"]).resume == "outputs/checkpoint-5"
 
 
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "flash3"])
+def test_kernels_for_half_precision_are_refused_in_fp32_on_a_gpu(attention):
+    cfg = t.resolve_config(t.parse_args(["--fp32", "--attention", attention]), "cuda")[0]
+    (problem,) = t.validate_config(cfg)
+    assert f"--attention {attention}" in problem
+    assert not t.validate_config(t.resolve_config(t.parse_args(["--attention", attention]), "cuda")[0])
+
+
+def test_a_gpu_is_known_by_its_name_and_a_part_of_one_is_not():
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB10")
+    assert [t.named_peak_flops(name) for name in names] == [989e12, 835e12, None, None]
+
+
 @pytest.mark.parametrize(
     "argv",
     [

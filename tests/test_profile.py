@@ -83,6 +83,7 @@ def test_on_a_gpu_the_streams_count_and_hidden_communication_costs_nothing():
     [
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_32", "cuDNN"),
         ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>", "FlashAttention-3"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<...>>>", "FlashAttention-3"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64>>", "flash"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "efficient"),
     ],
@@ -90,6 +91,21 @@ def test_on_a_gpu_the_streams_count_and_hidden_communication_costs_nothing():
 def test_the_attention_kernel_is_known_by_its_name(kernel, name):
     events = [*CPU_STEP, event(kernel, 1, 9, "kernel", row=7), event("nvjet_sm90", 10, 90, "kernel", row=7)]
     assert t.attention_kernel(events) == (name, kernel)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_cat_cos_mul_neg_sin_3", "그 밖의 연산"),
+        ("triton_per_fused__to_copy_div_exp_prepare_softmax_online_scatter_add_sub_7", "손실"),
+        ("triton_tem_fused_mm_12", "행렬곱"),
+    ],
+)
+def test_a_fused_kernel_is_not_taken_for_the_attention_that_its_name_recalls(kernel, kind):
+    events = [*GPU_STEP[:4], event(kernel, 100, 1000, "kernel", row=7)]
+    found, _ = t.time_by_work(events)
+    assert max(found, key=found.get) == kind
+    assert t.attention_kernel(events)[0] != "cuDNN"
 
 
 def test_a_profiled_run_leaves_a_trace_and_tells_where_the_time_went(tmp_path, caplog):

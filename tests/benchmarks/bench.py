@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import random
+import select
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -160,7 +162,10 @@ class Contestant:
         self.memory = 0.0
 
     def answer(self) -> dict[str, Any]:
-        """Wait for rank 0's next line."""
+        """Wait for rank 0's next line; a rank that failed alone would leave it waiting in a collective."""
+        while not select.select([self.answers], [], [], 1)[0]:
+            if any(process.poll() for process in self.processes):
+                self.kill()
         line = self.answers.readline()
         if not line:
             raise Gone(self.log.read_text(encoding="utf-8", errors="replace")[-3000:])
@@ -566,6 +571,7 @@ def record(text: str) -> None:
 def main() -> None:
     """Measure what the options ask for; print, and record."""
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left with the GPUs
     parts = []
     for setting in settings(args) if args.blocks else ():
         with tempfile.TemporaryDirectory(prefix="bench_") as name:
