@@ -704,6 +704,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+def saved_models(output_dir: Path) -> list[Path]:
+    """All that a run saved of its model: what a new one clears away where a test has run."""
+    initial = output_dir / "initial_model"
+    return [*list_checkpoints(output_dir), *([initial] if initial.exists() else [])]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or torn file is an empty one, and so is one with something else in it."""
     try:
@@ -1483,10 +1489,11 @@ def sources_in_output(cfg: TrainConfig) -> list[str]:
         return []
     named = {"--init-from": cfg.init_from, "--tokenizer": cfg.tokenizer, "--model-config": cfg.model_config}
     paths = {name: checkpoint_dir(Path(source).expanduser()).resolve() for name, source in named.items() if source}
+    cleared = {folder.resolve() for folder in saved_models(cfg.output_dir)}
     return [
         f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
         for name, path in paths.items()
-        if path.exists() and cfg.output_dir.resolve() in path.parents
+        if path.exists() and cleared & {path, *path.parents}
     ]
 
 
@@ -6073,9 +6080,8 @@ def claim_output(cfg: TrainConfig) -> Any:
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     (cfg.output_dir / ".progress").unlink(missing_ok=True)
     if cfg.resume is None:
-        for path in [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]:
-            if path.exists():
-                remove_directory(path)
+        for path in saved_models(cfg.output_dir):
+            remove_directory(path)
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
         if not is_restart(read_json(cfg.output_dir / "run_info.json")):
