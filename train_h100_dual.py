@@ -494,6 +494,7 @@ def validate_config(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each combination of options that can't be meant."""
     nearest, used = round((cfg.vocab_size or 0) / 128) * 128, "--generate" if cfg.generate else "--evaluate"
     dummy = cfg.dummy_data and cfg.dataset_path != parse_args([]).dataset_path
+    unprompted, nothing = cfg.generate and not cfg.prompt, cfg.evaluate and uses_dummy_data(cfg)
     halves_only = cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash", "flash3")
     refused = {
         "--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요": cfg.resume and cfg.is_test,
@@ -502,10 +503,8 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         "--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요": dummy,
         "--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.generate and cfg.evaluate,
         f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요": cfg.uses_checkpoint and not cfg.is_test,
-        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"': cfg.generate
-        and not cfg.prompt,
-        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE": cfg.evaluate
-        and uses_dummy_data(cfg),
+        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"': unprompted,
+        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE": nothing,
         f"--attention {cfg.attention}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요": halves_only,
     }
     return [text for text, wrong in refused.items() if wrong]
@@ -515,11 +514,11 @@ def cpu_problems(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each option that a CPU can't do; accelerate would silently run fp32."""
     if cfg.device != "cpu":
         return []
+    no_kernel = cfg.attention not in ("auto", "flash", "math")
     refused = {
         f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요": cfg.precision in ("fp16", "fp8"),
         "--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요": cfg.find_batch_size,
-        f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요": cfg.attention
-        not in ("auto", "flash", "math"),
+        f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요": no_kernel,
     }
     return [text for text, wrong in refused.items() if wrong]
 
