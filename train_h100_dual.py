@@ -251,7 +251,7 @@ def choice(group: str, choices: Iterable[str], help_text: str, **more: Any) -> A
 
 
 positive = parse_number(int, 1)
-share = parse_number(float, 0, 1)
+unit_interval = parse_number(float, 0, 1)
 DEVICES = ("auto", "cuda", "cpu")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -310,7 +310,7 @@ class TrainConfig:
     optimizer: str = choice("optimisation", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)",
         default="adamw")
     lr_schedule: str = choice("optimisation", SCHEDULES, "학습률 스케줄", default="wsd")
-    warmup_ratio: float = option("optimisation", "F", share, "워밍업 비율", default=0.05)
+    warmup_ratio: float = option("optimisation", "F", unit_interval, "워밍업 비율", default=0.05)
     weight_decay: float = option("optimisation", "F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
     max_grad_norm: float = option("optimisation", "F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름",
         default=1.0)
@@ -836,7 +836,7 @@ def resume_checkpoint(cfg: TrainConfig, thorough: bool = False, tell: Callable =
     return path
 
 
-def with_same_step_tokens(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[TrainConfig, str | None]:
+def match_global_batch(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[TrainConfig, str | None]:
     """Adapt the accumulation so that a step reads as many tokens as it did in the checkpoint of ``info``.
 
     So other ranks or another batch size give the same global batches.  Returns a Korean line on
@@ -1245,7 +1245,7 @@ def tokenizer_size(folder: Path) -> int:
     return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
 
-def loss_rows(tokens: int, vocab_size: int) -> int:
+def logit_chunk_size(tokens: int, vocab_size: int) -> int:
     """Rows of logits that the loss holds at a time: all that take 2 GiB in fp32, else pieces of at most 1 GiB."""
     size = 4 * tokens * vocab_size
     pieces = 1 if size <= 2 << 30 else -(-size >> 30)
@@ -1289,7 +1289,7 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     parameters, tokens = shape.parameter_count(cfg.vocab_size), cfg.batch_size * cfg.max_seq_length
     kept, working = (tokens * size for size in layer_bytes(cfg, shape))
     head = cfg.vocab_size * shape.hidden
-    rows = loss_rows(tokens, cfg.vocab_size)
+    rows = logit_chunk_size(tokens, cfg.vocab_size)
     logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens)
     ends = tokens * shape.hidden * (8 + half) + half * head  # the last norm; the gradients that the loss leaves
     copies = 0 if half == 4 else 2 * (parameters - head * (1 if shape.tied else 2))
@@ -1509,7 +1509,7 @@ def planned_resume_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     files = corpus_files(cfg)
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
     info = read_json(checkpoint / "training_info.json")
-    cfg, _ = with_same_step_tokens(cfg, world_size, info)
+    cfg, _ = match_global_batch(cfg, world_size, info)
     return resume_problems(cfg, world_size, info, report.get("fingerprint"))
 
 
@@ -1546,7 +1546,7 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Start:
+class LaunchPlan:
     """What a run would start with on this machine."""
 
     cfg: TrainConfig
@@ -1562,7 +1562,7 @@ class Start:
         return node_count() * self.processes
 
 
-def plan_start(cfg: TrainConfig, num_gpus: int, first_node: str) -> Start:
+def make_launch_plan(cfg: TrainConfig, num_gpus: int, first_node: str) -> LaunchPlan:
     """Complete the options on this machine, and refuse what can't run here.
 
     Raises:
@@ -1587,10 +1587,10 @@ def plan_start(cfg: TrainConfig, num_gpus: int, first_node: str) -> Start:
     problems = lacking + plan_problems(cfg, node_count() * processes)
     if problems:
         raise EnvironmentProblem(problems)
-    return Start(cfg, gpus[:processes], processes, interface, notes, adapted)
+    return LaunchPlan(cfg, gpus[:processes], processes, interface, notes, adapted)
 
 
-def fit_problems(start: Start, cfg: TrainConfig, left: int | None) -> list[str]:
+def fit_problems(start: LaunchPlan, cfg: TrainConfig, left: int | None) -> list[str]:
     """What is short of room on the disk or a GPU: told in a test, refused in train (EnvironmentProblem)."""
     disk = None if node_rank() else check_disk_for_checkpoints(cfg, left)
     memory, too_large = memory_problem(cfg, start.gpus, start.world_size)
@@ -1600,7 +1600,7 @@ def fit_problems(start: Start, cfg: TrainConfig, left: int | None) -> list[str]:
     return [text for text in (disk, memory) if text]
 
 
-def answer_plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
+def print_launch_plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
     """Print the launcher's ``plan``, or why there is none, after a line that names the packages that are missing."""
     print(f"missing={' '.join(missing_packages())}")
     try:
@@ -1620,12 +1620,12 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> s
         UsageProblem, EnvironmentProblem: the run can't start.
     """
     typed = parse_args(argv)
-    start = plan_start(typed, num_gpus, first_node)
+    start = make_launch_plan(typed, num_gpus, first_node)
     cfg, notes, world_size, done = start.cfg, start.notes, start.world_size, 0
     checkpoint = planned_checkpoint(cfg)
     if checkpoint is not None:
         info = read_json(checkpoint / "training_info.json")
-        cfg, note = with_same_step_tokens(cfg, world_size, info)
+        cfg, note = match_global_batch(cfg, world_size, info)
         notes += [note] if note else []
         done = info["step"]
     files = corpus_files(cfg)
@@ -2212,7 +2212,9 @@ NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda gpus, background, host, *argv: answer_plan(argv, int(gpus), background == "true", host),
+    "internal:plan": lambda gpus, background, host, *argv: print_launch_plan(
+        argv, int(gpus), background == "true", host
+    ),
     "internal:packages": lambda: print(f"missing={' '.join(missing_packages())}"),
     "internal:torch": lambda gpus, *argv: check_torch(gpus != "0", argv),
     "internal:use": lambda *argv: check_use(parse_args(argv)),
@@ -2462,7 +2464,7 @@ class StopFlag:
         self.finishing = True
         self.progressed = None
 
-    def mark(self, step: int | None = None) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         """Say that this rank goes on; ``step`` is one that has just ended."""
         if self.finishing:
             return
@@ -2526,7 +2528,7 @@ class Watchdog(threading.Thread):
 
     def write_stacks(self, reason: str) -> None:
         """Write where every thread of this rank is to its detail log, and what NCCL knows beside it."""
-        print(f"{now()} rank {self.rank}: {reason}; the stacks of all threads:", file=self.detail, flush=True)
+        print(f"{timestamp()} rank {self.rank}: {reason}; the stacks of all threads:", file=self.detail, flush=True)
         faulthandler.dump_traceback(file=self.detail, all_threads=True)
         record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # absent in a build for the CPU
         if record and self.cfg.device == "cuda" and dist.is_initialized():
@@ -2535,7 +2537,7 @@ class Watchdog(threading.Thread):
     def report_hang(self) -> NoReturn:
         """Say once that the run hangs, with every rank's stacks in its log, and end it."""
         self.write_stacks(f"no progress for {self.cfg.hang_timeout:g} min")
-        if not is_first_here():
+        if not is_local_main():
             time.sleep(5)  # the first one speaks for all of this machine, if it can
         text = f"{self.cfg.hang_timeout:g}분 동안 진행이 없어 학습을 끝냅니다 (--hang-timeout)"
         logs = f"{display_path(self.cfg.logs_dir)}/training_detail_rank_*.log"
@@ -2558,7 +2560,7 @@ def fail_run(cfg: TrainConfig, text: str, more: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         info = read_json(path)
         if info.get("state") == "running":
-            write_json(path, {**info, "state": "failed", "error": text, "ended": now()})
+            write_json(path, {**info, "state": "failed", "error": text, "ended": timestamp()})
             print(said, flush=True)
 
 
@@ -2584,7 +2586,7 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
     logging.captureWarnings(True)
     logger.setLevel(logging.DEBUG)
     logger.handlers[:] = [own]
-    if is_first_here():
+    if is_local_main():
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # also under LC_ALL=C
         console = logging.StreamHandler(sys.stdout)
@@ -2611,7 +2613,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def is_first_here() -> bool:
+def is_local_main() -> bool:
     """Whether this is its machine's first process, which speaks there and keeps its state."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -2791,7 +2793,7 @@ def pin_hub_revision(name: str) -> str:
         commit = huggingface_hub.dataset_info(repository, revision=revision or None).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
         raise RuntimeError(
-            f"허브의 데이터셋을 열 수 없습니다: {repository} ({first_line(error)}). "
+            f"허브의 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). "
             "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요"
         ) from error
     return f"hf:{repository}@{commit}:{config}:{split}"
@@ -2955,7 +2957,7 @@ def call_in_child(title: str, function: Callable[[], None]) -> None:
     process = multiprocessing.get_context("fork").Process(target=run_child, args=(function,))
     process.start()
     try:
-        with heartbeat(title):  # its thread starts after the fork
+        with log_waiting(title):  # its thread starts after the fork
             process.join()
     finally:
         process.kill()
@@ -3231,7 +3233,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else str(source), trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever a broken file leads them to
-        raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({first_line(error)})") from error
+        raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
     if not tokenizer.is_fast:
         raise RuntimeError(f"빠른(fast) 토크나이저가 아닙니다: {source} (tokenizer.json이 있는 것을 쓰세요)")
     if tokenizer.eos_token_id is None:
@@ -3463,7 +3465,7 @@ def limit_words(sample: list[tuple[int, int, str]], most: int) -> list[tuple[int
 
 
 @contextmanager
-def heartbeat(title: str, every: float = 10.0) -> Iterator[None]:
+def log_waiting(title: str, every: float = 10.0) -> Iterator[None]:
     """Log a line every few seconds while a call that can't report progress runs."""
     done, start = threading.Event(), time.monotonic()
 
@@ -3563,7 +3565,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     folder = cfg.cache_dir / corpus_key(cfg, files)
-    if is_first_here():
+    if is_local_main():
         with file_lock(folder.with_suffix(".lock")):  # another run may be at it
             if not folder.exists():
                 build_cache(folder, cfg, files)
@@ -3953,7 +3955,7 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         try:
             config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
         except Exception as error:  # each check of transformers has its own
-            raise RuntimeError(f"모델 설정을 읽을 수 없습니다: {cfg.model_config} ({first_line(error)})") from error
+            raise RuntimeError(f"모델 설정을 읽을 수 없습니다: {cfg.model_config} ({short_error(error)})") from error
         text = config.get_text_config()
         for name, value in {**special, "pad_token_id": None, "vocab_size": vocab_size}.items():
             setattr(text, name, value)
@@ -4017,10 +4019,10 @@ def model_of(config: Any, cfg: TrainConfig) -> nn.Module:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
-        raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({first_line(error)})") from error
+        raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
 
 
-def first_line(error: Exception) -> str:
+def short_error(error: Exception) -> str:
     """What an error says first, or of which kind it is."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -4040,7 +4042,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
             path if path.exists() else str(source), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # each format of weights, and transformers' checks, have their own
-        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({first_line(error)})") from error
+        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({short_error(error)})") from error
     lacking, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
@@ -4141,7 +4143,7 @@ def has_plain_head(model: nn.Module) -> bool:
     return "last" in seen and logits is seen.get("output") and torch.equal(seen["last"], seen["input"])
 
 
-class CausalLoss(nn.Module):
+class LMWithLoss(nn.Module):
     """A causal language model with its loss on packed rows.
 
     ``forward`` takes rows (batch, tokens + 1): inputs and targets are the same rows, one apart, so
@@ -4164,7 +4166,7 @@ class CausalLoss(nn.Module):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden, weight = (item.to(torch.get_autocast_dtype(device)) for item in (hidden, weight))
-        size = loss_rows(len(targets), len(weight))
+        size = logit_chunk_size(len(targets), len(weight))
         if reduction == "mean":
             return HeadLoss.apply(hidden, weight, targets, size)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
@@ -4192,15 +4194,15 @@ def convert_to_fp8(model: nn.Module) -> None:
     )
 
 
-def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> CausalLoss:
+def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> LMWithLoss:
     """The model with its loss as a run trains it."""
     decoder = build_model(cfg, tokenizer, device)
-    causal_loss = CausalLoss(decoder)
+    loss_module = LMWithLoss(decoder)
     if cfg.precision == "fp8":
         convert_to_fp8(decoder)
     if cfg.compile:
-        causal_loss.compile()
-    return causal_loss
+        loss_module.compile()
+    return loss_module
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
@@ -4323,7 +4325,7 @@ class Muon(torch.optim.Optimizer):
         if mine:
             nesterov = [weight.grad for weight in mine]
             torch._foreach_lerp_(nesterov, self.momenta(mine), group["momentum"])
-            torch._foreach_copy_(list(scratch[: len(mine)]), [lying(gradient) for gradient in nesterov])
+            torch._foreach_copy_(list(scratch[: len(mine)]), [to_wide(gradient) for gradient in nesterov])
         scratch[len(mine) :].zero_()
         newton_schulz(scratch, part)
         work = dist.all_gather_into_tensor(whole, part, async_op=True) if self.ranks > 1 else None
@@ -4334,7 +4336,7 @@ class Muon(torch.optim.Optimizer):
             if found_inf is not None:
                 whole.mul_(1 - found_inf)
             updates = list(whole[: len(chunk)])
-            torch._foreach_add_([lying(weight) for weight in chunk], updates, alpha=-0.2 * columns**0.5 * group["lr"])
+            torch._foreach_add_([to_wide(weight) for weight in chunk], updates, alpha=-0.2 * columns**0.5 * group["lr"])
 
         return apply
 
@@ -4366,13 +4368,13 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def lying(matrix: torch.Tensor) -> torch.Tensor:
+def to_wide(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix, or its transpose if it has more rows than columns."""
     return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def muon_chunks(weights: list[nn.Parameter], ranks: int) -> list[list[nn.Parameter]]:
-    """Batches of matrices of one shape, lying or standing, of at most MUON_BATCH elements for each rank."""
+    """Batches of matrices of one shape, to_wide or standing, of at most MUON_BATCH elements for each rank."""
     shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for weight in weights:
         shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
@@ -4466,9 +4468,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def try_steps(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> None:
     """Two steps on a new model with gradients that stay, as DDP's do; no collective, as one rank may fail alone."""
-    causal_loss = build_loss(cfg, tokenizer, accelerator.device)
-    optimizer = build_optimizer(causal_loss.model, cfg, alone=True)
-    model = accelerator.prepare_model(causal_loss, evaluation_mode=True)
+    loss_module = build_loss(cfg, tokenizer, accelerator.device)
+    optimizer = build_optimizer(loss_module.model, cfg, alone=True)
+    model = accelerator.prepare_model(loss_module, evaluation_mode=True)
     rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         model(rows).backward()
@@ -4504,8 +4506,8 @@ class Run:
     cfg: TrainConfig
     accelerator: Accelerator
     corpus: Corpus
-    causal_loss: CausalLoss  # the model with its loss, as it was built
-    model: nn.Module  # the same, wrapped for training
+    loss_module: LMWithLoss  # the model with its loss, as it was built
+    ddp_model: nn.Module  # the same, wrapped for training
     optimizer: Any
     total_steps: int
     stop: StopFlag
@@ -4517,9 +4519,9 @@ class Run:
     painter: CurvePainter = field(default_factory=lambda: CurvePainter())
 
     @property
-    def decoder(self) -> nn.Module:
+    def model(self) -> nn.Module:
         """The bare transformers model."""
-        return self.causal_loss.model
+        return self.loss_module.model
 
     @property
     def is_main(self) -> bool:
@@ -4551,7 +4553,7 @@ def git_commit() -> str | None:
         return None
 
 
-def now() -> str:
+def timestamp() -> str:
     """The time with its zone, as metadata carries it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -4569,7 +4571,7 @@ def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> Non
     """Write weights (on the CPU), configuration and tokenizer as a Hugging Face model."""
     from transformers import GenerationConfig
 
-    decoder, tokenizer = run.decoder, run.corpus.tokenizer
+    decoder, tokenizer = run.model, run.corpus.tokenizer
     write_tensors(folder / "pytorch_model.bin", weights)
     config = decoder.config.to_dict()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -4618,7 +4620,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def shared_once(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dedupe_tied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give tied weights one tensor object, so that they are moved and written once."""
     first: dict[tuple, torch.Tensor] = {}
     return {
@@ -4628,7 +4630,7 @@ def shared_once(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def whole_directory(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """Give a temporary sibling to write into; on success it is flushed and gets its name at once."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -4660,10 +4662,10 @@ def save_initial_model(run: Run) -> None:
     begun = time.monotonic()
     if run.is_main:
         logger.info("🚀 초기 모델 저장 중...")
-        weights = {name: value.cpu() for name, value in shared_once(run.decoder.state_dict()).items()}
+        weights = {name: value.cpu() for name, value in dedupe_tied(run.model.state_dict()).items()}
         try:
             check_room(run.cfg.output_dir, tensor_bytes(weights))
-            with whole_directory(folder) as temporary:
+            with atomic_dir(folder) as temporary:
                 write_model(temporary, run, weights)
                 write_json(temporary / "model_info.json", model_info(run))
             logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
@@ -4675,7 +4677,7 @@ def save_initial_model(run: Run) -> None:
 
 def model_info(run: Run) -> dict[str, Any]:
     """Content of ``model_info.json``."""
-    decoder, tokenizer = run.decoder, run.corpus.tokenizer
+    decoder, tokenizer = run.model, run.corpus.tokenizer
     weights = list(decoder.parameters())
     return {
         "parameters": {
@@ -4688,7 +4690,7 @@ def model_info(run: Run) -> dict[str, Any]:
         "dtype": "float32",
         "vocab_size": decoder.get_input_embeddings().weight.shape[0],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "created": now(),
+        "created": timestamp(),
         "versions": versions(),
     }
 
@@ -4725,7 +4727,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         "attention_backend": run.backend,
         "versions": versions(),
         "git_commit": git_commit(),
-        "created": now(),
+        "created": timestamp(),
     }
 
 
@@ -4792,7 +4794,7 @@ class Saver:
         deadline = time.monotonic() + seconds
         while self.busy and time.monotonic() < deadline:
             self.thread.join(min(1, deadline - time.monotonic()))
-            self.stop.mark()
+            self.stop.heartbeat()
         return not self.busy
 
 
@@ -4853,13 +4855,13 @@ def save_checkpoint(run: Run, state: TrainState, last: bool = False) -> None:
 def checkpoint_bytes(run: Run) -> int:
     """Size of the tensors of a checkpoint."""
     moments = [item for values in run.optimizer.state.values() for item in values.values() if torch.is_tensor(item)]
-    return tensor_bytes(shared_once(run.decoder.state_dict())) + tensor_bytes(dict(enumerate(moments)))
+    return tensor_bytes(dedupe_tied(run.model.state_dict())) + tensor_bytes(dict(enumerate(moments)))
 
 
 def snapshot(run: Run, state: TrainState, generators: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights, and everything else that going on needs, in host memory that the next steps don't touch."""
     copies: dict[int, torch.Tensor] = {}
-    weights = shared_once(run.decoder.state_dict())
+    weights = dedupe_tied(run.model.state_dict())
     for name, value in weights.items():
         if id(value) not in copies:
             copies[id(value)] = run.saver.copy(name, value)
@@ -4886,7 +4888,7 @@ def write_checkpoint(
     run: Run, step: int, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]
 ) -> None:
     """Write a checkpoint from host memory; what it replaces goes only once it is there."""
-    with whole_directory(run.cfg.output_dir / f"checkpoint-{step}") as temporary:
+    with atomic_dir(run.cfg.output_dir / f"checkpoint-{step}") as temporary:
         write_model(temporary, run, weights)
         write_json(temporary / "training_info.json", info)
         (temporary / "training_state").mkdir()
@@ -4965,7 +4967,7 @@ def remove_old_checkpoints(cfg: TrainConfig) -> None:
             remove_directory(path / "training_state")
 
 
-def agree_on_start(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[TrainConfig, Path | None]:
+def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[TrainConfig, Path | None]:
     """Let rank 0, which may be the only one to see the checkpoints, decide where every rank starts.
 
     Returns the options with the accumulation adapted, and the checkpoint.
@@ -4979,7 +4981,7 @@ def agree_on_start(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str)
         checkpoint = resume_checkpoint(cfg, thorough=True, tell=lambda text: logger.warning(f"⚠️  {text}"))
         if checkpoint is not None:
             info = read_json(checkpoint / "training_info.json")
-            cfg, note = with_same_step_tokens(cfg, accelerator.num_processes, info)
+            cfg, note = match_global_batch(cfg, accelerator.num_processes, info)
             if note:
                 logger.info(f"⚠️  {note}")
         decided[:2] = [checkpoint and str(checkpoint), cfg.gradient_accumulation_steps]
@@ -4998,7 +5000,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     Raises:
         EnvironmentProblem: the run it belongs to read other data or had another number of tokens a step.
     """
-    content = share_checkpoint(run, read_checkpoint(run, folder) if run.is_main else None)
+    content = broadcast_checkpoint(run, read_checkpoint(run, folder) if run.is_main else None)
     info = content["info"]
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
@@ -5028,14 +5030,14 @@ def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
     refuse_too_few_steps(run.total_steps, info["step"])
     weights = read_tensors(folder / "pytorch_model.bin")
     try:
-        run.decoder.load_state_dict(weights)
+        run.model.load_state_dict(weights)
     except RuntimeError as error:
-        problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({first_line(error)})"
+        problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
         raise EnvironmentProblem(problem) from error
     return {**read_tensors(folder / "training_state" / "state.pt"), "info": info}
 
 
-def share_checkpoint(run: Run, content: dict[str, Any] | None) -> dict[str, Any]:
+def broadcast_checkpoint(run: Run, content: dict[str, Any] | None) -> dict[str, Any]:
     """Give every rank the weights and the optimizer's state of rank 0; returns the rest of the content."""
 
     def map_state(content: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
@@ -5057,7 +5059,7 @@ def share_checkpoint(run: Run, content: dict[str, Any] | None) -> dict[str, Any]
     if dist.is_initialized():
         loaded = run.optimizer.state_dict()["state"]
         moments = [item for index in sorted(loaded) for item in loaded[index].values() if torch.is_tensor(item)]
-        for tensor in [*shared_once(run.decoder.state_dict()).values(), *moments]:
+        for tensor in [*dedupe_tied(run.model.state_dict()).values(), *moments]:
             dist.broadcast(tensor.detach(), src=0)
     return content
 
@@ -5094,7 +5096,7 @@ def flops_per_token(decoder: nn.Module, max_seq_length: int) -> float:
     return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * max_seq_length
 
 
-class StatsReader:
+class DelayedStats:
     """Adds up each step's figures over the ranks and reads them one step late.
 
     Reading a tensor of the step that was just launched would make the host wait for the GPU; the
@@ -5142,7 +5144,7 @@ class StepLog:
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state = run, state
         self.peak = peak_flops(run.accelerator.device)
-        self.flops = flops_per_token(run.decoder, run.cfg.max_seq_length)
+        self.flops = flops_per_token(run.model, run.cfg.max_seq_length)
         self.path = run.cfg.output_dir / "metrics.jsonl"
         self.unwritten = b""
         self.first_step = self.marked_step = state.step
@@ -5515,19 +5517,19 @@ def evaluate(run: Run) -> dict[str, float]:
     names = run.corpus.report["languages"]
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     end_of_text = run.corpus.tokenizer.eos_token_id
-    run.causal_loss.eval()
+    run.loss_module.eval()
     for first in range(rank * size, len(rows), world_size * size):
         missing = max(0, first + size - len(rows))  # one shape for every batch: nothing recompiles
         batch = np.pad(rows[first : first + size], ((0, missing), (0, 0)), mode="edge")
         tag = np.pad(tags[first : first + size], ((0, missing), (0, 0)), constant_values=-1)
         batch = torch.from_numpy(batch).to(sums.device)
         tag = torch.from_numpy(tag).to(sums.device).flatten() + 1  # column 0 takes the filling
-        loss = run.causal_loss(batch, reduction="none").double()
+        loss = run.loss_module(batch, reduction="none").double()
         is_text = (batch[:, 1:].flatten() != end_of_text).double()
         for line, value in zip(sums, (loss, torch.ones_like(loss), loss * is_text), strict=True):
             line.index_add_(0, tag, value)
-        run.stop.mark()
-    run.causal_loss.train()
+        run.stop.heartbeat()
+    run.loss_module.train()
     if dist.is_initialized():
         dist.all_reduce(sums)
     return evaluation_figures(sums[:, 1:].cpu().numpy(), text_bytes, names)
@@ -5562,7 +5564,9 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 
 
 @torch.no_grad()
-def write_on(model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any) -> torch.Tensor:
+def generate_continuation(
+    model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any
+) -> torch.Tensor:
     """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import GenerationConfig
@@ -5592,10 +5596,10 @@ def generate_samples(run: Run, state: TrainState) -> None:
     """
     cfg, tokenizer = run.cfg, run.corpus.tokenizer
     prompts, texts = [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS, []
-    tick = SimpleNamespace(put=lambda _: run.stop.mark(), end=run.stop.mark)
+    tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     start = time.monotonic()
-    run.causal_loss.eval()
+    run.loss_module.eval()
     try:
         for prompt in prompts:
             ids = tokenizer(prompt).input_ids
@@ -5603,13 +5607,13 @@ def generate_samples(run: Run, state: TrainState) -> None:
             if room < 1:
                 raise ValueError(f"--prompt 가 {cfg.max_seq_length:,} 토큰보다 깁니다")
             with run.accelerator.autocast():
-                found = write_on(run.decoder, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
+                found = generate_continuation(run.model, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
             texts.append(tokenizer.decode(found[len(ids) :], skip_special_tokens=True))
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
     finally:
-        run.causal_loss.train()
+        run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
     if run.is_main and texts:
         write_samples(run, state.step, dict(zip(prompts, map(printable, texts), strict=False)))
@@ -5680,7 +5684,7 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     if cfg.max_new_tokens > room:
         logger.warning(f"⚠️  모델의 최대 길이가 {most:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
     ids = [document_start(tokenizer), *ids]
-    whole = write_on(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
+    whole = generate_continuation(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
     return tokenizer.decode(whole, skip_special_tokens=True).rstrip("\ufffd")
 
 
@@ -5720,7 +5724,7 @@ def window_batches(windows: list[Window], tokens: int) -> Iterator[list[Window]]
         windows = windows[size:]
 
 
-def score_windows(causal_loss: CausalLoss, batch: list[Window], device: torch.device) -> np.ndarray:
+def score_windows(loss_module: LMWithLoss, batch: list[Window], device: torch.device) -> np.ndarray:
     """Nats (float64) of the scored tokens of each window.
 
     Rows are padded behind their end, where causal attention keeps the padding from changing anything.
@@ -5731,7 +5735,7 @@ def score_windows(causal_loss: CausalLoss, batch: list[Window], device: torch.de
         end = len(window.row)
         rows[index, :end] = window.row
         scored[index, end - 1 - window.count : end - 1] = True
-    loss = causal_loss(torch.from_numpy(rows).to(device), reduction="none").view(scored.shape).double()
+    loss = loss_module(torch.from_numpy(rows).to(device), reduction="none").view(scored.shape).double()
     return (loss * torch.from_numpy(scored).to(device)).sum(dim=1).cpu().numpy()
 
 
@@ -5752,7 +5756,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     files = corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pin_hub_revision(str(cfg.dataset_path))))
-    backend, start, causal_loss = tokenizer.backend_tokenizer, document_start(tokenizer), CausalLoss(model)
+    backend, start, loss_module = tokenizer.backend_tokenizer, document_start(tokenizer), LMWithLoss(model)
     backend.encode_special_tokens = True  # in a text they are text, as in training
     totals: dict[str, np.ndarray] = {}
     bad, bad_count, line_count, done, progress = [], 0, 0, 0.0, Progress("평가하는 중", estimated_bytes(files))
@@ -5770,7 +5774,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
             for row, count in rolling_windows(np.array(tokens), start, length):
                 windows.append(Window(language, row, count, size * count / len(tokens)))
         for batch in window_batches(windows, cfg.batch_size * length):
-            for window, nats in zip(batch, score_windows(causal_loss, batch, model.device), strict=True):
+            for window, nats in zip(batch, score_windows(loss_module, batch, model.device), strict=True):
                 totals[window.language][3] += nats
                 done += window.size
             progress.update(int(done))
@@ -5801,7 +5805,7 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
 # ======================================================================================
 
 
-def poison(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """Give a loss that isn't finite gradients that aren't; leave every other one as it is, bit for bit.
 
     An infinite loss may have finite gradients.  Through the gradients every rank hears of it in the
@@ -5824,12 +5828,12 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     for micro_step in range(cfg.gradient_accumulation_steps):
         rows = next(batches).to(accelerator.device, non_blocking=True)
         last = micro_step == cfg.gradient_accumulation_steps - 1
-        with nullcontext() if last else accelerator.no_sync(run.model):
-            loss = poison(run.model(rows)) / cfg.gradient_accumulation_steps
+        with nullcontext() if last else accelerator.no_sync(run.ddp_model):
+            loss = propagate_nonfinite(run.ddp_model(rows)) / cfg.gradient_accumulation_steps
             accelerator.backward(loss)
         total += loss.detach()
-        run.stop.mark()
-    grad_norm = accelerator.clip_grad_norm_(run.decoder.parameters(), cfg.max_grad_norm)
+        run.stop.heartbeat()
+    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), cfg.max_grad_norm)
     skipped = ~torch.isfinite(grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -5975,7 +5979,7 @@ def train(run: Run, state: TrainState) -> str:
     steps = range(state.step, run.total_steps)
     positions = rank_positions(cfg, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    reader, log = StatsReader(accelerator.device), StepLog(run, state)
+    reader, log = DelayedStats(accelerator.device), StepLog(run, state)
     profile = start_profile(run, len(steps))
     batches = batches if profile is None else profile.watch(batches)
     stopping = False
@@ -5984,7 +5988,7 @@ def train(run: Run, state: TrainState) -> str:
             evaluate_and_log(run, state, log)  # a stop had no time for it
     while state.step < run.total_steps and not stopping:
         step_start = time.monotonic()
-        with heartbeat("첫 스텝을 컴파일하는 중") if cfg.compile and state.step == steps.start else nullcontext():
+        with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and state.step == steps.start else nullcontext():
             stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg))
         state.step += 1
         state.tokens_seen += run.step_tokens
@@ -5999,7 +6003,7 @@ def train(run: Run, state: TrainState) -> str:
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
-        run.stop.mark(state.step)
+        run.stop.heartbeat(state.step)
         if stopping or evaluates or samples or saves:
             stopping = note_step(run, state, log, reader.pop()) or stopping
             with log.pause():
@@ -6009,7 +6013,7 @@ def train(run: Run, state: TrainState) -> str:
                     generate_samples(run, state)
                 if saves or stopping:
                     save_checkpoint(run, state, last=last or stopping)
-                    run.stop.mark()
+                    run.stop.heartbeat()
                     if run.is_main and not last and not stopping:
                         run.painter.start(cfg)
         if state.step % 500 == 0:
@@ -6124,7 +6128,7 @@ def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
             },
             "versions": versions(),
             "git_commit": git_commit(),
-            "started": now(),
+            "started": timestamp(),
             "run_id": run_id(),
         }
     write_json(path, {**info, **more})
@@ -6148,18 +6152,18 @@ def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Acc
             raise RuntimeError(
                 f"--mix: '{name}' 문서가 한 행({cfg.max_seq_length:,} 토큰)보다 적습니다. 빼거나 더하세요"
             )
-    causal_loss = build_loss(cfg, corpus.tokenizer, accelerator.device)
-    decoder = causal_loss.model
+    loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
+    decoder = loss_module.model
     optimizer = build_optimizer(decoder, cfg)
-    model, optimizer = accelerator.prepare(causal_loss, optimizer)
+    model, optimizer = accelerator.prepare(loss_module, optimizer)
     backend = attention_backend(decoder, cfg, accelerator.device)
-    return Run(cfg, accelerator, corpus, causal_loss, model, optimizer, steps, stop, backend, Saver(stop))
+    return Run(cfg, accelerator, corpus, loss_module, model, optimizer, steps, stop, backend, Saver(stop))
 
 
 def log_start(run: Run) -> None:
     """Say what is about to run."""
     cfg, corpus = run.cfg, run.corpus
-    parameters = sum(weight.numel() for weight in run.decoder.parameters())
+    parameters = sum(weight.numel() for weight in run.model.parameters())
     rows = corpus.rows(cfg.max_seq_length)
     left = cfg.max_epochs * rows * cfg.max_seq_length - run.total_steps * run.step_tokens
     logger.info("🚀 학습 시작!")
@@ -6171,9 +6175,9 @@ def log_start(run: Run) -> None:
         f"모두 {tokens:,} 토큰 ({tokens / (rows * cfg.max_seq_length):.2f} 에포크), "
         f"파라미터당 {tokens / parameters:,.2f} 토큰 (Chinchilla {CHINCHILLA_TOKENS})"
     )
-    targets, vocabulary = cfg.batch_size * cfg.max_seq_length, run.decoder.get_output_embeddings().weight.shape[0]
-    if run.causal_loss.plain_head and loss_rows(targets, vocabulary) < targets:
-        pieces = -(-targets // loss_rows(targets, vocabulary))
+    targets, vocabulary = cfg.batch_size * cfg.max_seq_length, run.model.get_output_embeddings().weight.shape[0]
+    if run.loss_module.plain_head and logit_chunk_size(targets, vocabulary) < targets:
+        pieces = -(-targets // logit_chunk_size(targets, vocabulary))
         logger.info(
             f"   로짓({4 * targets * vocabulary / 2**30:.1f} GiB)이 커서 손실을 {pieces}조각으로 나누어 계산합니다"
         )
@@ -6198,20 +6202,20 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
     if rank == 0:
         cfg = resume_after_restart(cfg)
     lock = claim_output(cfg) if rank == 0 else None
-    if is_first_here():
+    if is_local_main():
         cfg.output_dir.mkdir(parents=True, exist_ok=True)
         write_run_info(cfg, world_size, state="running")
     corpus = prepare_corpus(cfg)
     if node_count() == 1:
-        stop.mark()  # only now: the others wait for the first one's tokenisation, however long
-    if is_first_here() and str(cfg.dataset_path).startswith("hf:"):
+        stop.heartbeat()  # only now: the others wait for the first one's tokenisation, however long
+    if is_local_main() and str(cfg.dataset_path).startswith("hf:"):
         asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
         write_run_info(cfg, world_size, dataset=asked)
     log_report(corpus.report, corpus.path)
     with attention_kernels(cfg):
         accelerator = build_accelerator(cfg)
-        stop.mark()
-        cfg, checkpoint = agree_on_start(cfg, accelerator, corpus.report["fingerprint"])
+        stop.heartbeat()
+        cfg, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
         cfg = find_batch_size(cfg, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg
         run = build_run(cfg, corpus, stop, accelerator)
         KEPT.append(run)
@@ -6229,12 +6233,12 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
         note_speed(run)
         run.painter.finish(cfg, last=True)
     finish_saving(run, state)
-    if is_first_here():
-        write_run_info(cfg, world_size, state=ended, ended=now(), step=state.step)
+    if is_local_main():
+        write_run_info(cfg, world_size, state=ended, ended=timestamp(), step=state.step)
         log_end(cfg, state, ended, done)
     if lock is not None:
         lock.close()
-    if ended == "stopped" and is_first_here() and node_count() > 1 and not stop.agent_is_gone():
+    if ended == "stopped" and is_local_main() and node_count() > 1 and not stop.agent_is_gone():
         end_agent()  # one that heard no signal would wait five minutes for another machine's that did
     return 0
 
@@ -6246,7 +6250,7 @@ def begin_at(run: Run, state: TrainState) -> None:
         cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
         cut_samples(cfg.output_dir / "samples.md", state.step)
         set_aside_later_checkpoints(cfg.output_dir, state.step)
-    if is_first_here():
+    if is_local_main():
         more = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
         write_run_info(cfg, run.accelerator.num_processes, **more)
     if run.is_main:
@@ -6413,9 +6417,9 @@ def main() -> int:
         logger.info("🛑 시작하기 전에 중단했습니다")
         # On several machines it may be a restart after another one's fault: the supervisor knows.
         if rank == 0 and node_count() == 1 and run_info_path(cfg.output_dir).exists():
-            write_run_info(cfg, world_size, state="stopped", ended=now())
+            write_run_info(cfg, world_size, state="stopped", ended=timestamp())
         deadline = time.monotonic() + CLEARING_SECONDS
-        while not is_first_here() and time.monotonic() < deadline and not stop.peer_is_gone():
+        while not is_local_main() and time.monotonic() < deadline and not stop.peer_is_gone():
             time.sleep(0.05)  # the first one, which may be slower, shall find all ranks there, and know it for a stop
         return STOPPED
     except Exception as error:
@@ -6423,7 +6427,7 @@ def main() -> int:
         return report_failure(cfg, error, rank)
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End this process at once, with everything written.
 
     Python's own way out takes the interpreter down under gloo's and NCCL's threads.  One that still
@@ -6502,7 +6506,7 @@ def enter_rank(command: tuple[str, ...], environment: dict[str, str], started: i
         code = main() if refused is None else refused
     except BaseException:
         traceback.print_exc()
-    leave(code)
+    hard_exit(code)
 
 
 def close_sockets() -> None:
@@ -6560,4 +6564,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["internal:torchrun"]:
         run_torchrun(sys.argv[2:])
         sys.exit()
-    leave(main())
+    hard_exit(main())

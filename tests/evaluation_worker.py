@@ -22,4 +22,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    t.leave(0)
+    t.hard_exit(0)

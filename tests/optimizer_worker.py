@@ -45,4 +45,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    t.leave(0)  # as the script does: gloo's threads may outlive the interpreter
+    t.hard_exit(0)  # as the script does: gloo's threads may outlive the interpreter

@@ -37,7 +37,7 @@ class NeverStop:
     def is_set(self) -> bool:
         return self.requested
 
-    def mark(self, step: int | None = None) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         pass
 
     def finish(self) -> None:

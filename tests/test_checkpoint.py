@@ -32,7 +32,7 @@ def test_everything_that_a_run_knows_of_itself_comes_back(trained, tmp_path):
     assert found.evaluation.keys() >= {"val_loss", "val_bits_per_byte", "val_loss_ko"}
     assert found.evaluation_step == 4
     assert len(found.recent_losses) == 4
-    assert all(torch.equal(a, b) for a, b in zip(fresh.decoder.parameters(), run.decoder.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), run.model.parameters(), strict=True))
 
 
 def test_the_tree_is_what_the_documents_promise(trained):
@@ -49,14 +49,14 @@ def test_it_opens_in_transformers_with_every_weight_bit_for_bit(trained):
     model, info = AutoModelForCausalLM.from_pretrained(output / "checkpoint-4", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours, theirs = run.decoder.state_dict(), model.state_dict()
+    ours, theirs = run.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(theirs[name].dtype == torch.float32 and torch.equal(ours[name], theirs[name]) for name in ours)
     tokens = torch.randint(0, 500, (2, 16))
     with torch.no_grad():
-        run.decoder.eval()
-        logits = [item(input_ids=tokens).logits for item in (run.decoder, model)]
-        run.decoder.train()
+        run.model.eval()
+        logits = [item(input_ids=tokens).logits for item in (run.model, model)]
+        run.model.train()
     assert torch.allclose(*logits, atol=1e-5)
 
 
@@ -142,12 +142,12 @@ def test_a_save_that_fails_leaves_what_was_there_and_no_directory_of_its_name(tm
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     (folder / "old").touch()
-    with pytest.raises(OSError, match="full"), t.whole_directory(folder) as temporary:
+    with pytest.raises(OSError, match="full"), t.atomic_dir(folder) as temporary:
         (temporary / "new").touch()
         raise OSError("disk full")
     assert [path.name for path in folder.iterdir()] == ["old"]
     assert t.list_checkpoints(tmp_path) == [folder]
-    with t.whole_directory(folder) as temporary:
+    with t.atomic_dir(folder) as temporary:
         (temporary / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"]
 
@@ -375,7 +375,7 @@ def test_the_buffers_of_a_save_are_allocated_once(tmp_path):
     def watch(run, step, weights, content, info):
         moments = [item for values in content["optimizer"]["state"].values() for item in values.values()]
         seen.append([tensor.data_ptr() for tensor in (*weights.values(), *moments)])
-        live = [weight.data_ptr() for weight in run.decoder.parameters()]
+        live = [weight.data_ptr() for weight in run.model.parameters()]
         assert not set(seen[-1]) & set(live)
         write(run, step, weights, content, info)
 
@@ -405,7 +405,7 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_writt
     assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-4", "checkpoint-8"]
     saved = torch.load(run.cfg.output_dir / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(saved[name], value) for name, value in at_four.items())
-    now = run.decoder.state_dict()
+    now = run.model.state_dict()
     assert not all(torch.equal(saved[name], now[name]) for name in now)
 
 
@@ -478,14 +478,14 @@ def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained
     cfg = t.replace(trained[0].cfg, batch_size=4, gradient_accumulation_steps=6)
     info = {"step": 10, "tokens_seen": 10 * cfg.tokens_per_step(2), "world_size": 2}
     for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
-        changed, note = t.with_same_step_tokens(t.replace(cfg, batch_size=batch_size), world_size, info)
+        changed, note = t.match_global_batch(t.replace(cfg, batch_size=batch_size), world_size, info)
         assert changed.gradient_accumulation_steps == expected
         assert changed.tokens_per_step(world_size) == cfg.tokens_per_step(2)
         assert (note is None) == (expected == 6)
-    assert t.with_same_step_tokens(cfg, 5, info) == (cfg, None)
-    assert t.with_same_step_tokens(t.replace(cfg, batch_size=96), 1, info)[1] is None
+    assert t.match_global_batch(cfg, 5, info) == (cfg, None)
+    assert t.match_global_batch(t.replace(cfg, batch_size=96), 1, info)[1] is None
     monkeypatch.setattr(t.sys, "argv", ["train", "--gradient-accumulation-steps=6"])
-    assert t.with_same_step_tokens(cfg, 1, info) == (cfg, None)
+    assert t.match_global_batch(cfg, 1, info) == (cfg, None)
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):

@@ -273,7 +273,7 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     assert t.plan(argv, 1, False, "").startswith("code=0\n")
     free[0] = 0
     assert "⚠️  디스크 공간이 부족합니다" in t.plan(["--test", "--device=cpu", "--dummy-data", *places], 1, False, "")
-    t.answer_plan(argv, 1, False, "")
+    t.print_launch_plan(argv, 1, False, "")
     assert re.search(r"^missing=\ncode=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
 

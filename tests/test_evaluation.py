@@ -22,7 +22,7 @@ def reference(run: t.Run) -> dict[str, float]:
     for start in range(0, len(stream) - 1, length):
         row = stream[start : start + length + 1]
         with torch.no_grad():
-            logits = run.decoder(input_ids=row[None, :-1], use_cache=False).logits[0]
+            logits = run.model(input_ids=row[None, :-1], use_cache=False).logits[0]
         nll += F.cross_entropy(logits, row[1:], reduction="none").double().tolist()
     names, offsets = corpus.report["languages"], corpus.val_offsets - 1  # targets begin at the second token
     figures = {}
@@ -41,7 +41,7 @@ def test_figures_equal_a_plain_reference(tmp_path):
     assert figures.keys() == expected.keys()
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-5), name
-    assert run.causal_loss.training
+    assert run.loss_module.training
 
 
 def test_the_bytes_are_those_of_the_documents(tmp_path):

@@ -376,16 +376,16 @@ def test_a_rank_is_forked_unless_cuda_forbids_it(broken, fork: bool) -> None:
 def spoiled(steps: str, how: str) -> str:
     """A fault: rank 1's loss is spoiled at some steps (a condition on their number ``n``); all log their state."""
     return f"""
-real_poison, real_step = poison, train_step
+real_poison, real_step = propagate_nonfinite, train_step
 done = [0]
-def poison(loss):
+def propagate_nonfinite(loss):
     n = done[0] + 1
     return real_poison(loss {how} if {steps} and rank_and_world()[0] == 1 else loss)
 def train_step(run, batches, rate):
     stats = real_step(run, batches, rate)
     done[0] += 1
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
-    content = b"".join(value.detach().numpy().tobytes() for value in [*run.decoder.parameters(), *moments])
+    content = b"".join(value.detach().numpy().tobytes() for value in [*run.model.parameters(), *moments])
     with open(run.cfg.logs_dir / f"digests-{{rank_and_world()[0]}}", "a") as stream:
         stream.write(hashlib.sha256(content).hexdigest() + "\\n")
     return stats

@@ -63,7 +63,7 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
     rows = torch.from_numpy(t.evaluation_rows(run.corpus, 32)[0][:8].copy())
     with torch.no_grad():
         expected = F.cross_entropy(made.eval()(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
-        assert run.causal_loss(rows).item() == pytest.approx(expected.item(), abs=1e-5)  # every part of it is kept
+        assert run.loss_module(rows).item() == pytest.approx(expected.item(), abs=1e-5)  # every part of it is kept
 
     assert (run.backend in ("sdpa", "eager")) == (kind in ("qwen3-sliding", "gemma2", "gemma3"))
     before = t.evaluate(run)["val_loss"]
@@ -78,10 +78,10 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = run.decoder.state_dict()
+    ours = run.model.state_dict()
     assert all(torch.equal(ours[name], weight) for name, weight in model.state_dict().items())
     with torch.no_grad():
-        logits = [item.eval()(rows[:, :-1]).logits for item in (run.decoder, model, t.load_model(checkpoint))]
+        logits = [item.eval()(rows[:, :-1]).logits for item in (run.model, model, t.load_model(checkpoint))]
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
     assert torch.allclose(logits[2], logits[1], atol=1e-4)
     again = AutoTokenizer.from_pretrained(checkpoint)
@@ -107,12 +107,12 @@ def test_any_causal_model_that_transformers_makes_is_trained(tmp_path, kind):
     run = tiny_run(tmp_path, "--model-config", str(tmp_path / "config.json"), "--max-steps", "2")
     rows = torch.from_numpy(t.evaluation_rows(run.corpus, 32)[0][:4].copy())
     with torch.no_grad():
-        logits = run.decoder.eval()(rows[:, :-1]).logits
+        logits = run.model.eval()(rows[:, :-1]).logits
         expected = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        assert run.causal_loss(rows).item() == pytest.approx(expected.item(), abs=1e-5)
+        assert run.loss_module(rows).item() == pytest.approx(expected.item(), abs=1e-5)
         changed = rows[:, :-1].clone()
         changed[:, -1] = 5
-        assert torch.allclose(run.decoder(changed).logits[:, :-1], logits[:, :-1], atol=1e-5), "it looks ahead"
+        assert torch.allclose(run.model(changed).logits[:, :-1], logits[:, :-1], atol=1e-5), "it looks ahead"
     assert t.train(run, t.TrainState()) == "finished"
 
 
@@ -123,8 +123,8 @@ def test_the_end_of_text_learns_although_it_was_the_padding(tmp_path, tokenizer)
     tokenizer.save_pretrained(tmp_path / "start")
     run = tiny_run(tmp_path, "--init-from", str(tmp_path / "start"))
     rows = torch.full((1, 33), tokenizer.eos_token_id)
-    run.causal_loss(rows).backward()
-    assert run.decoder.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+    run.loss_module(rows).backward()
+    assert run.model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
 def test_weights_that_the_configuration_does_not_name_are_told(tmp_path, trained, caplog):
@@ -147,7 +147,7 @@ def test_a_file_that_holds_no_weights_is_one_sentence(tmp_path, trained, content
 def test_a_checkpoint_is_a_start_like_any_other(tmp_path, trained):
     checkpoint = trained[2] / "checkpoint-4"
     run = tiny_run(tmp_path, "--init-from", str(checkpoint / "pytorch_model.bin"), "--save-steps", "100")
-    ours, theirs = run.decoder.state_dict(), trained[0].decoder.state_dict()
+    ours, theirs = run.model.state_dict(), trained[0].model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert run.corpus.tokenizer.get_vocab() == trained[0].corpus.tokenizer.get_vocab()
 

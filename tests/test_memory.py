@@ -67,17 +67,17 @@ class LiveTensors(TorchDispatchMode):
 def measured_peak(cfg: t.TrainConfig, world_size: int, real: bool = False) -> tuple[int, int]:
     """Peak of a run's second step and what it leaves behind, in bytes; without ``real`` nothing is computed."""
     with nullcontext() if real else FakeTensorMode(), t.attention_kernels(cfg), LiveTensors() as live:
-        causal_loss = t.CausalLoss(t.build_model(cfg, Words(cfg.vocab_size)))
-        optimizer = t.build_optimizer(causal_loss.model, cfg)
+        loss_module = t.LMWithLoss(t.build_model(cfg, Words(cfg.vocab_size)))
+        optimizer = t.build_optimizer(loss_module.model, cfg)
         rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
         for _ in range(2):
             live.peak = 0
             for _ in range(cfg.gradient_accumulation_steps):
                 with torch.autocast("cpu", torch.bfloat16) if cfg.precision == "bf16" else nullcontext():
-                    loss = causal_loss(rows)
+                    loss = loss_module(rows)
                 loss.backward()
                 del loss
-            torch.nn.utils.clip_grad_norm_(causal_loss.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(loss_module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's buckets are gradients that stay
         return live.peak, live.now
@@ -167,11 +167,11 @@ def test_the_estimate_of_compiled_activations_is_what_the_partitioner_keeps(
     cfg = config(
         tmp_path, "--compile", options, "--vocab-size", "2048", "--max-seq-length", "256", "--batch-size", "16"
     )
-    causal_loss = t.CausalLoss(t.build_model(cfg, Words(2048)))
+    loss_module = t.LMWithLoss(t.build_model(cfg, Words(2048)))
     rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16) if options == "--bf16" else nullcontext():
-        torch.compile(causal_loss, backend=backend, fullgraph=True)(rows)
+        torch.compile(loss_module, backend=backend, fullgraph=True)(rows)
     torch._dynamo.reset()
     parts = t.estimate_memory(cfg, TINY, 1)
     assert parts["활성값"] + parts["반정밀도 사본"] == pytest.approx(kept[0], rel=0.1)
@@ -207,8 +207,8 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("piece", [132, 37], ids=["whole", "in pieces"])
 def test_the_loss_has_the_gradients_of_the_plain_cross_entropy(model, monkeypatch, piece: int) -> None:
-    monkeypatch.setattr(t, "loss_rows", lambda tokens, vocabulary: piece)
-    rows, loss = torch.randint(0, 500, (4, 34)), t.CausalLoss(model)
+    monkeypatch.setattr(t, "logit_chunk_size", lambda tokens, vocabulary: piece)
+    rows, loss = torch.randint(0, 500, (4, 34)), t.LMWithLoss(model)
     plain = loss_and_gradients(model, lambda: plain_loss(model, rows))
     assert difference(loss_and_gradients(model, lambda: loss(rows)), plain) < 2e-6
     assert difference([loss(rows, reduction="none")], [plain_loss(model, rows, reduction="none")]) < 1e-6
@@ -219,12 +219,12 @@ def test_the_loss_has_the_gradients_of_the_plain_cross_entropy(model, monkeypatc
 
 
 def test_the_loss_in_pieces_and_checkpointing_are_one_graph_with_the_same_gradients(model, monkeypatch) -> None:
-    monkeypatch.setattr(t, "loss_rows", lambda tokens, vocabulary: 20)
+    monkeypatch.setattr(t, "logit_chunk_size", lambda tokens, vocabulary: 20)
     rows, again = torch.randint(0, 500, (2, 33)), copy.deepcopy(model)
     plain = loss_and_gradients(model, lambda: plain_loss(model, rows))
     again.gradient_checkpointing_enable({"use_reentrant": False})
     torch._dynamo.reset()
-    compiled = torch.compile(t.CausalLoss(again), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(t.LMWithLoss(again), backend="aot_eager", fullgraph=True)
     assert difference(loss_and_gradients(again, lambda: compiled(rows)), plain) < 2e-6
     torch._dynamo.reset()
 
@@ -237,7 +237,7 @@ def test_more_rows_than_two_gib_of_logits_need_no_more_memory_for_them(tmp_path:
         cfg = config(tmp_path, *options.split())
         peaks.append(measured_peak(cfg, 1)[0] - batch * 512 * 256 * 4 * (4 + 12))  # without what grows with the rows
     assert peaks[1] - peaks[0] < 1.5 * 2**30
-    assert [t.loss_rows(tokens, 65536) for tokens in (8192, 8193, 65536)] == [8192, 2731, 4096]
+    assert [t.logit_chunk_size(tokens, 65536) for tokens in (8192, 8193, 65536)] == [8192, 2731, 4096]
 
 
 def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
         more = {"logits_scaling": 8.0} if kind is GraniteConfig else {}
         model = AutoModelForCausalLM.from_config(kind(**shape, **more, pad_token_id=None))
         model.train()
-        loss = t.CausalLoss(model)
+        loss = t.LMWithLoss(model)
         assert loss.plain_head is plain, kind
         assert model.training
         assert torch.allclose(loss(rows), plain_loss(model, rows), atol=1e-6), kind
@@ -309,12 +309,12 @@ real_set_up = set_up_config
 def set_up_config(argv):
     cfg, notes = real_set_up(argv)
     return replace(cfg, find_batch_size=True), notes
-real_forward = CausalLoss.forward
+real_forward = LMWithLoss.forward
 def limited(self, rows, reduction="mean"):
     if torch.is_grad_enabled() and len(rows) > (16, 5)[rank_and_world()[0]]:  # evaluating needs less
         raise torch.OutOfMemoryError("injected")
     return real_forward(self, rows, reduction)
-CausalLoss.forward = limited
+LMWithLoss.forward = limited
 """
 
 
@@ -346,22 +346,22 @@ def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_
 
 def test_the_search_leaves_no_model_and_no_random_number_behind(tmp_path: Path, monkeypatch) -> None:
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
-    forward = t.CausalLoss.forward
+    forward = t.LMWithLoss.forward
 
-    def limited(self: t.CausalLoss, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    def limited(self: t.LMWithLoss, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         if len(rows) > 2:
             raise torch.OutOfMemoryError
         return forward(self, rows, reduction)
 
-    monkeypatch.setattr(t.CausalLoss, "forward", limited)
-    before = [weight.clone() for weight in run.decoder.parameters()]
+    monkeypatch.setattr(t.LMWithLoss, "forward", limited)
+    before = [weight.clone() for weight in run.model.parameters()]
     there = {id(item) for item in gc.get_objects() if type(item) is torch.nn.Parameter}
     t.set_seed(run.cfg.seed)
     random_state = torch.get_rng_state()
     found = t.find_batch_size(run.cfg, run.corpus.tokenizer, run.accelerator)
     assert (found.batch_size, found.gradient_accumulation_steps) == (2, 2)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(a, b) for a, b in zip(run.decoder.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), before, strict=True))
     left = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter and id(item) not in there]
     assert not [tuple(item.shape) for item in left]
 
@@ -418,7 +418,7 @@ def test_fp8_converts_all_but_the_first_layer_and_the_head_and_leaves_the_weight
 
     model = t.build_model(config(tmp_path), Words())
     before = {name: (weight, weight.dtype) for name, weight in model.state_dict(keep_vars=True).items()}
-    loss = t.CausalLoss(model)
+    loss = t.LMWithLoss(model)
     t.convert_to_fp8(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     kept = {name for name, module in linear.items() if not isinstance(module, Float8Linear)}

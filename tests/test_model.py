@@ -50,7 +50,7 @@ def test_initial_weights_are_scaled_by_depth_and_the_same_for_the_same_seed(tmp_
 
 def test_the_untrained_model_is_as_unsure_as_it_should_be(model):
     rows = torch.randint(0, 500, (4, 33))
-    assert t.CausalLoss(model)(rows).item() == pytest.approx(math.log(512), abs=0.2)
+    assert t.LMWithLoss(model)(rows).item() == pytest.approx(math.log(512), abs=0.2)
 
 
 def test_changing_a_token_changes_no_logit_before_it(model):
@@ -75,7 +75,7 @@ def test_attention_is_the_models_own(model):
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(model):
     rows = torch.randint(0, 500, (2, 17))
-    loss = t.CausalLoss(model)
+    loss = t.LMWithLoss(model)
     with torch.no_grad():
         theirs = model(input_ids=rows, labels=rows, use_cache=False).loss
         assert torch.allclose(loss(rows), theirs, atol=1e-6)
@@ -89,7 +89,7 @@ def test_the_compiled_graph_is_whole_and_carries_no_attention_mask(model):
         graphs.append(graph)
         return graph
 
-    loss = t.CausalLoss(model)
+    loss = t.LMWithLoss(model)
     torch._dynamo.reset()
     torch.compile(loss, backend=keep_graph, fullgraph=True)(torch.randint(0, 500, (2, 33)))
     assert len(graphs) == 1
@@ -102,7 +102,7 @@ def test_the_compiled_graph_is_whole_and_carries_no_attention_mask(model):
 
 
 def test_compiling_leaves_the_names_of_the_weights_alone(model):
-    loss = t.CausalLoss(model)
+    loss = t.LMWithLoss(model)
     names = set(model.state_dict())
     loss.compile(backend="eager")
     assert set(model.state_dict()) == names
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
     for more in ((), ("--gradient-checkpointing",)):
         model = t.build_model(config(tmp_path, *more), Words())
         assert model.is_gradient_checkpointing is bool(more)
-        t.CausalLoss(model)(rows).backward()
+        t.LMWithLoss(model)(rows).backward()
         gradients.append([weight.grad for weight in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
@@ -126,7 +126,7 @@ def test_a_model_configuration_can_be_brought_along(tmp_path):
     model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
     assert model.config.vocab_size == 512  # the tokenizer's, up to a multiple of 128
     assert model.config.num_key_value_heads == 2
-    assert t.CausalLoss(model)(torch.randint(0, 500, (2, 17))).isfinite()
+    assert t.LMWithLoss(model)(torch.randint(0, 500, (2, 17))).isfinite()
 
 
 def test_existing_weights_can_be_trained_on_and_a_larger_vocabulary_is_refused(tmp_path, model):

@@ -69,7 +69,7 @@ def batches(run: t.Run, count: int = 4) -> list[torch.Tensor]:
 
 
 def weights(run: t.Run) -> list[torch.Tensor]:
-    return [weight.detach().clone() for weight in run.decoder.parameters()]
+    return [weight.detach().clone() for weight in run.model.parameters()]
 
 
 def test_a_step_lowers_the_loss_of_its_own_batch(tmp_path):
@@ -88,7 +88,7 @@ def test_a_step_on_a_gpu_counts_until_it_has_ended_there_not_until_it_was_launch
         clock[0] = next(ended)
 
     monkeypatch.setattr(t.torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=wait))
-    reader = t.StatsReader(torch.device("cpu"))
+    reader = t.DelayedStats(torch.device("cpu"))
     reader.pinned = [torch.zeros(4) for _ in range(2)]
     assert reader.push(1, torch.full((4,), 1.0)) is None
     clock[0] = 0.5
@@ -168,7 +168,7 @@ def test_one_graph_serves_every_step_and_one_every_evaluation(tmp_path):
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run.causal_loss.compile(backend=keep_graph)
+    run.loss_module.compile(backend=keep_graph)
     rows = iter(batches(run, 8))
     for step in range(6):
         t.train_step(run, rows, 1e-3 / (step + 1))
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_is_counted(tmp_path, 
     batch = batches(run, 1)[0]
     t.train_step(run, iter([batch]), 1e-3)
     before, state = weights(run), moments(run)
-    changed = [run.decoder.model.norm.weight, run.decoder.model.layers[1].mlp.up_proj.weight]
+    changed = [run.model.model.norm.weight, run.model.model.layers[1].mlp.up_proj.weight]
     hooks = [weight.register_hook(lambda gradient: gradient * float(value)) for weight in changed]
     assert t.train_step(run, iter([batch]), 1e-3)[2].item() == 1
     for hook in hooks:
@@ -263,7 +263,7 @@ def test_a_spike_of_the_loss_is_told_with_its_rows(tmp_path, caplog):
 def test_a_loss_that_is_not_finite_poisons_its_gradients_and_any_other_is_untouched():
     for value in (3.25, float("inf"), float("nan")):
         weight = torch.tensor([2.0, 3.0], requires_grad=True)
-        loss = t.poison(weight.sum() * 0.7 + (value - 3.25))
+        loss = t.propagate_nonfinite(weight.sum() * 0.7 + (value - 3.25))
         loss.backward()
         assert torch.isfinite(loss) == torch.isfinite(weight.grad).all()
         if value == 3.25:
@@ -276,7 +276,7 @@ def test_the_gradient_norm_is_clipped(tmp_path):
     seen = []
     step = run.optimizer.step
     run.optimizer.step = lambda: (
-        seen.append(torch.nn.utils.get_total_norm([weight.grad for weight in run.decoder.parameters()]).item()),
+        seen.append(torch.nn.utils.get_total_norm([weight.grad for weight in run.model.parameters()]).item()),
         step(),
     )
     reported = t.train_step(run, iter(batches(run, 1)), 1e-3)[1].item()
@@ -321,18 +321,18 @@ def reference_optimizers(model: torch.nn.Module, learning_rate: float) -> list[t
 def test_muon_takes_the_steps_of_pytorchs_muon_and_adamw(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "MUON_BATCH", 5 * 256 * 256)  # several batches, not all of them full
     run = tiny_run(tmp_path, "--optimizer", "muon")
-    reference = copy.deepcopy(run.decoder)
+    reference = copy.deepcopy(run.model)
     start, optimizers = weights(run), reference_optimizers(reference, 5e-3)
     generator = torch.Generator().manual_seed(3)
     for group in run.optimizer.param_groups:
         group["lr"] = 5e-3
     for _ in range(5):
-        for ours, theirs in zip(run.decoder.parameters(), reference.parameters(), strict=True):
+        for ours, theirs in zip(run.model.parameters(), reference.parameters(), strict=True):
             ours.grad = torch.randn(ours.shape, generator=generator)
             theirs.grad = ours.grad.clone()
         for optimizer in (run.optimizer, *optimizers):
             optimizer.step()
-    for before, ours, theirs in zip(start, run.decoder.parameters(), reference.parameters(), strict=True):
+    for before, ours, theirs in zip(start, run.model.parameters(), reference.parameters(), strict=True):
         moved = (theirs - before).abs().mean().item()
         assert moved > 1e-3
         assert (ours - theirs).abs().mean().item() < 2e-3 * moved  # bfloat16 has 8 bits
@@ -371,7 +371,7 @@ def test_an_update_by_muon_never_asks_the_device_for_a_value(tmp_path):
             return func(*args, **(kwargs or {}))
 
     run.optimizer.optimizer.found_inf = torch.zeros(())
-    for weight in run.decoder.parameters():
+    for weight in run.model.parameters():
         weight.grad = torch.ones_like(weight)
     with Watch():
         run.optimizer.step()

@@ -497,12 +497,12 @@ def test_unknown_trackers_are_refused(tmp_path, typed, told):
 
 
 def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(trained):
-    decoder, tokenizer = trained.run.decoder, trained.run.corpus.tokenizer
+    decoder, tokenizer = trained.run.model, trained.run.corpus.tokenizer
     before = torch.get_rng_state()
     ticks, ids = [], tokenizer("오늘").input_ids
     streamer = SimpleNamespace(put=ticks.append, end=lambda: None)
     first, again, other = (
-        t.write_on(decoder, ids, dataclasses.replace(trained.run.cfg, seed=seed), 24, streamer).tolist()
+        t.generate_continuation(decoder, ids, dataclasses.replace(trained.run.cfg, seed=seed), 24, streamer).tolist()
         for seed in (1, 1, 2)
     )
     assert first == again != other
@@ -511,7 +511,7 @@ def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(tra
 
 
 def test_completing_with_cached_keys_gives_the_tokens_of_the_whole_prefix(trained):
-    decoder, tokenizer = trained.run.decoder, trained.run.corpus.tokenizer
+    decoder, tokenizer = trained.run.model, trained.run.corpus.tokenizer
     tokens = tokenizer("오늘 아침 서울에서", return_tensors="pt").input_ids
     decoder.eval()
     cached, whole = (
@@ -528,7 +528,7 @@ def test_sampling_changes_nothing_in_training(build, tmp_path):
         t.train(run, t.TrainState())
         run.saver.wait()
         figures.append([line["loss"] for line in read_metrics(tmp_path / interval) if "loss" in line])
-        assert run.causal_loss.training
+        assert run.loss_module.training
     assert figures[0] == figures[1]
 
 
@@ -536,7 +536,7 @@ def test_sampling_compiles_nothing_again(build, tmp_path):
     from torch._dynamo.utils import counters
 
     run = build(tmp_path)
-    run.causal_loss.compile(backend="eager")  # the graphs without the minutes of making kernels of them
+    run.loss_module.compile(backend="eager")  # the graphs without the minutes of making kernels of them
     positions = t.rank_positions(run.cfg, 0, 1, range(4))
     batches = iter(t.make_loader(run.cfg, run.corpus, positions))
     t.train_step(run, batches, 1e-3)
@@ -581,15 +581,15 @@ def test_a_sample_that_can_not_be_made_does_not_end_the_run(build, tmp_path, mon
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no such cache")
 
-    monkeypatch.setattr(run.decoder, "generate", fail)
+    monkeypatch.setattr(run.model, "generate", fail)
     t.generate_samples(run, t.TrainState(step=5))
     assert "샘플을 만들지 못했습니다: RuntimeError: no such cache" in caplog.text
-    assert run.causal_loss.training
+    assert run.loss_module.training
 
 
 def test_a_prompt_without_room_for_an_answer_is_said(build, tmp_path, monkeypatch, caplog):
     run = build(tmp_path, "--prompt", "가나다라마바사" * 50)
-    monkeypatch.setattr(run.decoder, "generate", None)
+    monkeypatch.setattr(run.model, "generate", None)
     t.generate_samples(run, t.TrainState(step=5))
     assert "샘플을 만들지 못했습니다" in caplog.text
     assert "--prompt" in caplog.text

@@ -36,7 +36,7 @@ def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:
 @torch.no_grad()
 def held_out_loss(cfg: t.TrainConfig, corpus: t.Corpus, decoder: torch.nn.Module) -> float:
     """Loss on the end of the stream, which nobody trains on; the same function for every contestant."""
-    loss, rows = t.CausalLoss(decoder), t.PackedRows((corpus.val,), cfg.max_seq_length)
+    loss, rows = t.LMWithLoss(decoder), t.PackedRows((corpus.val,), cfg.max_seq_length)
     device = next(decoder.parameters()).device
     losses = []
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
@@ -81,9 +81,9 @@ class TurnTaking(t.StopFlag):
 
     turns: Turns
 
-    def mark(self, step: int | None = None) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         """Note the progress as in a run; a step that has ended is counted."""
-        super().mark(step)
+        super().heartbeat(step)
         if step is not None:
             self.turns.end_step()
 
@@ -102,7 +102,7 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         gc.collect()
         gc.freeze()
         gc.disable()
-        stop.turns = make_turns(cfg, corpus, run.decoder)
+        stop.turns = make_turns(cfg, corpus, run.model)
         t.train(run, t.TrainState())
 
 
@@ -160,7 +160,7 @@ def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    model = t.CausalLoss(t.build_model(cfg, corpus.tokenizer, device))
+    model = t.LMWithLoss(t.build_model(cfg, corpus.tokenizer, device))
     optimizer = t.build_optimizer(model, cfg)
     parameters = list(model.parameters())
     if cfg.compile:

@@ -53,7 +53,7 @@ class Recorder(transformers.TrainerCallback):
 
     def __init__(self, cfg: ours.TrainConfig, corpus: ours.Corpus, decoder: torch.nn.Module, path: Path):
         self.cfg, self.corpus, self.path = cfg, corpus, path
-        self.causal_loss = ours.CausalLoss(decoder)  # Trainer trains these very weights
+        self.loss_module = ours.LMWithLoss(decoder)  # Trainer trains these very weights
         self.evaluations: dict[int, dict[str, float]] = {}
 
     def write(self, record: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Recorder(transformers.TrainerCallback):
         run = SimpleNamespace(
             cfg=self.cfg,
             corpus=self.corpus,
-            causal_loss=self.causal_loss,
+            loss_module=self.loss_module,
             stop=SimpleNamespace(mark=lambda: None),
             accelerator=SimpleNamespace(
                 num_processes=args.world_size, process_index=args.process_index, device=args.device

@@ -87,7 +87,7 @@ def build(corpus: Path, cache: Path, folder: Path, trial: Trial) -> Any:
         *f"--optimizer {trial.optimizer} --learning-rate {trial.learning_rate}".split(),
     )
     run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
-    t.shrink_residual_projections(run.decoder)  # as a preset's are; --model-config leaves the model's own
+    t.shrink_residual_projections(run.model)  # as a preset's are; --model-config leaves the model's own
     return run
 
 
@@ -128,7 +128,7 @@ def learn(corpus: Path, cache: Path, trial: Trial) -> dict[str, Any]:
                     print(f"{time.strftime('%H:%M:%S')} {trial}, seed {trial.seed}: {curve[-1]}", flush=True)
         run.corpus = whole
         figures = t.evaluate(run)
-    weights = sum(weight.numel() for weight in run.decoder.parameters())
+    weights = sum(weight.numel() for weight in run.model.parameters())
     return {**asdict(trial), **figures, "parameters": weights, "skipped": skipped, "curve": curve}
 
 

@@ -85,7 +85,7 @@ def main() -> None:
         cfg = settings(*SHAPES[name])
         rows = torch.randint(0, cfg.vocab_size, (cfg.batch_size, cfg.max_seq_length + 1))
         sides = []
-        for kind in (PlainLoss, t.CausalLoss):
+        for kind in (PlainLoss, t.LMWithLoss):
             model = t.build_model(cfg, Words(cfg.vocab_size))
             sides.append((kind(model), t.build_optimizer(model, cfg), []))
         for block in range(arguments.blocks + 1):
@@ -96,7 +96,7 @@ def main() -> None:
         plain, ours = (times for _, _, times in sides)
         ratio = [before / after for before, after in zip(plain, ours, strict=True)]
         t.has_plain_head = lambda model: True  # tensors without values can't be looked at
-        sizes = [f"{peak(replace(cfg), kind) / 1e6:,.0f}" for kind in (PlainLoss, t.CausalLoss)]
+        sizes = [f"{peak(replace(cfg), kind) / 1e6:,.0f}" for kind in (PlainLoss, t.LMWithLoss)]
         lines.append([name, median_and_range(plain, 0), median_and_range(ours, 0), median_and_range(ratio), *sizes])
     print(
         table(["model", "before, CPU ms a step", "now, CPU ms a step", "before / now", "before, MB", "now, MB"], lines)

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     trainer = Trainer(options.folder / "save_speed", options.layers, options.tokens)
-    parameters = sum(weight.numel() for weight in trainer.run.decoder.parameters())
+    parameters = sum(weight.numel() for weight in trainer.run.model.parameters())
     trainer.step()
     trainer.save()  # allocates the buffers
     t.report_save(trainer.run, wait=True)
