@@ -320,6 +320,7 @@ def reference_optimizers(model: torch.nn.Module, learning_rate: float) -> list[t
 
 def test_muon_takes_the_steps_of_pytorchs_muon_and_adamw(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "MUON_BATCH", 5 * 256 * 256)  # several batches, not all of them full
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # PyTorch's iterates as precisely then
     run = tiny_run(tmp_path, "--optimizer", "muon")
     reference = copy.deepcopy(run.model)
     start, optimizers = weights(run), reference_optimizers(reference, 5e-3)
@@ -335,7 +336,7 @@ def test_muon_takes_the_steps_of_pytorchs_muon_and_adamw(tmp_path, monkeypatch):
     for before, ours, theirs in zip(start, run.model.parameters(), reference.parameters(), strict=True):
         moved = (theirs - before).abs().mean().item()
         assert moved > 1e-3
-        assert (ours - theirs).abs().mean().item() < 2e-3 * moved  # bfloat16 has 8 bits
+        assert (ours - theirs).abs().mean().item() < 1e-4 * moved
 
 
 def test_muon_leaves_embeddings_head_and_norms_to_adamw(tmp_path):
