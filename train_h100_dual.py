@@ -836,8 +836,8 @@ def resume_checkpoint(cfg: TrainConfig, thorough: bool = False, tell: Callable =
     return path
 
 
-def match_global_batch(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[TrainConfig, str | None]:
-    """Adapt the accumulation so that a step reads as many tokens as it did in the checkpoint of ``info``.
+def match_global_batch(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[int, str | None]:
+    """The accumulation with which a step reads as many tokens as it did in the checkpoint of ``info``.
 
     So other ranks or another batch size give the same global batches.  Returns a Korean line on
     what was changed; without one, nothing was, and ``resume_problems`` tells what doesn't fit.
@@ -846,12 +846,12 @@ def match_global_batch(cfg: TrainConfig, world_size: int, info: dict[str, Any]) 
     steps, rest = divmod(wanted, replace(cfg, gradient_accumulation_steps=1).tokens_per_step(world_size))
     typed = any(word.partition("=")[0] == "--gradient-accumulation-steps" for word in sys.argv)
     if typed or rest or steps in (0, cfg.gradient_accumulation_steps):
-        return cfg, None
+        return cfg.gradient_accumulation_steps, None
     note = (
         f"스텝당 토큰({wanted:,})을 체크포인트와 같게 두려고 기울기 누적을 "
         f"{cfg.gradient_accumulation_steps} → {steps} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
     )
-    return replace(cfg, gradient_accumulation_steps=steps), note
+    return steps, note
 
 
 def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fingerprint: str | None) -> list[str]:
@@ -876,7 +876,8 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
         if str(getattr(cfg, name)) != str(value):
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
-    before, after = info["tokens_seen"] // max(1, info["step"]), cfg.tokens_per_step(world_size)
+    before, steps = info["tokens_seen"] // max(1, info["step"]), match_global_batch(cfg, world_size, info)[0]
+    after = steps * cfg.batch_size * world_size * cfg.max_seq_length
     if before != after and not problems:
         problems.append(
             f"스텝당 토큰이 체크포인트({before:,})와 다릅니다({after:,}). "
@@ -1180,16 +1181,15 @@ def tokenizer_key(cfg: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def total_steps(cfg: TrainConfig, rows: int, world_size: int) -> int:
-    """Optimizer steps of the whole run over a corpus of ``rows`` rows.
+def total_steps(cfg: TrainConfig, rows: int, step_tokens: int) -> int:
+    """Optimizer steps of the whole run over a corpus of ``rows`` rows, with ``step_tokens`` read by all ranks a step.
 
     Whole epochs unless ``max_steps`` says otherwise; what is left of the last epoch and fills no
     global batch is not read.
     """
-    tokens = cfg.tokens_per_step(world_size)
-    steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // tokens
+    steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // step_tokens
     if cfg.max_tokens is not None:
-        steps = min(steps, max(1, cfg.max_tokens // tokens))
+        steps = min(steps, max(1, cfg.max_tokens // step_tokens))
     return steps
 
 
@@ -1326,9 +1326,8 @@ def with_batch_size(cfg: TrainConfig, size: int) -> TrainConfig:
     return replace(cfg, batch_size=size, gradient_accumulation_steps=rows // size)
 
 
-def batch_sizes(cfg: TrainConfig) -> list[int]:
-    """Every batch size with which a step can read the tokens that the options give it."""
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps
+def batch_sizes(rows: int) -> list[int]:
+    """Every batch size with which a rank's step can read this many rows."""
     return [size for size in range(1, rows + 1) if rows % size == 0]
 
 
@@ -1339,7 +1338,7 @@ def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[st
         return sum(estimate_memory(changed, model_shape(changed)[0], world_size).values()) <= memory
 
     def batch_words(changed: TrainConfig) -> str | None:
-        for size in reversed(batch_sizes(cfg)):
+        for size in reversed(batch_sizes(cfg.batch_size * cfg.gradient_accumulation_steps)):
             smaller = with_batch_size(changed, size)
             if size <= cfg.batch_size and fits(smaller):
                 steps = smaller.gradient_accumulation_steps
@@ -1509,7 +1508,6 @@ def planned_resume_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     files = corpus_files(cfg)
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
     info = read_json(checkpoint / "training_info.json")
-    cfg, _ = match_global_batch(cfg, world_size, info)
     return resume_problems(cfg, world_size, info, report.get("fingerprint"))
 
 
@@ -1625,14 +1623,15 @@ def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> s
     checkpoint = planned_checkpoint(cfg)
     if checkpoint is not None:
         info = read_json(checkpoint / "training_info.json")
-        cfg, note = match_global_batch(cfg, world_size, info)
+        accumulation, note = match_global_batch(cfg, world_size, info)
+        cfg = replace(cfg, gradient_accumulation_steps=accumulation)
         notes += [note] if note else []
         done = info["step"]
     files = corpus_files(cfg)
     tokens, exact = estimate_tokens(cfg, files)
     steps = None
     if cfg.max_steps or tokens is not None:
-        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, world_size)
+        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, cfg.tokens_per_step(world_size))
         if exact or cfg.max_steps:
             refuse_too_few_steps(steps, done)
     cfg = replace(cfg, vocab_size=planned_vocab_size(cfg))
@@ -3776,13 +3775,13 @@ class PackedRows:
         return batch
 
 
-def rank_positions(cfg: TrainConfig, rank: int, world_size: int, steps: range) -> Iterator[list[int]]:
+def rank_positions(run: Run | TrainConfig, rank: int, world_size: int, steps: range) -> Iterator[list[int]]:
     """Positions of one rank's micro-batches, from the row where the run stands to its end.
 
     A global step takes the next ``batch_size * world_size * gradient_accumulation_steps`` rows
     whatever the number of ranks; micro-batch m of rank r takes the r-th share of the m-th slice.
     """
-    size, micro_steps = cfg.batch_size, cfg.gradient_accumulation_steps
+    size, micro_steps = run.batch_size, run.gradient_accumulation_steps
     for micro in range(steps.start * micro_steps, steps.stop * micro_steps):
         first = (micro * world_size + rank) * size
         yield list(range(first, first + size))
@@ -4406,20 +4405,20 @@ def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.learning_rate * factor
 
 
-def find_batch_size(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> TrainConfig:
-    """Return the options with the largest batch that every rank's memory holds; the tokens of a step stay.
+def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
+    """The largest batch that every rank's memory holds, of those with which a rank's step reads ``rows`` rows.
 
     Tried on models that are thrown away, so that the run begins as if that size had been typed.
 
     Raises:
         EnvironmentProblem: not even one row fits.
     """
-    sizes = batch_sizes(cfg)
+    sizes = batch_sizes(rows)
     fitting, failing = 0, len(sizes)
-    logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {sizes[-1]}개의 약수: {', '.join(map(str, sizes))})")
+    logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개의 약수: {', '.join(map(str, sizes))})")
     while fitting < failing:
         middle = (fitting + failing) // 2
-        fits = batch_fits(with_batch_size(cfg, sizes[middle]), tokenizer, accelerator)
+        fits = batch_fits(cfg, sizes[middle], tokenizer, accelerator)
         logger.info(f"   • 배치 크기 {sizes[middle]}: {'들어갑니다' if fits else '메모리가 부족합니다'}")
         fitting, failing = (middle + 1, failing) if fits else (fitting, middle)
     set_seed(cfg.seed)
@@ -4428,19 +4427,18 @@ def find_batch_size(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) 
             "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
             "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
         )
-    found = with_batch_size(cfg, sizes[fitting - 1])
-    steps, tokens = found.gradient_accumulation_steps, found.tokens_per_step(accelerator.num_processes)
-    logger.info(f"✅ 배치 크기 {found.batch_size}, 기울기 누적 {steps} (스텝당 {tokens:,} 토큰은 그대로)")
-    return found
+    size, tokens = sizes[fitting - 1], rows * cfg.max_seq_length * accelerator.num_processes
+    logger.info(f"✅ 배치 크기 {size}, 기울기 누적 {rows // size} (스텝당 {tokens:,} 토큰은 그대로)")
+    return size
 
 
-def batch_fits(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> bool:
+def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
     """Whether two steps run on every rank within ``MEMORY_TO_USE`` of its GPU; leaves the memory as it was."""
     fits = torch.ones((), device=accelerator.device)
     if cfg.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
     try:
-        try_steps(cfg, tokenizer, accelerator)
+        try_steps(cfg, size, tokenizer, accelerator)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -4468,12 +4466,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def try_steps(cfg: TrainConfig, tokenizer: Any, accelerator: Accelerator) -> None:
+def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
     """Two steps on a new model with gradients that stay, as DDP's do; no collective, as one rank may fail alone."""
     loss_module = build_loss(cfg, tokenizer, accelerator.device)
     optimizer = build_optimizer(loss_module.model, cfg, alone=True)
     model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-    rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
+    rows = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         model(rows).backward()
         optimizer.step()
@@ -4511,6 +4509,8 @@ class Run:
     loss_module: LMWithLoss  # the model with its loss, as it was built
     ddp_model: nn.Module  # the same, wrapped for training
     optimizer: Any
+    batch_size: int  # rows of a micro-step on each rank: as typed, or what --find-batch-size found
+    gradient_accumulation_steps: int  # as typed, or so that a step reads what it did before a resume
     total_steps: int
     stop: StopFlag
     backend: str  # of attention, as it really runs
@@ -4533,7 +4533,8 @@ class Run:
     @property
     def step_tokens(self) -> int:
         """Tokens of a step over all ranks."""
-        return self.cfg.tokens_per_step(self.accelerator.num_processes)
+        rows = self.batch_size * self.gradient_accumulation_steps * self.accelerator.num_processes
+        return rows * self.cfg.max_seq_length
 
 
 # ======================================================================================
@@ -4704,6 +4705,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
+    batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
     world_size = run.accelerator.num_processes
     rows = run.corpus.rows(run.cfg.max_seq_length)
     return {
@@ -4725,7 +4727,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         "data_fingerprint": run.corpus.report["fingerprint"],
         "tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer),
         "corpus": run.corpus.report,
-        "options": options_of(run.cfg),
+        "options": {**options_of(run.cfg), **batch},
         "attention_backend": run.backend,
         "versions": versions(),
         "git_commit": git_commit(),
@@ -4969,10 +4971,10 @@ def remove_old_checkpoints(cfg: TrainConfig) -> None:
             remove_directory(path / "training_state")
 
 
-def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[TrainConfig, Path | None]:
+def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[int, Path | None]:
     """Let rank 0, which may be the only one to see the checkpoints, decide where every rank starts.
 
-    Returns the options with the accumulation adapted, and the checkpoint.
+    Returns the accumulation, adapted to the ranks, and the checkpoint.
 
     Raises:
         FileNotFoundError: there is no checkpoint to go on from.
@@ -4983,15 +4985,15 @@ def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: s
         checkpoint = resume_checkpoint(cfg, thorough=True, tell=lambda text: logger.warning(f"⚠️  {text}"))
         if checkpoint is not None:
             info = read_json(checkpoint / "training_info.json")
-            cfg, note = match_global_batch(cfg, accelerator.num_processes, info)
+            decided[1], note = match_global_batch(cfg, accelerator.num_processes, info)
             if note:
                 logger.info(f"⚠️  {note}")
-        decided[:2] = [checkpoint and str(checkpoint), cfg.gradient_accumulation_steps]
+        decided[0] = checkpoint and str(checkpoint)
     if dist.is_initialized():
         dist.broadcast_object_list(decided, src=0)
     if decided[2] != fingerprint:
         raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
-    return replace(cfg, gradient_accumulation_steps=decided[1]), decided[0] and Path(decided[0])
+    return decided[1], decided[0] and Path(decided[0])
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
@@ -5017,7 +5019,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
         logger.info(
             f"⚠️  전체 스텝: {info['total_steps']:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다"
         )
-    changed = changed_options(info["options"], options_of(run.cfg))
+    changed = changed_options(info["options"], training_info(run, state)["options"])
     if changed:
         logger.info(f"⚠️  바뀐 옵션: {', '.join(changed)}")
     return state
@@ -5514,7 +5516,7 @@ def evaluate(run: Run) -> dict[str, float]:
     end-of-text tokens, so they compare across tokenizers.
     """
     rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length)
-    size = max(run.cfg.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
+    size = max(run.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
     world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
     names = run.corpus.report["languages"]
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
@@ -5825,17 +5827,17 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     over the ranks: the loss and the gradient norm, each divided by the number of ranks, whether the
     step was skipped, likewise, and the requests to stop.
     """
-    accelerator, cfg = run.accelerator, run.cfg
+    accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
-    for micro_step in range(cfg.gradient_accumulation_steps):
+    for micro_step in range(micro_steps):
         rows = next(batches).to(accelerator.device, non_blocking=True)
-        last = micro_step == cfg.gradient_accumulation_steps - 1
+        last = micro_step == micro_steps - 1
         with nullcontext() if last else accelerator.no_sync(run.ddp_model):
-            loss = propagate_nonfinite(run.ddp_model(rows)) / cfg.gradient_accumulation_steps
+            loss = propagate_nonfinite(run.ddp_model(rows)) / micro_steps
             accelerator.backward(loss)
         total += loss.detach()
         run.stop.heartbeat()
-    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), cfg.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.cfg.max_grad_norm)
     skipped = ~torch.isfinite(grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -5979,7 +5981,7 @@ def train(run: Run, state: TrainState) -> str:
     """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator = run.cfg, run.accelerator
     steps = range(state.step, run.total_steps)
-    positions = rank_positions(cfg, accelerator.process_index, accelerator.num_processes, steps)
+    positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
     reader, log = DelayedStats(accelerator.device), StepLog(run, state)
     profile = start_profile(run, len(steps))
@@ -6136,30 +6138,37 @@ def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
     write_json(path, {**info, **more})
 
 
-def build_run(cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator) -> Run:
-    """Create the model and the optimizer, and wrap them for training.
+def build_run(
+    cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, accumulation: int | None = None
+) -> Run:
+    """Create the model and the optimizer, and wrap them for training; ``accumulation`` is a resume's, if not as typed.
 
     Raises:
+        EnvironmentProblem: --find-batch-size found that no row fits.
         RuntimeError: the corpus is smaller than one global batch, or a stream than one row.
     """
-    world_size = accelerator.num_processes
-    steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), world_size)
+    rows = cfg.batch_size * (accumulation or cfg.gradient_accumulation_steps)
+    step_tokens = rows * accelerator.num_processes * cfg.max_seq_length
+    steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), step_tokens)
     if steps == 0 or corpus.rows(cfg.max_seq_length) == 0:
         raise RuntimeError(
-            f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({cfg.tokens_per_step(world_size):,} 토큰)보다 "
+            f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 "
             "작습니다. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
         )
-    for name, rows in zip(cfg.mix_counts, stream_rows(corpus.streams, cfg.max_seq_length), strict=False):
-        if not rows:
+    for name, count in zip(cfg.mix_counts, stream_rows(corpus.streams, cfg.max_seq_length), strict=False):
+        if not count:
             raise RuntimeError(
                 f"--mix: '{name}' 문서가 한 행({cfg.max_seq_length:,} 토큰)보다 적습니다. 빼거나 더하세요"
             )
+    size = find_batch_size(cfg, rows, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg.batch_size
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
     decoder = loss_module.model
     optimizer = build_optimizer(decoder, cfg)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     backend = attention_backend(decoder, cfg, accelerator.device)
-    return Run(cfg, accelerator, corpus, loss_module, model, optimizer, steps, stop, backend, Saver(stop))
+    return Run(
+        cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver(stop)
+    )
 
 
 def log_start(run: Run) -> None:
@@ -6177,7 +6186,7 @@ def log_start(run: Run) -> None:
         f"모두 {tokens:,} 토큰 ({tokens / (rows * cfg.max_seq_length):.2f} 에포크), "
         f"파라미터당 {tokens / parameters:,.2f} 토큰 (Chinchilla {CHINCHILLA_TOKENS})"
     )
-    targets, vocabulary = cfg.batch_size * cfg.max_seq_length, run.model.get_output_embeddings().weight.shape[0]
+    targets, vocabulary = run.batch_size * cfg.max_seq_length, run.model.get_output_embeddings().weight.shape[0]
     if run.loss_module.plain_head and logit_chunk_size(targets, vocabulary) < targets:
         pieces = -(-targets // logit_chunk_size(targets, vocabulary))
         logger.info(
@@ -6217,9 +6226,8 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
     with attention_kernels(cfg):
         accelerator = build_accelerator(cfg)
         stop.heartbeat()
-        cfg, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
-        cfg = find_batch_size(cfg, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg
-        run = build_run(cfg, corpus, stop, accelerator)
+        accumulation, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
+        run = build_run(cfg, corpus, stop, accelerator, accumulation)
         KEPT.append(run)
         state = load_checkpoint(run, checkpoint) if checkpoint else TrainState()
         stop.defer()
@@ -6373,7 +6381,7 @@ def report_failure(cfg: TrainConfig, error: BaseException, rank: int) -> int:
     """Tell the person in a sentence or a few, keep the traceback, set the run's state; returns the exit code."""
     text, known = describe_error(error)
     if is_out_of_memory(error):
-        used = KEPT[0].cfg if KEPT else cfg  # --find-batch-size may have changed it
+        used = KEPT[0] if KEPT else cfg  # --find-batch-size may have found another
         smaller, known = max(1, used.batch_size // 2), True
         text = f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요"
     logging.getLogger("traceback").error("run failed", exc_info=error)

@@ -459,7 +459,7 @@ def test_what_would_change_the_rows_is_refused_on_resume(trained):
         ({"options": {**info["options"], "max_seq_length": 16}}, 1, "--max-seq-length 16"),
         ({"options": {**info["options"], "optimizer": OTHER_OPTIMIZER}}, 1, f"--optimizer {OTHER_OPTIMIZER}"),
         ({"data_fingerprint": "other"}, 1, "데이터"),
-        ({"tokens_seen": 2 * info["tokens_seen"]}, 1, "스텝당 토큰"),
+        ({"tokens_seen": info["tokens_seen"] // 2}, 1, "스텝당 토큰"),
     ):
         problems = t.resume_problems(run.cfg, world_size, {**info, **change}, known)
         assert len(problems) == 1
@@ -478,14 +478,13 @@ def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained
     cfg = t.replace(trained[0].cfg, batch_size=4, gradient_accumulation_steps=6)
     info = {"step": 10, "tokens_seen": 10 * cfg.tokens_per_step(2), "world_size": 2}
     for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
-        changed, note = t.match_global_batch(t.replace(cfg, batch_size=batch_size), world_size, info)
-        assert changed.gradient_accumulation_steps == expected
-        assert changed.tokens_per_step(world_size) == cfg.tokens_per_step(2)
+        steps, note = t.match_global_batch(t.replace(cfg, batch_size=batch_size), world_size, info)
+        assert steps == expected
         assert (note is None) == (expected == 6)
-    assert t.match_global_batch(cfg, 5, info) == (cfg, None)
+    assert t.match_global_batch(cfg, 5, info) == (6, None)
     assert t.match_global_batch(t.replace(cfg, batch_size=96), 1, info)[1] is None
     monkeypatch.setattr(t.sys, "argv", ["train", "--gradient-accumulation-steps=6"])
-    assert t.match_global_batch(cfg, 1, info) == (cfg, None)
+    assert t.match_global_batch(cfg, 1, info) == (6, None)
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):

@@ -116,9 +116,9 @@ def test_typed_paths_are_the_callers_and_default_paths_the_scripts(tmp_path, mon
 
 def test_steps_are_whole_epochs_unless_told_otherwise(tmp_path):
     cfg = dataclasses.replace(config(tmp_path), max_steps=None, max_epochs=2)
-    assert t.total_steps(cfg, rows=101, world_size=2) == 2 * 101 // 4
-    assert t.total_steps(dataclasses.replace(cfg, max_steps=3), 101, 2) == 3
-    assert t.total_steps(dataclasses.replace(cfg, max_tokens=10 * cfg.tokens_per_step(2)), 101, 2) == 10
+    assert t.total_steps(cfg, rows=101, step_tokens=cfg.tokens_per_step(2)) == 2 * 101 // 4
+    assert t.total_steps(dataclasses.replace(cfg, max_steps=3), 101, 128) == 3
+    assert t.total_steps(dataclasses.replace(cfg, max_tokens=10 * 128), 101, 128) == 10
 
 
 @pytest.mark.parametrize(("value", "shown"), [(1e-4, "1e-4"), (5e-5, "5e-5"), (2.5e-4, "2.5e-4"), (0.1, "0.1")])

@@ -551,7 +551,7 @@ def test_rows_are_slices_of_the_stream_one_apart():
 def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the_end(tmp_path):
     rows, world_size = 101, 2
     cfg = dataclasses.replace(config(tmp_path), max_steps=None, max_epochs=2)
-    steps = range(t.total_steps(cfg, rows, world_size))
+    steps = range(t.total_steps(cfg, rows, cfg.tokens_per_step(world_size)))
     positions = [
         position
         for rank in range(world_size)

@@ -358,8 +358,7 @@ def test_the_search_leaves_no_model_and_no_random_number_behind(tmp_path: Path, 
     there = {id(item) for item in gc.get_objects() if type(item) is torch.nn.Parameter}
     t.set_seed(run.cfg.seed)
     random_state = torch.get_rng_state()
-    found = t.find_batch_size(run.cfg, run.corpus.tokenizer, run.accelerator)
-    assert (found.batch_size, found.gradient_accumulation_steps) == (2, 2)
+    assert t.find_batch_size(run.cfg, 4, run.corpus.tokenizer, run.accelerator) == 2
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), before, strict=True))
     left = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter and id(item) not in there]
@@ -380,14 +379,14 @@ def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeEr
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
     sizes = []
 
-    def fail(cfg: t.TrainConfig, *more: Any) -> None:
-        sizes.append((cfg.batch_size, cfg.gradient_accumulation_steps))
+    def fail(cfg: t.TrainConfig, size: int, *more: Any) -> None:
+        sizes.append(size)
         raise error
 
     monkeypatch.setattr(t, "try_steps", fail)
     with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
-        t.find_batch_size(run.cfg, run.corpus.tokenizer, run.accelerator)
-    assert sizes == [(2, 2), (1, 4)]
+        t.find_batch_size(run.cfg, 4, run.corpus.tokenizer, run.accelerator)
+    assert sizes == [2, 1]
 
 
 # --- FP8 ---

@@ -160,7 +160,7 @@ def main() -> None:
     except (ours.UsageProblem, ours.EnvironmentProblem, FileNotFoundError) as error:
         sys.exit(str(error))
     transformers.utils.logging.set_verbosity_error()
-    steps = ours.total_steps(cfg, corpus.rows(cfg.max_seq_length), world_size)
+    steps = ours.total_steps(cfg, corpus.rows(cfg.max_seq_length), cfg.tokens_per_step(world_size))
     args = training_arguments(cfg, steps)
     decoder = ours.build_model(cfg, corpus.tokenizer)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
