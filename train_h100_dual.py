@@ -11,8 +11,18 @@ torchrun in the background and watches it.  The script also runs by itself::
     # two GPUs
     torchrun --standalone --nproc-per-node 2 train_h100_dual.py --train --dataset-path corpus.jsonl
 
-The file reads in the order in which a run happens: configuration, runtime, data, model and
-optimizer, checkpoints, metrics, evaluation, loop, ``main``.
+The file reads in the order in which a run happens:
+
+    Options                   what can be typed, --help
+    Plan                      what is told or refused before torch is imported: GPUs, files, memory, disk
+    Watching                  --status, --follow, training_curves.png
+    Runtime                   logs, the stop flag, the hang timer, accelerate
+    Data                      readers, tokenizer, token cache, order of rows, loader
+    Model and optimizer       decoder, loss, attention; AdamW, Muon, schedule
+    The run and its state     Run, TrainState; checkpoints
+    Metrics                   step lines, trackers, profile
+    Evaluation                bits per byte, samples, --generate, --evaluate
+    Loop and main             train_step, train, main
 """
 
 from __future__ import annotations
@@ -23,6 +33,7 @@ import sys
 if __name__ == "__main__":  # until the run has a handler, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import difflib
 import errno
 import fcntl
@@ -45,8 +56,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # ======================================================================================
-# Configuration: standard library only, so that --help and a mistyped option are answered
-# within a second by any Python, before anything is installed.
+# Options: standard library only, so that --help and a mistyped option are answered within
+# a second by any Python, before anything is installed.
 # ======================================================================================
 
 SCRIPT_DIR = Path(__file__).resolve().parent
@@ -88,19 +99,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 
-GROUPS = {
-    "run": "실행 모드",
-    "data": "데이터",
-    "output": "출력",
-    "model": "모델",
-    "optimisation": "학습 하이퍼파라미터",
-    "hopper": "H100 최적화",
-    "saving": "저장과 평가",
-    "faults": "장애 대응",
-    "use": "체크포인트 사용",
-    "control": "실행 제어",
-}
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -110,29 +108,19 @@ class Preset:
     hidden: int
     mlp: int
     head: int
-    query: int = 0
-    key: int = 0
+    query: int = 0  # width of all heads' queries
+    key: int = 0  # and of their keys, and of their values
     tied: bool = True  # input and output embeddings are one
-
-    @property
-    def query_width(self) -> int:
-        """Width of all heads' queries."""
-        return self.query or self.hidden
-
-    @property
-    def key_width(self) -> int:
-        """Width of all heads' keys, and of their values."""
-        return self.key or self.query_width
-
-    def parameter_count(self, vocab_size: int) -> int:
-        """Number of parameters."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return vocab_size * self.hidden * (1 if self.tied else 2) + self.matrix_parameters() + norms
 
     def matrix_parameters(self) -> int:
         """Number of parameters in the matrices of the layers."""
-        attention = 2 * self.hidden * (self.query_width + self.key_width)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
+        query = self.query or self.hidden
+        return self.layers * self.hidden * (2 * query + 2 * (self.key or query) + 3 * self.mlp)
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Number of parameters; a tied embedding counts once."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return vocab_size * self.hidden * (1 if self.tied else 2) + self.matrix_parameters() + norms
 
 
 PRESETS = {
@@ -143,6 +131,26 @@ PRESETS = {
     "1.3b": Preset(24, 2048, 5504, 128),
     "3b": Preset(28, 3072, 8192, 128),
 }
+
+
+class Refusal(Exception):
+    """Why a run can't start: ``problems`` holds one Korean sentence each, that says what to type instead."""
+
+    exit_code = ENVIRONMENT_ERROR
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class UsageProblem(Refusal, ValueError):
+    """Options that can't be used."""
+
+    exit_code = USAGE_ERROR
+
+
+class EnvironmentProblem(Refusal, RuntimeError):
+    """Something that this machine or its files lack."""
 
 
 def parse_number(convert: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -192,52 +200,60 @@ def parse_path(text: str) -> Path:
 
 def parse_trackers(text: str) -> str:
     """Return names of trackers without repeats, as ``tensorboard,wandb``; ``none`` stands alone."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        parse_choice(*TRACKERS)(name)
+    names = list(dict.fromkeys(parse_choice(*TRACKERS)(name.strip()) for name in text.split(",")))
     if "none" in names and len(names) > 1:
         raise ValueError("none은 다른 이름과 함께 쓸 수 없습니다")
     return ",".join(names)
 
 
 def parse_mix(text: str) -> str:
-    """Return shares by name, as ``ko=0.7,en=0.3``, in thousandths that sum up to one, sorted by name."""
+    """Return shares by name, as ``en=0.3,ko=0.7``, in whole rows of ``MIX_WINDOW`` that sum up to it."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.rpartition("="))
         if not name or name in shares:
             raise ValueError(f"'{part}' 부분을 읽을 수 없습니다. 이름=비율을 이름마다 한 번 쓰세요 (예: ko=0.7,en=0.3)")
         shares[name] = parse_number(float, 0, 1e6)(number)
-    whole = sum(shares.values()) or 1.0
-    exact = {name: MIX_WINDOW * share / whole for name, share in sorted(shares.items())}
+    total = sum(shares.values()) or 1.0
+    exact = {name: MIX_WINDOW * share / total for name, share in sorted(shares.items())}
     least = min(exact, key=exact.__getitem__)
     if exact[least] < 1 - 1e-9:
         raise ValueError(f"'{least}' 비율이 너무 작습니다 (합계의 {1 / MIX_WINDOW:g} 이상). 빼거나 늘리세요")
-    counts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
-    for name in by_remainder[: MIX_WINDOW - sum(counts.values())]:
-        counts[name] += 1
-    return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in counts.items())
+    by_remainder = sorted(exact, key=lambda name: int(exact[name]) - exact[name])
+    extra = by_remainder[: MIX_WINDOW - sum(map(int, exact.values()))]
+    return ",".join(f"{name}={(int(rows) + (name in extra)) / MIX_WINDOW:g}" for name, rows in exact.items())
 
 
-SITUATIONS = ("base", "test", "cpu", "cpu_test")
+GROUPS = {
+    "run": "실행 모드",
+    "data": "데이터",
+    "output": "출력",
+    "model": "모델",
+    "optimisation": "학습 하이퍼파라미터",
+    "hopper": "H100 최적화",
+    "saving": "저장과 평가",
+    "faults": "장애 대응",
+    "use": "체크포인트 사용",
+    "control": "실행 제어",
+}
+SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
-def option(group: str, metavar: str, parse: Callable[[str], Any], help_text: str, **more: Any) -> Any:
+def option(group: str, metavar: str, parse: Callable[[str], Any] | None, help_text: str, **more: Any) -> Any:
     """Declare one option: its group in ``--help``, its value's name and parser, what it does.
 
     ``default`` is its default.  One that depends on the situation is given by ``base``, ``test``,
     ``cpu`` and ``cpu_test`` instead, the last that applies counting; the field is then None until
     ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare.
     """
+    details = {"group": group, "metavar": metavar, "parse": parse, "help": help_text, "flags": {}, "empty": None}
     adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
-    details = {"group": group, "metavar": metavar, "parse": parse, "help": help_text, "adapt": adapt}
-    return field(default=more.pop("default", None), metadata={**details, **more})
+    return field(default=more.pop("default", None), metadata={**details, "adapt": adapt, **more})
 
 
 def switch(group: str, flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
     """Declare options without a value: ``flags`` maps each to what it stands for and its help text."""
-    return option(group, "", parse_text, "", flags=flags, **more)
+    return option(group, "", None, "", flags=flags, **more)
 
 
 def flag(group: str, name: str, help_text: str, value: bool = True) -> Any:
@@ -270,7 +286,7 @@ class TrainConfig:
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
         "--train": ("train", "실제 학습 모드: 전체 에포크"),
     }, default="test")
-    max_steps: int | None = option("run", "N", positive, "최대 스텝", test=10, base=None)
+    max_steps: int | None = option("run", "N", positive, "최대 스텝", base=None, test=10)
     max_epochs: int = option("run", "N", positive, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("run", "N", positive, "최대 학습 토큰 수")
     max_hours: float | None = option("run", "H", parse_number(float, 0.01),
@@ -318,7 +334,7 @@ class TrainConfig:
     precision: str | None = switch("hopper", {
         "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
         "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
-        "--fp8": ("fp8", "FP8 행렬곱 + BF16 (Hopper 전용, torchao 필요)"),
+        "--fp8": ("fp8", "FP8 행렬곱 + BF16 (실험 기능, Hopper 전용, torchao 필요)"),
         "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
     }, base="bf16", cpu="fp32")
     compile: bool | None = switch("hopper", {
@@ -327,7 +343,7 @@ class TrainConfig:
     }, base=True, cpu=False)
     attention: str = choice("hopper", ATTENTION, "어텐션 커널", default="auto")
     gradient_checkpointing: bool = flag("hopper", "--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
-    find_batch_size: bool = flag("hopper", "--find-batch-size", "GPU 메모리에 들어가는 가장 큰 배치 크기를 찾아 사용")
+    find_batch_size: bool = flag("hopper", "--find-batch-size", "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")
     profile: bool = flag("hopper", "--profile", "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")
     # saving and evaluating
     save_steps: int = option("saving", "N", positive, "모델 저장 간격 (스텝)", default=500)
@@ -366,22 +382,13 @@ class TrainConfig:
 
     @property
     def mix_counts(self) -> dict[str, int]:
-        """Rows of each stream among every ``MIX_WINDOW`` rows; empty without ``--mix``."""
+        """Rows of each name among every ``MIX_WINDOW`` rows; empty without ``--mix``."""
         pairs = (part.rpartition("=") for part in (self.mix or "").split(",") if part)
         return {name: round(float(share) * MIX_WINDOW) for name, _, share in pairs}
 
     def tokens_per_step(self, world_size: int) -> int:
         """Tokens that one optimizer step reads over all ranks."""
-        rows = self.batch_size * self.gradient_accumulation_steps * world_size
-        return rows * self.max_seq_length
-
-
-class UsageProblem(ValueError):
-    """Options that can't be used; ``problems`` holds one Korean sentence each.  Exit code 2."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        return self.batch_size * self.gradient_accumulation_steps * world_size * self.max_seq_length
 
 
 def as_typed(name: str) -> str:
@@ -391,76 +398,63 @@ def as_typed(name: str) -> str:
 
 def option_names() -> dict[str, Any]:
     """Map each option as it is typed to its field."""
-    names = {}
-    for item in fields(TrainConfig):
-        for name in item.metadata.get("flags", {as_typed(item.name): None}):
-            names[name] = item
-    return names
+    return {name: item for item in fields(TrainConfig) for name in item.metadata["flags"] or [as_typed(item.name)]}
 
 
-def nearest_option(name: str, more: list[str]) -> str:
-    """Return a sentence that names the option most like ``name``, or the way to see them all."""
-    close = difflib.get_close_matches(name, [*option_names(), *more], 1, 0.5)
-    return f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
+def default_path(name: str) -> Path:
+    """The default of a path, which is relative to the script and not to the caller."""
+    return Path(os.path.abspath(SCRIPT_DIR / getattr(TrainConfig, name)))
 
 
-def parse_args(argv: list[str]) -> TrainConfig:
+def parse_args(argv: Iterable[str]) -> TrainConfig:
     """Read the command line.
+
+    argparse only splits it into options and texts; it would stop at the first mistake, in English.
 
     Raises:
         UsageProblem: an option is unknown, lacks its value, or its value can't be used; all the
             problems are collected, so that they can be mended in one go.
     """
-    names, values, problems = option_names(), {}, []
-    launcher_options = os.environ.get("LAUNCHER_OPTIONS", "").split()
-    rest = list(argv)
-    while rest:
-        name, equals, text = rest.pop(0).partition("=")
-        item = names.get(name)
-        if item is None:
-            kind = "옵션" if name.startswith("-") else "인자"
-            problems.append(f"알 수 없는 {kind}: {name} ({nearest_option(name, launcher_options)})")
-            if rest and not rest[0].startswith("--"):
-                rest.pop(0)  # most likely its value: one mistake, one line
-            continue
-        if "flags" in item.metadata:
-            if equals:
-                problems.append(f"{name}: 값을 받지 않는 옵션입니다. {name} 만 쓰세요")
-            values[item.name] = item.metadata["flags"][name][0]
-            continue
-        if not equals:
-            if rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            elif "empty" in item.metadata:
-                text = item.metadata["empty"]
-            else:
-                problems.append(f"{name}: 값이 없습니다. 예: {name} {example_value(item)}")
-                continue
-        try:
-            values[item.name] = item.metadata["parse"](text)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
+    names, words, problems, values = option_names(), [], [], {}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, item in names.items():
+        kind = {"action": "store_const", "const": name} if item.metadata["flags"] else {"nargs": "?"}
+        parser.add_argument(name, dest=item.name, **kind)
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        is_switch = bool(equals and name in names and names[name].metadata["flags"])
+        if is_switch:
+            problems.append(f"{name}: 값을 받지 않는 옵션입니다. {name} 만 쓰세요")
+        words.append(name if is_switch else word)
+    typed, unknown = parser.parse_known_args(words)
+    known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
+    for word, before in zip(unknown, ["", *unknown], strict=False):
+        if before.startswith("-") and not word.startswith("-"):
+            continue  # most likely its value: one mistake, one line
+        kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
+        close = difflib.get_close_matches(name, known, 1, 0.5)
+        problems.append(
+            f"알 수 없는 {kind}: {name} ({f'가장 가까운 옵션: {close[0]}' if close else '전체 옵션: --help'})"
+        )
+    for item in (item for item in fields(TrainConfig) if item.name in typed):
+        text, details = getattr(typed, item.name), item.metadata
+        if details["flags"]:
+            values[item.name] = details["flags"][text][0]
+        elif text is None and details["empty"] is None:
+            example = item.default if item.default is not None else details["adapt"].get("base")
+            example = details["metavar"] if example is None else format_value(example)
+            problems.append(f"{as_typed(item.name)}: 값이 없습니다. 예: {as_typed(item.name)} {example}")
+        else:
+            try:
+                values[item.name] = details["parse"](details["empty"] if text is None else text)
+            except ValueError as error:
+                problems.append(f"{as_typed(item.name)}: {error}")
     if problems:
         raise UsageProblem(problems)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h100_dual"
-    paths = {name: getattr(TrainConfig, name) for name in ("dataset_path", "output_dir", "logs_dir")}
-    absolute = {name: Path(os.path.abspath(SCRIPT_DIR / path)) for name, path in {**paths, "cache_dir": cache}.items()}
-    return TrainConfig(**{**absolute, **values})  # what nobody typed is relative to the script, not to the caller
-
-
-def example_value(item: Any) -> str:
-    """A value that could be typed for an option: its default, or its metavar."""
-    value = item.default if item.default is not None else item.metadata["adapt"].get("base")
-    return item.metadata["metavar"] if value is None else format_value(value)
-
-
-ADAPTED_NAMES = {
-    "model_size": "모델 {}",
-    "vocab_size": "어휘 {:,}",
-    "max_seq_length": "길이 {}",
-    "precision": "{}",
-    "compile": "컴파일 없음",
-}
+    for name in ("dataset_path", "output_dir", "logs_dir"):
+        values.setdefault(name, default_path(name))
+    values.setdefault("cache_dir", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h100_dual")
+    return TrainConfig(**values)
 
 
 def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
@@ -468,59 +462,51 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
 
     Returns the complete configuration and one Korean line for what was adapted to the CPU.
     """
-    situations = ["base"]
-    situations += ["test"] if cfg.is_test else []
-    situations += ["cpu"] if device == "cpu" else []
-    situations += ["cpu_test"] if device == "cpu" and cfg.is_test else []
+    on_cpu = device == "cpu"
+    applies = {"base": True, "test": cfg.is_test, "cpu": on_cpu, "cpu_test": on_cpu and cfg.is_test}
+    brought = {"model_size": cfg.model_config or cfg.init_from, "vocab_size": cfg.tokenizer or cfg.init_from}
     chosen, adapted = {"device": device}, []
     for item in fields(TrainConfig):
-        adapt = item.metadata["adapt"]
+        adapt = [name for name in SITUATIONS if name in item.metadata["adapt"] and applies[name]]
         if not adapt or getattr(cfg, item.name) is not None:
             continue
-        situation = next(name for name in reversed(situations) if name in adapt)
-        chosen[item.name] = adapt[situation]
-        if situation.startswith("cpu") and item.name in ADAPTED_NAMES:
-            adapted.append(item.name)
-    if cfg.model_config or cfg.init_from:
-        adapted = [name for name in adapted if name != "model_size"]
-    if cfg.tokenizer or cfg.init_from:
-        adapted = [name for name in adapted if name != "vocab_size"]
-    words = ", ".join(text.format(chosen[name]) for name, text in ADAPTED_NAMES.items() if name in adapted)
-    notes = [f"CPU에 맞춰 바꾼 설정: {words}"] if words else []
-    return replace(cfg, **chosen), notes
+        chosen[item.name] = value = item.metadata["adapt"][adapt[-1]]
+        if adapt[-1].startswith("cpu") and not brought.get(item.name):
+            switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
+            adapted += switches or [f"{as_typed(item.name)} {value}"]
+    return replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
 
 
 def validate_config(cfg: TrainConfig) -> list[str]:
-    """Return one Korean sentence for each combination of options that can't be meant."""
-    nearest, used = round((cfg.vocab_size or 0) / 128) * 128, "--generate" if cfg.generate else "--evaluate"
-    dummy = cfg.dummy_data and cfg.dataset_path != parse_args([]).dataset_path
-    unprompted, nothing = cfg.generate and not cfg.prompt, cfg.evaluate and uses_dummy_data(cfg)
-    halves_only = cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash", "flash3")
-    refused = {
-        "--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요": cfg.resume and cfg.is_test,
-        "--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.model_config and cfg.init_from,
-        f"--vocab-size {cfg.vocab_size}: 128의 배수여야 합니다. 가장 가까운 값: {nearest}": cfg.vocab_size != nearest,
-        "--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요": dummy,
-        "--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요": cfg.generate and cfg.evaluate,
-        f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요": cfg.uses_checkpoint and not cfg.is_test,
-        f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"': unprompted,
-        f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE": nothing,
-        f"--attention {cfg.attention}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요": halves_only,
-    }
-    return [text for text, wrong in refused.items() if wrong]
-
-
-def cpu_problems(cfg: TrainConfig) -> list[str]:
-    """Return one Korean sentence for each option that a CPU can't do; accelerate would silently run fp32."""
-    if cfg.device != "cpu":
-        return []
-    no_kernel = cfg.attention not in ("auto", "flash", "math")
-    refused = {
-        f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요": cfg.precision in ("fp16", "fp8"),
-        "--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요": cfg.find_batch_size,
-        f"--attention {cfg.attention}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요": no_kernel,
-    }
-    return [text for text, wrong in refused.items() if wrong]
+    """Return one Korean sentence for each option of a complete configuration that can't be meant, or not here."""
+    problems, kernel = [], f"--attention {cfg.attention}"
+    nearest, used = round(cfg.vocab_size / 128) * 128, "--generate" if cfg.generate else "--evaluate"
+    if cfg.resume and cfg.is_test:
+        problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
+    if cfg.model_config and cfg.init_from:
+        problems.append("--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요")
+    if cfg.vocab_size != nearest and not (cfg.tokenizer or cfg.init_from):
+        problems.append(f"--vocab-size {cfg.vocab_size}: 128의 배수여야 합니다. 가장 가까운 값: {nearest}")
+    if cfg.dummy_data and cfg.dataset_path != default_path("dataset_path"):
+        problems.append("--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요")
+    if cfg.generate and cfg.evaluate:
+        problems.append("--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요")
+    if cfg.uses_checkpoint and not cfg.is_test:
+        problems.append(f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요")
+    if cfg.generate and not cfg.prompt:
+        problems.append(f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"')
+    if cfg.evaluate and uses_dummy_data(cfg):
+        problems.append(f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE")
+    if cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash"):
+        problems.append(f"{kernel}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
+    if cfg.device == "cpu":  # where accelerate would silently run fp32
+        if cfg.precision in ("fp16", "fp8"):
+            problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
+        if cfg.find_batch_size:
+            problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
+        if cfg.attention not in ("auto", "flash", "math"):
+            problems.append(f"{kernel}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
+    return problems
 
 
 def format_value(value: Any) -> str:
@@ -531,6 +517,35 @@ def format_value(value: Any) -> str:
         mantissa, exponent = f"{value:.6e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def format_duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds as 3일 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    days, minutes = divmod(minutes, 24 * 60)
+    return (f"{days:,}일 " if days else "") + f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def help_text() -> str:
+    """The options of the script by group, with defaults; the launcher adds its own."""
+    lines = []
+    for group, title in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for item in (item for item in fields(TrainConfig) if item.metadata["group"] == group):
+            rows = [(name, text) for name, (_, text) in item.metadata["flags"].items()]
+            if not rows:
+                values = {"base": item.default} if item.default is not None else item.metadata["adapt"]
+                known = {name: value for name, value in values.items() if value is not None}
+                notes = ", ".join(f"{SITUATIONS[name]}: {format_value(value)}" for name, value in known.items())
+                text = item.metadata["help"] + (f" ({notes})" if notes else "")
+                rows = [(f"{as_typed(item.name)} {item.metadata['metavar']}", text)]
+            for left, text in rows:
+                lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
+    lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
+    for name, preset in PRESETS.items():
+        shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 {preset.head}"
+        lines.append(f"  {name:<6}{preset.parameter_count(65536) / 1e6:>8,.1f}M  ({shape})")
+    return "\n".join(lines[1:])
 
 
 def display_width(text: str) -> int:
@@ -562,53 +577,7 @@ def wrap_width(text: str, columns: int) -> list[str]:
     return [*lines, line.rstrip()] if line else lines
 
 
-def format_duration(seconds: float) -> str:
-    """Days, hours, minutes and seconds as 3일 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    days, minutes = divmod(minutes, 24 * 60)
-    return (f"{days:,}일 " if days else "") + f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def help_text() -> str:
-    """The options of the script by group, with defaults; the launcher adds its own."""
-    lines = []
-    for group, title in GROUPS.items():
-        lines += ["", f"{title}:"]
-        for item in (item for item in fields(TrainConfig) if item.metadata["group"] == group):
-            for name, (_, text) in item.metadata.get("flags", {}).items():
-                lines.append(help_line(name, text))
-            if "flags" not in item.metadata:
-                name = as_typed(item.name)
-                lines.append(help_line(f"{name} {item.metadata['metavar']}", item.metadata["help"], item))
-    lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
-    for name, preset in PRESETS.items():
-        shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 {preset.head}"
-        lines.append(f"  {name:<6}{preset.parameter_count(65536) / 1e6:>8,.1f}M  ({shape})")
-    return "\n".join(lines[1:])
-
-
-def help_line(left: str, text: str, item: Any = None) -> str:
-    """One option of ``--help``: its name, what it does, its default."""
-    if item is not None:
-        default = item.default if item.default is not None else item.metadata["adapt"].get("base")
-        shown = [] if default is None else [f"기본: {format_value(default)}"]
-        names = {"test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
-        adapt = item.metadata["adapt"]
-        shown += [f"{names[key]}: {format_value(adapt[key])}" for key in names if key in adapt]
-        text += f" ({', '.join(shown)})" if shown else ""
-    gap = 34 - display_width("  " + left)
-    return f"  {left}{' ' * gap}{text}" if gap > 0 else f"  {left}\n{' ' * 34}{text}"
-
-
 # --- the plan of a run: what can be told, and refused, before anything heavy is imported ---
-
-
-class EnvironmentProblem(RuntimeError):
-    """Something that this machine or its files lack; one Korean sentence each.  Exit code 1."""
-
-    def __init__(self, problems: list[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True)
@@ -681,7 +650,7 @@ def list_data_files(path: Path) -> list[Path]:
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
     return cfg.dummy_data or (
-        cfg.is_test and cfg.dataset_path == parse_args([]).dataset_path and not cfg.dataset_path.exists()
+        cfg.is_test and cfg.dataset_path == default_path("dataset_path") and not cfg.dataset_path.exists()
     )
 
 
@@ -1060,7 +1029,7 @@ def check_use(cfg: TrainConfig) -> None:
         UsageProblem: the options can't be meant.
         EnvironmentProblem: there is no checkpoint, or no data, at the path.
     """
-    problems = validate_config(resolve_config(cfg, "cpu")[0])
+    problems = validate_config(resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0])
     if problems:
         raise UsageProblem(problems)
     path = checkpoint_dir(os.path.abspath(Path(cfg.generate or cfg.evaluate).expanduser()))
@@ -1266,14 +1235,14 @@ def layer_bytes(cfg: TrainConfig, shape: Preset) -> tuple[int, int]:
     attention keeps a matrix of scores.  Counted in what autograd saved (``tests/test_memory.py``).
     """
     half = 4 if cfg.precision == "fp32" else 2
-    attention = 2 * shape.query_width + 2 * shape.key_width
+    attention = 2 * (shape.query or shape.hidden) + 2 * (shape.key or shape.query or shape.hidden)
     if cfg.compile:
         kept = 8 * shape.hidden + half * (2 * shape.hidden + attention + 3 * shape.mlp)
     else:
         copies = 2 if half == 4 else 5
         kept = 16 * shape.hidden + half * (copies * shape.hidden + attention + 4 * shape.mlp)
     if cfg.attention == "math":
-        kept += (4 + (half == 2)) * cfg.max_seq_length * shape.query_width // shape.head
+        kept += (4 + (half == 2)) * cfg.max_seq_length * (shape.query or shape.hidden) // shape.head
     return kept, 8 * shape.hidden + half * shape.mlp
 
 
@@ -1567,16 +1536,16 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int, first_node: str) -> Launch
         UsageProblem: the options can't be used together.
         EnvironmentProblem: with all that is lacking.
     """
-    typed_device, interface, lacking = cfg.device, "", []
+    interface, lacking = "", []
     gpus = [] if cfg.device == "cpu" else query_gpus()
     try:
         device, processes, notes = plan_device(cfg, gpus, num_gpus)
     except EnvironmentProblem as error:  # go on as if the GPUs were there, to tell what else is lacking
         device, processes, notes, lacking = "cuda", num_gpus, [], error.problems
     cfg, adapted = resolve_config(cfg, device)
-    wrong, lacking = validate_config(cfg), lacking + cpu_problems(cfg)
-    if wrong or (lacking and typed_device == "cpu"):
-        raise UsageProblem(wrong + lacking)
+    wrong = validate_config(cfg)
+    if wrong:
+        raise UsageProblem(wrong)
     if node_count() > 1:
         try:
             interface = node_interface(first_node)
@@ -6054,7 +6023,7 @@ def set_up_config(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     """
     cfg = parse_args(argv)
     cfg, notes = resolve_config(cfg, detect_device(cfg))
-    problems = validate_config(cfg) + cpu_problems(cfg)
+    problems = validate_config(cfg)
     if problems:
         raise UsageProblem(problems)
     problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
@@ -6336,7 +6305,7 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     quiet_libraries()
     device, typed_length = detect_device(cfg), cfg.max_seq_length
     cfg = replace(resolve_config(cfg, device)[0], max_seq_length=typed_length)
-    problems = cpu_problems(cfg)
+    problems = validate_config(cfg)
     if problems:
         raise UsageProblem(problems)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)

@@ -210,7 +210,7 @@ def test_a_broken_nvidia_smi_is_said(place: Place, with_gpus: Callable[..., None
 
 
 def test_fp16_is_refused_where_the_gpu_is_missing(place: Place) -> None:
-    assert_refused(place.run("--fp16"), place, 1, "--fp16", "--fp32")
+    assert_refused(place.run("--fp16"), place, 2, "--fp16", "--fp32")
 
 
 def test_fp16_with_device_cpu_is_a_mistake(place: Place) -> None:
