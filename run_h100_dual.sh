@@ -16,7 +16,6 @@ readonly TRAIN_SCRIPT="$SCRIPT_DIR/train_h100_dual.py"
 readonly VENV_DIR="$SCRIPT_DIR/.venv"
 readonly FIRST_LOG_WAIT=60 # seconds to wait for the run's first line
 readonly FIRST_LOG_SHOW=5  # seconds of it to show
-readonly NODES_WAIT=600    # seconds to wait for the other machines
 readonly OWN_OPTIONS="--num-gpus --foreground --dry-run --help --nnodes --node-rank --rdzv-endpoint --status --json --follow --stop --notify --python --no-install"
 
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
@@ -290,21 +289,21 @@ check_environment() {
 }
 
 build_command() {
-  local rendezvous=(--standalone)
+  local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
   if ((nnodes > 1)); then
     # torchrun numbers the machines in the alphabetical order of their names; only the first one's is an address too.
     local name=${rdzv_endpoint%:*}
     ((node_rank == 0)) || printf -v name '%s~%03d' "$name" "$node_rank"
     rendezvous=(
       --nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$rdzv_endpoint" --rdzv-id h100_dual
-      --rdzv-conf "is_host=$((node_rank == 0)),join_timeout=$NODES_WAIT" --local-addr "$name"
+      --rdzv-conf "is_host=$((node_rank == 0))" --local-addr "$name"
     )
   fi
   command=(
     env "OMP_NUM_THREADS=${plan[threads]}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400 # a save may take as long as it takes
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead workers' addresses: restarts would hang on them
-    "$python" "$TRAIN_SCRIPT" internal:torchrun "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400 # a save may take as long as it takes, also where all processes are signalled
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead ranks' addresses: restarts would hang on them
+    "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
     --max-restarts "${plan[max_restarts]}" --signals-to-handle "SIGTERM,SIGINT,SIGQUIT" # and not SIGHUP
     "$TRAIN_SCRIPT" "${script_args[@]}"
   )
@@ -314,9 +313,6 @@ build_command() {
   if [[ ${plan[device]} == cpu ]]; then
     # Threads that wait for each other by spinning leave no core to the loader and the writer of checkpoints.
     command=(env "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}" "${command[@]:1}")
-  fi
-  if [[ -n ${plan[interface]} ]]; then
-    command=(env "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${plan[interface]}}" "${command[@]:1}")
   fi
 }
 
@@ -333,10 +329,6 @@ pid_is_ours() { # pid_is_ours PID: the living supervisor of these logs, which ha
   [[ $1 =~ ^[0-9]+$ && /proc/$1/fd/9 -ef $logs_lock ]]
 }
 
-runs_elsewhere() { # whether another machine that shares these logs holds their lock
-  [[ -e $pid_file && -e $logs_lock ]] && ! flock -n "$logs_lock" true
-}
-
 read_pid() { # read_pid PID_FILE
   local pid=""
   [[ -r $1 ]] && read -r pid <"$1"
@@ -344,33 +336,24 @@ read_pid() { # read_pid PID_FILE
 }
 
 acquire_lock() {
-  # Held on descriptors 8 and 9 by the launcher and its supervisor, so a kill -9 can't leave them behind.
-  # Looked at first, so that a refused start makes no directory.
+  # Held on descriptor 9 by the launcher, its supervisor and torchrun, so a kill -9 can't leave it behind; rank 0
+  # holds the output's.  Looked at first, so that a refused start makes no directory.
   [[ ! -e $logs_lock ]] || flock -n "$logs_lock" true || refuse_second_run
-  [[ ! -e $output_lock ]] || flock -n "$output_lock" true || refuse_shared_output "$output_lock"
+  [[ ! -e $output_lock ]] || flock -n "$output_lock" true ||
+    die "이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID $(read_pid "$output_lock")): ${plan[output_dir]} (다른 --output-dir 를 주세요)"
   mkdir -p "${plan[logs_dir]}" "${plan[output_dir]}" 2>/dev/null ||
     die "디렉토리를 만들지 못했습니다: ${plan[logs_dir]}, ${plan[output_dir]} (다른 --logs-dir, --output-dir 를 주세요)"
-  exec 8>>"$output_lock" 9>>"$logs_lock"
+  exec 9>>"$logs_lock"
   flock -n 9 || refuse_second_run
-  flock -n 8 || refuse_shared_output "$output_lock"
-}
-
-holder_of() { # holder_of LOCK DESCRIPTOR PID_FILE: the PID of who holds a lock, which may be about to write it down
-  local pid tries
-  for ((tries = 0; tries < 20; tries++)); do
-    pid=$(read_pid "$3")
-    [[ ! /proc/${pid:-0}/fd/$2 -ef $1 ]] || break
-    sleep 0.1
-  done
-  printf '%s' "${pid:-?}"
 }
 
 refuse_second_run() {
-  die "이미 실행 중인 학습이 있습니다 (PID $(holder_of "$logs_lock" 9 "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
-}
-
-refuse_shared_output() { # refuse_shared_output LOCK
-  die "이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID $(holder_of "$1" 8 "$1")): ${plan[output_dir]} (다른 --output-dir 를 주세요)"
+  local tries
+  for ((tries = 0; tries < 20; tries++)); do # whoever holds the lock may be about to write its PID
+    ! pid_is_ours "$(read_pid "$pid_file")" || break
+    sleep 0.1
+  done
+  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
 }
 
 rotate_console_log() {
@@ -380,45 +363,38 @@ rotate_console_log() {
   mv "$console_log" "$console_log.$number"
 }
 
-supervise() { # supervise: runs the command to its end; the PID in the file is this shell's
-  local child="" signals=0 state code=0 outcome=failed reason logged
+supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
+  local agent ranks="" signals=0 code=0 outcome=finished state logged guard=() pause
   RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
   export RUN_ID
-  trap 'signals=$((signals + 1)); pass_signal "$child" "$signals"' TERM INT
+  trap 'signals=$((signals + 1)); hear_signal' TERM INT
   trap '' HUP
   printf '%s\n' "$$" >"$pid_file"
-  printf '%s\n' "$$" >"$output_lock"
   # What torchrun itself says goes to the detail log; the run's own state file says how it ended.
-  # A session of its own keeps the terminal's Ctrl-C away from it: it gets one signal, from here.
-  # Should this shell be killed, torchrun hears it as a request to stop.
-  local guard=()
+  # A session of its own keeps the terminal's Ctrl-C away from it; should this shell be killed, it hears of it.
   logged=$(stat -c %s "$detail_log" 2>/dev/null || printf 0)
   if command -v setpriv >/dev/null; then guard=(setpriv --pdeathsig TERM --); fi
-  setsid "${guard[@]}" "${command[@]}" 2>>"$detail_log" </dev/null 8>&- 9>&- &
-  child=$!
-  ((signals == 0)) || kill -TERM "$child" 2>/dev/null || true
-  while kill -0 "$child" 2>/dev/null; do
-    code=0
-    wait "$child" 2>/dev/null || code=$? # not bash's own word of a killed child
+  setsid "${guard[@]}" "${command[@]}" 2>>"$detail_log" </dev/null &
+  agent=$!
+  exec {pause}<> <(:)
+  # A killed torchrun leaves ranks that save before they go: rank 0 holds the output's lock so long.
+  while kill -0 "$agent" 2>/dev/null || { [[ $(read_pid "$output_lock") == "$$" ]] && ! flock -n "$output_lock" true; }; do
+    # Again and again: one that is being started may not hear the first, and a repeated one changes nothing.
+    ((signals != 1)) || signal_ranks TERM
+    read -rt 0.5 -u "$pause" || true # a sleep without a process
   done
+  wait "$agent" 2>/dev/null || code=$?
+  ((code == 0)) || outcome=failed
   ((signals == 0)) || outcome=stopped
-  reason="프로세스가 비정상 종료했습니다 (코드 $code)"
-  if ((nnodes > 1)) && grep -q 'Rendezvous[A-Za-z]*Error' < <(tail -c "+$((logged + 1))" "$detail_log"); then
-    reason="다른 머신과 연결하지 못했거나 연결이 끊겼습니다. 그 머신의 로그와 --rdzv-endpoint 를 확인하세요"
-  fi
-  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$reason")
-  ((code == 0 || signals)) || [[ $state != finished ]] || state=failed
+  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log" "$logged") ||
+    state=failed
   if [[ $state == failed ]]; then
-    if [[ $reason == 다른* ]] && ! grep -q '^❌' "$console_log"; then # no word of the run itself
-      log "❌ $reason"
-    elif [[ ! -s $console_log ]]; then # nor of torchrun's rendezvous
-      tail -n 15 "$detail_log"
-    fi
+    [[ -s $console_log ]] || tail -n 15 "$detail_log"
     log "❌ 학습이 실패로 끝났습니다 (코드 $code). 자세한 내용: $detail_log"
   fi
   rm -f "$pid_file"
   if [[ -n $notify ]]; then
-    bash -c "$notify \"\$@\"" notify "$state" 8>&- 9>&- || warn "--notify 명령이 실패했습니다: $notify"
+    bash -c "$notify \"\$@\"" notify "$state" 9>&- || warn "--notify 명령이 실패했습니다: $notify"
   fi
   case $state in
     finished) return 0 ;;
@@ -427,16 +403,25 @@ supervise() { # supervise: runs the command to its end; the PID in the file is t
   esac
 }
 
-pass_signal() { # pass_signal CHILD COUNT: the first asks torchrun to stop, the second ends everything
-  local worker
-  if (($2 == 1)); then
-    log "🛑 중단 요청: 현재 스텝을 마치고 저장합니다 (한 번 더 보내면 즉시 끝납니다)"
-    [[ -z $1 ]] || kill -TERM "$1" 2>/dev/null || true
-    return 0 # in a trap a bare return gives the status from before it, and set -e would end this shell
-  fi
-  for worker in $(cat "/proc/$1/task/$1/children" 2>/dev/null) "$1"; do
-    kill -KILL "$worker" 2>/dev/null || true
+signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun itself only while it has none
+  local children pid
+  children=$(cat "/proc/$agent/task"/*/children 2>/dev/null) || true
+  ranks=${children:-$ranks}
+  for pid in ${ranks:-$agent}; do
+    # By the run's name in its environment: the number may be another process's by now.
+    ! grep -qsz "^RUN_ID=$RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
   done
+}
+
+hear_signal() { # the first asks the ranks to save and leave, the second ends everything
+  if ((signals == 1)); then
+    log "🛑 중단 요청: 현재 스텝을 마치고 저장합니다 (한 번 더 보내면 즉시 끝납니다)"
+    signal_ranks TERM
+    "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" || true
+  else
+    signal_ranks KILL
+    kill -KILL "$agent" 2>/dev/null || true
+  fi
 }
 
 start_foreground() {
@@ -444,7 +429,7 @@ start_foreground() {
   local tee_pid code=0
   exec > >(
     trap '' HUP
-    exec tee -i -a "$console_log" 8>&- 9>&-
+    exec tee -i -a "$console_log" 9>&-
   )
   tee_pid=$!
   supervise || code=$?
@@ -457,7 +442,7 @@ show_foreground() {
   # On a terminal the run writes to the log alone, and a process beside it shows the log with a progress bar.
   local follower code=0
   : >>"$console_log"
-  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 8>&- 9>&- &
+  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 9>&- &
   follower=$!
   exec >>"$console_log" 2>&1
   supervise || code=$?
@@ -477,7 +462,7 @@ start_background() {
   setsid nohup "$BASH" "$SCRIPT_PATH" internal:supervise "${plan[output_dir]}" "${plan[logs_dir]}" "$notify" "$python" \
     "${plan[processes]}" "${command[@]}" >>"$console_log" 2>&1 </dev/null &
   pid=$!
-  exec 8>&- 9>&-
+  exec 9>&-
   log "✅ 백그라운드 학습 시작됨!"
   log "🔢 프로세스 ID: $pid"
   log "📄 PID 파일: $(shown_path "$pid_file")"
@@ -548,7 +533,6 @@ start_run() {
     return
   fi
   set_log_paths
-  wait_for_machines
   acquire_lock
   rotate_console_log
   log "🎯 학습 시작!"
@@ -557,19 +541,6 @@ start_run() {
   else
     start_background
   fi
-}
-
-wait_for_machines() { # the first one waits in torchrun for the others; these wait here for the first one
-  ((nnodes > 1)) || return 0
-  log "⏳ 다른 머신을 기다립니다 (0번: $rdzv_endpoint, 최대 $((NODES_WAIT / 60))분)"
-  ((node_rank > 0)) || return 0
-  local deadline=$((SECONDS + NODES_WAIT))
-  # shellcheck disable=SC2016 # for the other bash
-  until timeout 5 bash -c 'exec 3<>"/dev/tcp/$1/$2"' probe "${rdzv_endpoint%:*}" "${rdzv_endpoint##*:}" 2>/dev/null; do
-    ((SECONDS < deadline)) ||
-      die "0번 머신이 응답하지 않습니다: $rdzv_endpoint (거기서 --node-rank 0 으로 시작했는지, 방화벽이 막지 않는지 확인하세요)"
-    sleep 1
-  done
 }
 
 use_checkpoint() { # --generate and --evaluate: one process in the foreground, without the lock and files of a run
@@ -590,44 +561,24 @@ set_log_paths() {
   console_log="${plan[logs_dir]}/training_console${node}.log"
   pid_file="${plan[logs_dir]}/training${node}.pid"
   logs_lock="${plan[logs_dir]}/.training${node}.lock"
-  output_lock="${plan[output_dir]}/.launcher${node}.lock"
+  output_lock="${plan[output_dir]}/.lock"
   detail_log="${plan[logs_dir]}/training_detail_rank_$((node_rank * ${plan[processes]:-1})).log"
 }
 
-find_run() { # where the run is that --status and --stop speak of
+find_run() { # where the run is that --status, --follow and --stop speak of; on another machine --node-rank names it
   local line
   while IFS= read -r line; do
     plan[${line%%=*}]=${line#*=}
   done < <("$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" || printf 'failed=%s\n' "$?")
   [[ -z ${plan[failed]-} ]] || exit "${plan[failed]}"
-  find_node
-  export GROUP_RANK=$node_rank
-}
-
-find_node() { # whose part of a run is meant here: the named machine's, else that of what runs, else of what ran
-  local known=$node_rank file
-  node_rank=${known:-0}
-  set_log_paths
-  if [[ -n $known ]] || pid_is_ours "$(read_pid "$pid_file")"; then
-    return
-  fi
-  for file in "${plan[logs_dir]}"/training_node_*.pid; do
-    [[ $file =~ _([0-9]+)\.pid$ ]] || continue
-    node_rank=${BASH_REMATCH[1]}
-    set_log_paths
-    ! pid_is_ours "$(read_pid "$file")" || return 0
-  done
-  node_rank=0
-  for file in "${plan[output_dir]}"/run_info_node_*.json; do
-    [[ -e ${plan[output_dir]}/run_info.json || ! $file =~ _([0-9]+)\.json$ ]] || node_rank=${BASH_REMATCH[1]}
-  done
+  export GROUP_RANK=${node_rank:=0}
   set_log_paths
 }
 
 status_run() {
   local alive=false code=3
   find_run
-  if pid_is_ours "$(read_pid "$pid_file")" || runs_elsewhere; then
+  if pid_is_ours "$(read_pid "$pid_file")"; then
     alive=true code=0
   elif [[ -e $pid_file ]]; then
     code=1
@@ -652,7 +603,6 @@ stop_run() {
   find_run
   pid=$(read_pid "$pid_file")
   if ! pid_is_ours "$pid"; then
-    ! runs_elsewhere || die "다른 머신에서 실행 중입니다 (PID $pid). 그 머신에서 --stop 을 실행하세요"
     log "실행 중인 학습이 없습니다"
     exit 3
   fi

@@ -34,8 +34,10 @@ if __name__ == "__main__":  # until the run has a handler, Ctrl-C ends it withou
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import ctypes
 import difflib
 import errno
+import faulthandler
 import fcntl
 import gc
 import hashlib
@@ -48,6 +50,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -924,14 +927,6 @@ def node_count() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def run_info_path(output_dir: Path) -> Path:
-    """Where it stands how a run goes on this machine; the first machine's file speaks for the whole run.
-
-    Machines may share the directory or not, so each one's file has a name of its own.
-    """
-    return output_dir / (f"run_info_node_{node_rank()}.json" if node_rank() else "run_info.json")
-
-
 def log_path(logs_dir: Path, name: str) -> Path:
     """One of the launcher's files on this machine, which the other machines' may lie beside."""
     stem, _, ending = name.partition(".")
@@ -956,7 +951,7 @@ def run_is_alive(output_dir: Path, patience: float = 0.0) -> bool:
     return False
 
 
-# --- restarts by torchrun: what a worker's successor has to know before anything heavy is imported ---
+# --- a run's state, and its restarts by torchrun ---
 
 
 def run_id() -> str | None:
@@ -964,62 +959,132 @@ def run_id() -> str | None:
     return os.environ.get("RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def is_restart(info: dict[str, Any]) -> bool:
-    """Whether the run that ``info`` (its ``run_info.json``) speaks of is this one, so that its workers died."""
-    known = "RUN_ID" in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return known and "TORCHELASTIC_RUN_ID" in os.environ and info.get("run_id") == run_id()
+def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
+    """Change ``run_info.json``: ranks that fail at the same moment and the supervisor take turns.
 
-
-def restarts_left() -> int:
-    """How often torchrun will still start the workers again."""
-    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
-    most, used = (int(os.environ.get(name, "0")) for name in names)
-    return most - used
-
-
-def end_agent() -> None:
-    """Ask torchrun to end, and don't hear it when it asks us."""
-    with suppress(ValueError):  # not in the main thread: the watchdog's process leaves anyway
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.kill(os.getppid(), signal.SIGTERM)
-
-
-def give_up() -> int:
-    """Exit code of a worker whose run has failed; the first of several machines takes the others' agents along."""
-    if node_count() > 1 and node_rank() == 0:
-        end_agent()
-    return ENVIRONMENT_ERROR
-
-
-def check_restart(cfg: TrainConfig) -> int | None:
-    """Decide, in a worker that torchrun started again, whether to go on; returns an exit code if not.
-
-    torchrun would repeat every fault.  One whose cause is known has set the state to failed, and one
-    that comes again before the run got beyond it (the host may be a step ahead) would come each time.
+    With ``if_state`` only if the run is in that state; returns whether anything was written.
     """
-    path = run_info_path(cfg.output_dir)
-    info = read_json(path)
-    if not is_restart(info):
-        return None
-    if info["state"] != "running":
-        return give_up() if info["state"] == "failed" else 0
-    if os.environ.get("RANK") != "0":
-        return None
-    step, failed_at = int(read_text(cfg.output_dir / ".progress") or 0), info.get("restarts", [])
-    if failed_at and step <= failed_at[-1] + 1:
-        text = f"같은 곳(스텝 {step:,})에서 학습 프로세스가 두 번 잇따라 죽어 더 다시 시작하지 않습니다"
-        write_json(path, {**info, "state": "failed", "error": text, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        print(f"❌ {text}. 자세한 내용: {display_path(cfg.logs_dir)}/training_detail_rank_*.log", flush=True)
-        return give_up()
-    write_json(path, {**info, "restarts": [*failed_at, step]})
-    return None
+    path = output_dir / "run_info.json"
+    with open(output_dir / ".run_info.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        info = read_json(path)
+        if if_state is not None and info.get("state") != if_state:
+            return False
+        write_json(path, {**info, **changes})
+    return True
+
+
+def is_restart(info: dict[str, Any]) -> bool:
+    """Whether torchrun started this worker anew in the run that ``info``, a ``run_info.json``, speaks of."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id") == run_id()
 
 
 def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
-    """Go on from the run's own newest checkpoint, once its loop has begun; before that, as it was asked to."""
+    """In a restarted worker go on from what this run wrote; before its first checkpoint, as it was asked to.
+
+    A run that has failed for a known reason, or was asked to stop, is not repeated: SystemExit with 0, which
+    torchrun takes for the end.
+    """
     info = read_json(cfg.output_dir / "run_info.json")
-    begun = is_restart(info) and "first_step" in info
-    return replace(cfg, resume="auto") if begun and find_latest_checkpoint(cfg.output_dir, thorough=True) else cfg
+    if not is_restart(info):
+        return cfg
+    if info["state"] != "running" or "stop_requested" in info:
+        sys.exit()
+    return replace(cfg, resume="auto") if "first_step" in info and list_checkpoints(cfg.output_dir) else cfg
+
+
+def note_stop_request(output_dir: Path) -> None:
+    """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
+    if read_json(output_dir / "run_info.json").get("run_id") == run_id():
+        update_run_info(output_dir, stop_requested=timestamp())
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of processes as torchrun announces them, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_local_main() -> bool:
+    """Whether this is its machine's first process, which speaks there."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class StopFlag:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
+
+    However often a signal comes it sets the flag and nothing else: Slurm, systemd and a reboot send SIGTERM to every
+    process at once, and torchrun passes its own on.  Until ``defer`` there is nothing to save, so a signal ends the
+    process at once with 0, which torchrun doesn't repeat.  That is done by a thread, as the main thread, in which
+    Python's handlers run, may wait in a collective for a rank that has left already.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.deferred = False
+        self.deadline = math.inf  # of --max-hours, on the monotonic clock
+        self.limit: float | None = None  # seconds without a heartbeat that are a hang
+        self.log: Any = None
+        self.armed = -math.inf
+        ready, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+        threading.Thread(target=self.end_early, args=(ready,), daemon=True, name="stop").start()
+        follow_agent()
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Signal handler."""
+        self.requested = True
+
+    def end_early(self, signals: int) -> None:
+        """The thread: end this process at the first signal that comes before ``defer``."""
+        while os.read(signals, 1) and not self.deferred:
+            if is_local_main() and "RUN_ID" not in os.environ:  # else the supervisor says it
+                print("🛑 시작하기 전에 중단했습니다", flush=True)
+            os._exit(0)
+
+    def defer(self) -> None:
+        """From now on a signal only sets the flag."""
+        self.deferred = True
+        if self.requested:  # it came while the thread slept
+            os._exit(0)
+
+    def is_set(self) -> bool:
+        """Whether to stop after this step: a signal asked, or the time of ``--max-hours`` is up."""
+        return self.requested or time.monotonic() > self.deadline
+
+    def arm(self, minutes: float, log: Any) -> None:
+        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``.
+
+        faulthandler's own timer does it, which needs no thread of Python's and no GIL.
+        """
+        self.limit, self.log, self.armed = 60 * minutes, log, -math.inf
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Say that this rank goes on."""
+        now = time.monotonic()
+        if self.limit is not None and now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms
+            faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
+            self.armed = now
+
+    def finish(self) -> None:
+        """This rank waits for no other any more: what is left takes as long as it takes."""
+        self.limit = None
+        faulthandler.cancel_dump_traceback_later()
+
+
+def follow_agent() -> None:
+    """Under torchrun let the kernel send us SIGTERM when it dies, so that no orphan holds a GPU."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # a shell may well go away
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    name = os.environ.get("RUN_ID")
+    with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        if name is None or f"RUN_ID={name}".encode() in environment:
+            return
+    os._exit(0)  # torchrun was gone before we asked
 
 
 def check_use(cfg: TrainConfig) -> None:
@@ -1805,7 +1870,7 @@ def seconds_left(records: list[dict[str, Any]], step: int | None, total_steps: i
 
 def this_runs_info(output_dir: Path, pid: str | None) -> dict[str, Any]:
     """``run_info.json``; empty if it is an earlier run's while the one of the supervisor ``pid`` hasn't got there."""
-    info = read_json(run_info_path(output_dir))
+    info = read_json(output_dir / "run_info.json")
     return info if pid is None or str(info.get("run_id")).partition("-")[0] == pid else {}
 
 
@@ -1834,7 +1899,7 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
     latest = list_checkpoints(cfg.output_dir)
     figures = ("loss", "val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")
     figures += ("tokens_per_second", "mfu", "memory_gb")
-    total, restarts = info.get("total_steps"), info.get("restarts", [])
+    total = info.get("total_steps")
     return {
         "state": state,
         "pid": int(pid) if pid else None,
@@ -1847,7 +1912,7 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
         "gpu_problem": gpu_problem,
         "last_checkpoint": str(latest[-1]) if latest else None,
-        "warnings": {name: len(restarts) if name == "restarts" else info.get(name, 0) for name in WARNING_NAMES},
+        "warnings": {name: info.get(name, 0) for name in WARNING_NAMES},
         "error": info.get("error"),
     }
 
@@ -2012,15 +2077,16 @@ class LogFollower:
     def trained(self) -> tuple[int, int]:
         """The last step and the steps of the whole run; both 0 before training."""
         output = self.cfg.output_dir
-        info, step = this_runs_info(output, self.pid), read_text(output / ".progress").strip()
-        if info.get("state") != "running" or "first_step" not in info or not step:
+        info = this_runs_info(output, self.pid)
+        if info.get("state") != "running" or "first_step" not in info:
             return 0, 0
         with suppress(FileNotFoundError):
             found = (output / "metrics.jsonl").stat()
             if self.metrics_stamp != (found.st_mtime_ns, found.st_size):
                 self.metrics_stamp = found.st_mtime_ns, found.st_size
                 self.records = recent_metrics(output)
-        return int(step), info["total_steps"]
+        step = next((record["step"] for record in reversed(self.records) if "loss" in record), info["first_step"])
+        return step, info["total_steps"]
 
 
 STOP_HEARD = "🛑 중단 요청: ".encode()  # the launcher's line at the first signal, in this run's own log
@@ -2062,7 +2128,7 @@ def follow_run(cfg: TrainConfig, pid: str, how: str) -> int:
     except BrokenPipeError:  # whoever read this has seen enough, as in --follow | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return EXIT_CODES.get(str(read_json(run_info_path(cfg.output_dir)).get("state")), ENVIRONMENT_ERROR)
+    return EXIT_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
 
 
 def draw_curves(output_dir: Path) -> int:
@@ -2076,7 +2142,7 @@ def draw_curves(output_dir: Path) -> int:
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    info = read_json(run_info_path(output_dir))
+    info = read_json(output_dir / "run_info.json")
     figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
     model = info.get("options", {}).get("model_size") or "model"
     figure.suptitle(f"{model}, step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
@@ -2161,28 +2227,34 @@ def plot_speed(panel: Any, records: list[dict[str, Any]]) -> None:
         panel.set_title("Speed (MFU is not known here)")
 
 
-def finalize_state(output_dir: Path, outcome: str, reason: str) -> int:
-    """Set the state of a run whose workers could not; print the state."""
-    info = read_json(run_info_path(output_dir))
-    if info.get("run_id") != run_id():
-        info = {}  # an earlier run's: this one ended before it wrote its own
-    if info.get("state") == "running":
-        info.update(state=outcome, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, offset: str) -> None:
+    """Set the state of a run whose ranks could not, as they were killed or had no time; print the state.
+
+    ``outcome`` is what the supervisor knows: finished, stopped or failed with torchrun's exit ``code``;
+    ``offset`` is where this run begins in the detail log.
+    """
+    info = read_json(output_dir / "run_info.json")
+    if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
+        print(outcome)
+        return
+    with suppress(OSError), open(detail_log, "rb") as log:
+        log.seek(int(offset))
+        hung = b"\nTimeout (" in b"\n" + log.read()
+    error = f"프로세스가 비정상 종료했습니다 (코드 {code})"
+    if hung:
+        error = f"{info['options']['hang_timeout']:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
+    ended = {"state": outcome, "ended": timestamp(), **({"error": error} if outcome == "failed" else {})}
+    if info["state"] == "running" or (info["state"] == "stopped" and outcome == "failed"):  # nobody had asked
+        update_run_info(output_dir, **ended)
+        info |= ended
         if outcome == "failed":
-            info["error"] = reason
-        write_json(run_info_path(output_dir), info)
-    print(info.get("state", outcome))
-
-
-# With it torch looks for GPUs without touching their driver, which a fork would break.
-NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+            print(f"❌ {error}", file=sys.stderr)
+    print(info["state"])
 
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda gpus, background, host, *argv: print_launch_plan(
-        argv, int(gpus), background == "true", host
-    ),
+    "internal:plan": lambda gpus, back, host, *argv: print_launch_plan(argv, int(gpus), back == "true", host),
     "internal:packages": lambda: print(f"missing={' '.join(missing_packages())}"),
     "internal:torch": lambda gpus, *argv: check_torch(gpus != "0", argv),
     "internal:use": lambda *argv: check_use(parse_args(argv)),
@@ -2190,46 +2262,42 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:status": lambda alive, json, *argv: print_status(parse_args(argv), alive == "true", json == "true"),
     "internal:curves": lambda folder: draw_curves(Path(folder)),
     "internal:follow": lambda pid, how, *argv: follow_run(parse_args(argv), pid, how),
-    "internal:finalize": lambda folder, outcome, reason: finalize_state(Path(folder), outcome, reason),
+    "internal:stopping": lambda folder: note_stop_request(Path(folder)),
+    "internal:finalize": lambda folder, outcome, code, log, at: finalize_state(
+        Path(folder), outcome, code, Path(log), at
+    ),
 }
 
 
-def standalone_main(argv: list[str]) -> int | None:
-    """Answer what needs no package: ``--help``, wrong options, and the launcher's questions.
+def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
+    """Answer what needs no package: ``--help``, wrong options, the launcher's questions, a restart that must not be.
 
-    Returns an exit code, or None when a run is to start.
+    Returns the options, and the stop flag where a rank is to run; raises SystemExit where all is done.
     """
     try:
         if "--help" in argv or "-h" in argv:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads it may have seen enough
             print(help_text())
-            return 0
-        if argv[:1] == ["internal:torchrun"]:
-            os.environ.setdefault(NVML_CHECK, "1")
-            return None
+            sys.exit()
         if argv and argv[0] in INTERNAL:
-            return INTERNAL[argv[0]](*argv[1:]) or 0
+            sys.exit(INTERNAL[argv[0]](*argv[1:]))
         cfg = parse_args(argv)
         if cfg.uses_checkpoint:
             for number in (signal.SIGINT, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)  # nothing is lost, so nothing is caught
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin lose far more beside other work
             check_use(cfg)
-            return None
-        return check_restart(cfg)
+            return cfg, None
+        return resume_after_restart(cfg), StopFlag()
     except (UsageProblem, EnvironmentProblem) as error:
-        for problem in error.problems:
-            print(f"❌ {problem}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
+        print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR)
 
 
 if __name__ == "__main__":
-    exit_code = standalone_main(sys.argv[1:])
-    if exit_code is not None:
-        sys.exit(exit_code)
+    typed_config, stop_flag = standalone_main(sys.argv[1:])
     gc.disable()  # importing makes much and frees nothing: the collector would take a fifth of the time
 
-import faulthandler
 import gzip
 import io
 import itertools
@@ -2237,9 +2305,6 @@ import logging
 import multiprocessing
 import pickle
 import random
-import select
-import threading
-import traceback
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -2288,9 +2353,6 @@ MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for
 MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
 MOST_BAD_LINES_KEPT = 100_000
 MOST_NAMES_SHOWN = 20
-CLEARING_SECONDS = 5  # that a rank has to leave by itself, asked to before its first step
-LOST_NODE_SECONDS = 300  # without a step, after which a stop can't be meant any more
-MOST_MINUTES_APART = 7 * 24 * 60  # that one machine may be ready before another
 BATCHES_AHEAD = 4  # that each thread of the loader reads before the step asks
 TRACKER_PROJECT = "h100_dual"
 DRAWING_INTERVAL = 30.0  # seconds between two drawings of the curves at least
@@ -2299,243 +2361,11 @@ DRAWING_SECONDS = 60.0  # that one may take
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")
 SAMPLE_TOKENS = 64
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
-# The run, until the process is gone.  DDP takes gloo's group down with it and waits, with the GIL, for its threads;
-# one that still lets go of the last collective's tensors waits for the GIL.
-KEPT: list[Any] = []
-
 logger = logging.getLogger("h100_dual")
 
 # ======================================================================================
 # Runtime: logs, signals, the accelerator
 # ======================================================================================
-
-
-def agent_pid() -> int | None:
-    """The torchrun that started this process; None without one, -1 if it died while this one was imported.
-
-    Under torchrun a new parent means that the agent died; a shell may well go away.  The launcher's
-    agent has this run's name in its environment, and whoever takes over its orphans has not.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    parent, name = os.getppid(), os.environ.get("RUN_ID")
-    if name is None:
-        return parent
-    with suppress(OSError):  # it ended just now
-        if f"RUN_ID={name}".encode() in Path(f"/proc/{parent}/environ").read_bytes().split(b"\0"):
-            return parent
-    return -1
-
-
-def is_running(pid: str) -> bool:
-    """Whether a process exists and hasn't ended; one that nobody has waited for yet has."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
-
-
-def count_children(pid: int) -> int:
-    """How many running children the threads of a process have; 0 if it is gone.
-
-    torchrun waits for its workers in turn, so a rank that died is a zombie for as long as an earlier one lives.
-    """
-    count = 0
-    with suppress(OSError):  # a thread, or the process, ended meanwhile
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-            count += sum(map(is_running, children))
-    return count
-
-
-class StopRequested(BaseException):
-    """A signal asked to end before the first step; not an Exception, so that nothing swallows it."""
-
-
-class RankLost(StopRequested):
-    """It came when another rank was gone already: nobody need have asked to stop."""
-
-
-class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and knows how far it is.
-
-    Until ``defer`` is called there is nothing worth saving, so a signal ends the run at once.
-    Outside the launcher a second signal ends it at once too.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.deferred = False
-        self.watched = False  # by a Watchdog
-        self.saving = False  # a checkpoint is being written, beside training or at its end
-        self.finishing = False  # this rank has left the loop: the others may be gone
-        self.stepped = False
-        self.progressed: float | None = None  # when, on the monotonic clock; None where no limit holds
-        self.progress_file: int | None = None
-        self.deadline = math.inf  # of --max-hours, on the monotonic clock
-        self.parent = agent_pid()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: Any) -> None:
-        """Signal handler: set the flag, or leave."""
-        lost = number == signal.SIGTERM and self.peer_is_gone()
-        if not self.deferred:
-            raise RankLost if lost else StopRequested
-        if lost:  # nobody asked to stop: the agent ends what is left
-            if not self.watched:
-                os._exit(ENVIRONMENT_ERROR)
-            return  # the watchdog does, and keeps the stacks
-        if self.requested:
-            os._exit(STOPPED)
-        self.requested = True
-
-    @staticmethod
-    def deafen() -> None:
-        """From now on a signal does nothing: this rank is leaving."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-    def defer(self) -> None:
-        """From now on a signal only sets the flag."""
-        self.deferred = True
-
-    def is_set(self) -> bool:
-        """Whether to stop after this step: a signal asked, time is up, or the agent that started us is gone."""
-        return self.requested or time.monotonic() > self.deadline or self.agent_is_gone()
-
-    def agent_is_gone(self) -> bool:
-        """Whether the torchrun that started us died."""
-        return self.parent not in (None, os.getppid())
-
-    def peer_is_gone(self) -> bool:
-        """Whether a rank of this machine died while the agent lives: it has fewer children than it started.
-
-        An agent that is being killed hands its children from thread to thread before they get a new
-        parent: what is missing only for a moment is no rank that died.
-        """
-        if self.parent is None or self.finishing:
-            return False
-        for pause in (0, 0.2):
-            time.sleep(pause)
-            children = count_children(self.parent)
-            if self.agent_is_gone() or children >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-                return False
-        return True
-
-    def keep_progress(self, path: Path, step: int) -> None:
-        """Note the step in a file from now on: what a run that is started again knows of the fault's place."""
-        self.progress_file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.pwrite(self.progress_file, b"%12d" % step, 0)
-
-    def finish(self) -> None:
-        """This rank waits for no other any more: what is left takes as long as it takes."""
-        self.finishing = True
-        self.progressed = None
-
-    def heartbeat(self, step: int | None = None) -> None:
-        """Say that this rank goes on; ``step`` is one that has just ended."""
-        if self.finishing:
-            return
-        self.progressed = time.monotonic()
-        if step is not None:
-            self.stepped = True
-            if self.progress_file is not None:
-                os.pwrite(self.progress_file, b"%12d" % step, 0)
-
-
-class Watchdog(threading.Thread):
-    """Ends this rank when it makes no progress, when a rank beside it died, and when its agent did.
-
-    A thread, so that it works while the main thread waits in a collective.  Should something keep
-    the GIL, faulthandler's timer, which is set anew every second, ends the process instead.
-    """
-
-    def __init__(self, cfg: TrainConfig, stop: StopFlag, rank: int):
-        super().__init__(daemon=True, name="watchdog")
-        self.cfg, self.stop, self.rank = cfg, stop, rank
-        stop.watched = True
-        self.detail = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
-        # Python's handlers run in the main thread, which may be stuck: a signal also writes its number here.
-        self.signals, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-
-    def limit(self) -> float:
-        """Seconds without progress that are too long; the first step may have to compile."""
-        return 60 * (self.cfg.hang_timeout + (COMPILE_MINUTES if self.cfg.compile and not self.stop.stepped else 0))
-
-    def run(self) -> None:
-        """Look once a second."""
-        terminated, asked = False, 0.0
-        while True:
-            if select.select([self.signals], [], [], 1)[0] and signal.SIGTERM in os.read(self.signals, 64):
-                asked = asked if terminated else time.monotonic()
-                terminated = True
-            idle = 0.0
-            if self.stop.progressed is not None:
-                faulthandler.dump_traceback_later(self.limit() + 15, exit=True, file=self.detail)
-                idle = time.monotonic() - self.stop.progressed
-            else:
-                faulthandler.cancel_dump_traceback_later()
-            if idle > self.limit():
-                self.report_hang()
-            elif terminated and not self.stop.deferred and time.monotonic() < asked + CLEARING_SECONDS:
-                pass  # the main thread clears up, unless it is stuck
-            elif terminated and self.stop.peer_is_gone() and not self.stop.saving:
-                self.write_stacks("another rank died")
-                os._exit(ENVIRONMENT_ERROR)
-            elif terminated and self.node_is_lost(idle) and not self.stop.saving:
-                self.write_stacks("asked to end, but no step ends: another machine is lost")
-                os._exit(ENVIRONMENT_ERROR)
-            elif self.stop.agent_is_gone() and not self.stop.saving and (not self.stop.deferred or idle > 25):
-                os._exit(STOPPED)
-
-    def node_is_lost(self, idle: float) -> bool:
-        """Whether SIGTERM can't have meant a stop: the agent wants a restart because of another machine."""
-        return node_count() > 1 and (not self.stop.deferred or idle > LOST_NODE_SECONDS)
-
-    def write_stacks(self, reason: str) -> None:
-        """Write where every thread of this rank is to its detail log, and what NCCL knows beside it."""
-        print(f"{timestamp()} rank {self.rank}: {reason}; the stacks of all threads:", file=self.detail, flush=True)
-        faulthandler.dump_traceback(file=self.detail, all_threads=True)
-        record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # absent in a build for the CPU
-        if record and self.cfg.device == "cuda" and dist.is_initialized():
-            (self.cfg.logs_dir / f"nccl_trace_rank_{self.rank}").write_bytes(record())
-
-    def report_hang(self) -> NoReturn:
-        """Say once that the run hangs, with every rank's stacks in its log, and end it."""
-        self.write_stacks(f"no progress for {self.cfg.hang_timeout:g} min")
-        if not is_local_main():
-            time.sleep(5)  # the first one speaks for all of this machine, if it can
-        text = f"{self.cfg.hang_timeout:g}분 동안 진행이 없어 학습을 끝냅니다 (--hang-timeout)"
-        logs = f"{display_path(self.cfg.logs_dir)}/training_detail_rank_*.log"
-        fail_run(self.cfg, text, f"각 랭크가 멈춘 곳: {logs}")
-        if node_count() > 1 and not self.stop.agent_is_gone():
-            # It would wait for a lost machine to come to the restart; cut off from the first one, it hears no signal.
-            os.kill(self.stop.parent, signal.SIGKILL)
-        os._exit(ENVIRONMENT_ERROR)
-
-
-def fail_run(cfg: TrainConfig, text: str, more: str) -> None:
-    """Set the run's state to failed and tell the person why, unless another rank has done so."""
-    path, said = run_info_path(cfg.output_dir), f"❌ {text}\n   {more}"
-    if read_json(path).get("run_id") != run_id():  # refused before the directory was this run's
-        if rank_and_world()[0] == 0:
-            print(said, flush=True)
-            end_restarts()
-        return
-    with open(cfg.output_dir / ".state.lock", "w") as lock:  # ranks that fail at the same moment: one speaks
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        info = read_json(path)
-        if info.get("state") == "running":
-            write_json(path, {**info, "state": "failed", "error": text, "ended": timestamp()})
-            print(said, flush=True)
-
-
-def end_restarts() -> None:
-    """Ask torchrun to end, where no state tells our successors that a restart changes nothing."""
-    if restarts_left() > 0:
-        end_agent()
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
@@ -2581,27 +2411,15 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def is_local_main() -> bool:
-    """Whether this is its machine's first process, which speaks there and keeps its state."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next one; else the kernel clears the same pages each step.
 
     On a CPU that is a tenth of the tiny model's step.
     """
-    import ctypes
-
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     if mallopt is not None:
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             mallopt(option, value)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Rank and number of processes as torchrun announces them, before any process group exists."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def installed_trackers(cfg: TrainConfig) -> list[str]:
@@ -2625,17 +2443,8 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     # little fuses; with 256 about at each layer of 1.3b, and communication still overlaps with the backward pass.
     bucket = 256 if cfg.compile else 25
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket)
-    # Later than the watchdog, which knows more; NCCL's own record is for what it finds first.
-    # Machines wait for each other's tokenisation here, however long.
-    minutes = cfg.hang_timeout + COMPILE_MINUTES + 5 if node_count() == 1 else MOST_MINUTES_APART
-    group = InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))
-    for names, value in (
-        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
-        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
-        (("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), f"{cfg.logs_dir}/nccl_trace_rank_"),
-    ):
-        if not any(name in os.environ for name in names):
-            os.environ[names[0]] = value
+    # Later than the hang timer, which shows where each rank is.
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5))
     precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
     if cfg.device == "cpu":
         keep_freed_memory()
@@ -2742,7 +2551,7 @@ def pinned_dataset(cfg: TrainConfig) -> str:
 
     So a run goes on with the same rows when the data set has changed meanwhile, or the hub can't be reached.
     """
-    asked, path = str(cfg.dataset_path), run_info_path(cfg.output_dir)
+    asked, path = str(cfg.dataset_path), cfg.output_dir / "run_info.json"
     goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     known = read_json(path).get("dataset", {}) if goes_on else {}
     return known["pinned"] if known.get("asked") == asked else pin_hub_revision(asked)
@@ -2883,8 +2692,6 @@ WORKER: dict[str, Any] = {}  # what a forked helper works with; set once by ente
 
 def enter_worker(function: Callable, state: Any) -> None:
     """Start of a helper process: it ends with its parent, and leaves Ctrl-C to it."""
-    import ctypes
-
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan after kill -9
@@ -4747,7 +4554,6 @@ class Saver:
     def start(self, step: int, write: Callable[[], None]) -> None:
         """Let ``write`` run in the thread; none may be running."""
         assert self.thread is None
-        self.stop.saving = True
         self.step, self.error, self.begun = step, None, time.monotonic()
         self.thread = threading.Thread(target=self.work, args=(write,), name="saver", daemon=True)
         self.thread.start()
@@ -4760,7 +4566,6 @@ class Saver:
         except Exception as error:  # reported at the next step
             self.error = error
         self.seconds = time.monotonic() - self.begun
-        self.stop.saving = False
 
     def wait(self, seconds: float = math.inf) -> bool:
         """Wait for the save that is being written; returns whether it ended in that time."""
@@ -4901,11 +4706,8 @@ def note_count(run: Run, name: str, count: int) -> None:
     """Keep in ``run_info.json`` how often something went wrong, for ``--status``."""
     if not run.is_main:
         return
-    path = run.cfg.output_dir / "run_info.json"
     try:
-        with open(run.cfg.output_dir / ".state.lock", "w") as lock:  # a rank that fails may be writing its state
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            write_json(path, {**read_json(path), name: count})
+        update_run_info(run.cfg.output_dir, **{name: count})
     except OSError as error:  # a full disk, of which the log has told
         logger.debug(f"{name} was not kept: {error}")
 
@@ -5968,6 +5770,7 @@ def train(run: Run, state: TrainState) -> str:
         state.elapsed_seconds = time.monotonic() - log.begun
         stopping = note_step(run, state, log, reader.push(state.step, stats))
         if state.step == steps.start + 1:
+            run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
             let_buckets_go(run)
         if profile is not None:
             profile.profiler.step()
@@ -5976,7 +5779,7 @@ def train(run: Run, state: TrainState) -> str:
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
-        run.stop.heartbeat(state.step)
+        run.stop.heartbeat()
         if stopping or evaluates or samples or saves:
             stopping = note_step(run, state, log, reader.pop()) or stopping
             with log.pause():
@@ -6014,57 +5817,53 @@ def detect_device(cfg: TrainConfig) -> str:
     return "cpu"
 
 
-def set_up_config(argv: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Read, complete and check the options on this machine.
+def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Complete the options on this machine.
+
+    The launcher has made the plan; a rank that was started by hand makes it itself.
 
     Raises:
-        UsageProblem: the options can't be used together.
-        EnvironmentProblem: what they ask for isn't there.
+        UsageProblem, EnvironmentProblem: as ``make_launch_plan``.
     """
-    cfg = parse_args(argv)
-    cfg, notes = resolve_config(cfg, detect_device(cfg))
-    problems = validate_config(cfg)
-    if problems:
-        raise UsageProblem(problems)
-    problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
-    if problem:
-        raise EnvironmentProblem(problem)
-    return cfg, notes
+    if "RUN_ID" in os.environ:
+        return resolve_config(typed, typed.device)
+    plan = make_launch_plan(typed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "")
+    return plan.cfg, plan.notes + plan.adapted
 
 
-def claim_output(cfg: TrainConfig) -> Any:
+def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     """Take the output directory for this run and clear what an earlier test left there; rank 0 only.
 
     Returns the open lock file, which has to be kept: the kernel lets go of it however we end.
 
     Raises:
-        EnvironmentProblem: another run works there, or an earlier training run's results are there.
+        EnvironmentProblem: another run works there.
     """
-    problems = plan_problems(cfg, rank_and_world()[1])
-    if problems:
-        raise EnvironmentProblem(problems)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(cfg.output_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise EnvironmentProblem(f"이 출력 디렉토리에서 다른 학습이 실행 중입니다: {cfg.output_dir}") from None
+    deadline = time.monotonic() + 20  # a killed rank's helpers hold it a moment longer, a launcher that looks too
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise EnvironmentProblem(f"이 출력 디렉토리에서 다른 학습이 실행 중입니다: {cfg.output_dir}") from None
+            time.sleep(0.2)
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
     for torn in cfg.output_dir.glob(".*.tmp"):
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-    (cfg.output_dir / ".progress").unlink(missing_ok=True)
     if cfg.resume is None:
         for path in saved_models(cfg.output_dir):
             remove_directory(path)
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
-        if not is_restart(read_json(cfg.output_dir / "run_info.json")):
-            (cfg.output_dir / "run_info.json").unlink(missing_ok=True)
     link = cfg.output_dir / "training.log"
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(cfg.logs_dir / "training_console.log", cfg.output_dir))
+    begin_run_info(cfg, world_size)
     return lock
 
 
@@ -6080,31 +5879,36 @@ def start_command() -> str:
     return f"cd {shlex.quote(os.getcwd())} && {settings}{shlex.join(typed)}"
 
 
-def write_run_info(cfg: TrainConfig, world_size: int, **more: Any) -> None:
-    """Write or complete ``run_info.json``: what runs, on what, and how it stands."""
-    path = run_info_path(cfg.output_dir)
+def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
+    """Begin ``run_info.json``: what runs, on what; of an earlier one what still holds is kept."""
+    path = cfg.output_dir / "run_info.json"
     info = read_json(path)
-    if more.get("state") == "running":
-        kept = ("restarts", "first_step", "failed_saves", "dataset") if is_restart(info) else ()
-        kept += ("step", "total_steps", "dataset") if cfg.resume else ()
-        info = {
-            **{name: info[name] for name in kept if name in info},
-            "mode": cfg.mode,
-            "options": options_of(cfg),
-            "command": start_command(),
-            "world_size": world_size,
-            "machine": {
-                "host": os.uname().nodename,
-                "cpus": os.cpu_count(),
-                "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-                "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            },
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "started": timestamp(),
-            "run_id": run_id(),
-        }
-    write_json(path, {**info, **more})
+    restart = is_restart(info)
+    kept = ("restarts", "first_step", "failed_saves", "dataset") if restart else ()
+    kept += ("step", "total_steps", "dataset") if cfg.resume else ()
+    kept_values = {name: info[name] for name in kept if name in info}
+    if restart:
+        kept_values["restarts"] = info.get("restarts", 0) + 1
+    path.unlink(missing_ok=True)
+    update_run_info(
+        cfg.output_dir,
+        **kept_values,
+        state="running",
+        mode=cfg.mode,
+        options=options_of(cfg),
+        command=start_command(),
+        world_size=world_size,
+        machine={
+            "host": os.uname().nodename,
+            "cpus": os.cpu_count(),
+            "gpus": [gpu.name for gpu in query_gpus()] if cfg.device == "cuda" else [],  # not of CUDA: helpers fork yet
+            "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        },
+        versions=versions(),
+        git_commit=git_commit(),
+        started=timestamp(),
+        run_id=run_id(),
+    )
 
 
 def build_run(
@@ -6174,30 +5978,25 @@ def log_start(run: Run) -> None:
         logger.info("   MFU = 토큰/s x (6N + 12 x 층 x 은닉 x 길이) / 최대 FLOP/s")
 
 
-def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
-    """The whole run on one rank; returns the exit code."""
+def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
+    """The whole run on one rank, to the end of the process.
+
+    It never returns: DDP, let go of, takes gloo's group down with it and waits for its threads with the GIL held.
+    """
     rank, world_size = rank_and_world()
-    for note in notes:
-        logger.info(f"⚠️  {note}")
-    if rank == 0:
-        cfg = resume_after_restart(cfg)
-    lock = claim_output(cfg) if rank == 0 else None
-    if is_local_main():
-        cfg.output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_info(cfg, world_size, state="running")
+    lock = claim_output(cfg, world_size) if rank == 0 else None
     corpus = prepare_corpus(cfg)
-    if node_count() == 1:
-        stop.heartbeat()  # only now: the others wait for the first one's tokenisation, however long
-    if is_local_main() and str(cfg.dataset_path).startswith("hf:"):
+    # Armed only now: the others wait for the first one's tokenisation, however long it takes.
+    detail_log = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
+    stop.arm(cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), detail_log)
+    if rank == 0 and str(cfg.dataset_path).startswith("hf:"):
         asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
-        write_run_info(cfg, world_size, dataset=asked)
+        update_run_info(cfg.output_dir, dataset=asked)
     log_report(corpus.report, corpus.path)
     with attention_kernels(cfg):
         accelerator = build_accelerator(cfg)
-        stop.heartbeat()
         accumulation, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
         run = build_run(cfg, corpus, stop, accelerator, accumulation)
-        KEPT.append(run)
         state = load_checkpoint(run, checkpoint) if checkpoint else TrainState()
         stop.defer()
         begin_at(run, state)
@@ -6208,47 +6007,45 @@ def run_training(cfg: TrainConfig, notes: list[str], stop: StopFlag) -> int:
     stop.finish()
     finish_trackers(run)
     run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
-    if rank == 0 and not done:
-        note_speed(run)
-        run.painter.finish(cfg, last=True)
-    finish_saving(run, state)
-    if is_local_main():
-        write_run_info(cfg, world_size, state=ended, ended=timestamp(), step=state.step)
-        log_end(cfg, state, ended, done)
     if lock is not None:
+        if not done:
+            note_speed(run)
+            run.painter.finish(cfg, last=True)
+        finish_saving(run, state)
+        update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
+        log_end(cfg, state, ended, done)
         lock.close()
-    if ended == "stopped" and is_local_main() and node_count() > 1 and not stop.agent_is_gone():
-        end_agent()  # one that heard no signal would wait five minutes for another machine's that did
-    return 0
+    hard_exit(0)
 
 
 def begin_at(run: Run, state: TrainState) -> None:
-    """Make the files agree with the step where the run begins, and say where that is."""
+    """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
     cfg = run.cfg
-    if run.is_main:
-        cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
-        cut_samples(cfg.output_dir / "samples.md", state.step)
-        set_aside_later_checkpoints(cfg.output_dir, state.step)
-    if is_local_main():
-        more = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
-        write_run_info(cfg, run.accelerator.num_processes, **more)
-    if run.is_main:
-        run.stop.keep_progress(cfg.output_dir / ".progress", state.step)
-        log_restart(cfg, state)
+    if not run.is_main:
+        return
+    cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
+    cut_samples(cfg.output_dir / "samples.md", state.step)
+    set_aside_later_checkpoints(cfg.output_dir, state.step)
+    begun = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
+    update_run_info(cfg.output_dir, **begun)
+    count = read_json(cfg.output_dir / "run_info.json").get("restarts")
+    if count:
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
 
 
 def train_quietly(run: Run, state: TrainState, fresh: bool) -> str:
     """``train`` without Python's garbage collector; ``fresh`` says that the run has no earlier part."""
-    start_trackers(run, state, fresh=fresh and not has_restarted(run.cfg))
+    start_trackers(run, state, fresh=fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0")
     log_start(run)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
     try:
         return train(run, state)
-    except Exception:
+    except Exception as error:
         run.saver.wait()  # a save that has begun is not lost
-        raise
+        raise out_of_memory(run.batch_size) if is_out_of_memory(error) else error
 
 
 def log_end(cfg: TrainConfig, state: TrainState, ended: str, done: bool) -> None:
@@ -6259,11 +6056,6 @@ def log_end(cfg: TrainConfig, state: TrainState, ended: str, done: bool) -> None
     stopped = "🛑 테스트를 중단했습니다" if cfg.is_test else "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume"
     how = "✅ 학습 완료!" if ended == "finished" else stopped
     logger.info(f"{how} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
-
-
-def has_restarted(cfg: TrainConfig) -> bool:
-    """Whether torchrun has started this run's workers again."""
-    return bool(read_json(cfg.output_dir / "run_info.json").get("restarts"))
 
 
 def note_speed(run: Run) -> None:
@@ -6281,14 +6073,6 @@ def note_speed(run: Run) -> None:
         write_json(path, {**read_json(path), key: sorted(speeds)[len(speeds) // 2]})
     except OSError as error:
         logger.debug(f"the speed was not kept: {error}")
-
-
-def log_restart(cfg: TrainConfig, state: TrainState) -> None:
-    """Say which of the automatic restarts this is, if it is one."""
-    count = len(read_json(cfg.output_dir / "run_info.json").get("restarts", []))
-    if count:
-        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
-        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
 
 
 def use_checkpoint(cfg: TrainConfig) -> None:
@@ -6324,11 +6108,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: that one's fault is the cause."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
 def describe_error(error: BaseException) -> tuple[str, bool]:
     """A Korean sentence for an error, and whether it is one that the system itself raises."""
     known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
@@ -6346,64 +6125,61 @@ def report_use_failure(cfg: TrainConfig, error: Exception) -> int:
     return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
-def report_failure(cfg: TrainConfig, error: BaseException, rank: int) -> int:
+def out_of_memory(batch_size: int) -> RuntimeError:
+    """What to say, and to type, when a GPU's memory is too small."""
+    smaller = max(1, batch_size // 2)
+    return RuntimeError(f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요")
+
+
+def report_failure(cfg: TrainConfig, error: Exception) -> int:
     """Tell the person in a sentence or a few, keep the traceback, set the run's state; returns the exit code."""
     text, known = describe_error(error)
     if is_out_of_memory(error):
-        used = KEPT[0] if KEPT else cfg  # --find-batch-size may have found another
-        smaller, known = max(1, used.batch_size // 2), True
-        text = f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요"
+        known, text = True, str(out_of_memory(cfg.batch_size))
+    rank = rank_and_world()[0]
     logging.getLogger("traceback").error("run failed", exc_info=error)
-    more = f"자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
-    if lost_peer(error):
-        text = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"
+    said = f"{text}\n   자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        text, said = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다", ""  # that one's fault is the cause
         time.sleep(1)  # it may be about to say why
-    if known or restarts_left() <= 0:
-        fail_run(cfg, text, more)
-    elif not lost_peer(error):
-        print(f"⚠️  {text}\n   {more}", flush=True)
+    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+    most, used = (int(os.environ.get(name, "0")) for name in names)
+    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # refused before the directory was ours
+        if rank == 0:
+            print(f"❌ {said}", flush=True)
+    elif not known and used < most:
+        if said:
+            print(f"⚠️  {said}", flush=True)
+    elif update_run_info(cfg.output_dir, if_state="running", state="failed", error=text, ended=timestamp()):
+        print(f"❌ {said or text}", flush=True)
     return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
-def main() -> int:
-    """Run one rank of a training run, or use a checkpoint, from the command line; returns the exit code."""
+def main(typed: TrainConfig, stop: StopFlag | None) -> int:
+    """Run one rank of a training run, or use a checkpoint; returns the exit code."""
     gc.enable()
-    cfg = parse_args(sys.argv[1:])
-    if cfg.uses_checkpoint:
+    if stop is None:
         try:
-            use_checkpoint(cfg)
+            use_checkpoint(typed)
             return 0
         except Exception as error:
-            return report_use_failure(cfg, error)
-    rank, world_size = rank_and_world()
-    stop = StopFlag()
+            return report_use_failure(typed, error)
+    rank, _ = rank_and_world()
     try:
-        cfg, notes = set_up_config(sys.argv[1:])
+        cfg, notes = set_up_config(typed)
     except (UsageProblem, EnvironmentProblem) as error:
-        print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
-        end_restarts()
+        if rank == 0:
+            print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
     set_up_logging(cfg, rank)
-    Watchdog(cfg, stop, rank).start()
     keep_compiled_kernels(cfg)
     quiet_libraries()
+    for note in notes:
+        logger.info(f"⚠️  {note}")
     try:
-        return run_training(cfg, notes, stop)
-    except RankLost:
-        return ENVIRONMENT_ERROR
-    except StopRequested:
-        stop.deafen()
-        logger.info("🛑 시작하기 전에 중단했습니다")
-        # On several machines it may be a restart after another one's fault: the supervisor knows.
-        if rank == 0 and node_count() == 1 and run_info_path(cfg.output_dir).exists():
-            write_run_info(cfg, world_size, state="stopped", ended=timestamp())
-        deadline = time.monotonic() + CLEARING_SECONDS
-        while not is_local_main() and time.monotonic() < deadline and not stop.peer_is_gone():
-            time.sleep(0.05)  # the first one, which may be slower, shall find all ranks there, and know it for a stop
-        return STOPPED
+        run_training(cfg, stop)
     except Exception as error:
-        stop.deafen()  # torchrun may be ending us for another rank's sake: what happened is said all the same
-        return report_failure(cfg, error, rank)
+        return report_failure(cfg, error)
 
 
 def hard_exit(code: int) -> NoReturn:
@@ -6419,128 +6195,5 @@ def hard_exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-# --- torchrun, as the launcher starts it ---
-
-
-class ForkedRank:
-    """A rank that torchrun forks from itself, where everything is imported, instead of starting Python anew.
-
-    To torchrun it is the ``subprocess.Popen`` that it asked for: the same environment, session, signals and exit code.
-    """
-
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)  # by torchrun, whose handlers are not for the child
-
-    def __init__(self, command: tuple[str, ...], environment: dict[str, str]):
-        self.command, self.code = command, None
-        ready, started = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.CAUGHT)
-        try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                os.close(ready)
-                enter_rank(command, environment, started)
-        finally:
-            os.close(started)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.CAUGHT)
-        os.read(ready, 1)  # until it leads its own group, to which torchrun sends signals
-        os.close(ready)
-
-    def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def wait(self, timeout: float = math.inf) -> int:
-        """Wait for its end; returns the exit code.
-
-        Raises:
-            subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.command, timeout)
-            time.sleep(0.02)
-        return code
-
-
-def enter_rank(command: tuple[str, ...], environment: dict[str, str], started: int) -> NoReturn:
-    """Become what ``command`` (Python, its options, the script, the script's options) would have started."""
-    code = ENVIRONMENT_ERROR
-    try:
-        os.setsid()
-        for number in ForkedRank.CAUGHT:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ForkedRank.CAUGHT)
-        os.close(started)
-        close_sockets()
-        with suppress(OSError):  # for top and ps: the command line is torchrun's
-            Path("/proc/self/comm").write_text(f"rank_{environment['RANK']}")
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv = list(command[command.index(__file__) :])
-        refused = standalone_main(sys.argv[1:])
-        code = main() if refused is None else refused
-    except BaseException:
-        traceback.print_exc()
-    hard_exit(code)
-
-
-def close_sockets() -> None:
-    """Close torchrun's connections in a rank: they shall end when torchrun dies.  Drivers keep their files."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                os.close(int(name))
-
-
-def can_fork() -> bool:
-    """Whether CUDA will work in a fork of this process: not once anything has initialised its driver here."""
-    import ctypes
-
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return True
-    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 3  # CUDA_ERROR_NOT_INITIALIZED
-
-
-def run_torchrun(argv: list[str]) -> None:
-    """Be torchrun; import beforehand, once, what every rank would have to import.
-
-    Raises:
-        SystemExit, ChildFailedError, SignalException: as torchrun itself.
-    """
-    keep_compiled_kernels(parse_args(argv[argv.index(__file__) + 1 :]))
-    import torch.distributed.launcher.api
-    import torch.distributed.run as torchrun
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from torch.distributed.elastic.multiprocessing import PContext
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-    start_anew = SubprocessHandler._popen
-
-    def start_rank(handler: SubprocessHandler, command: tuple[str, ...], environment: dict[str, str]) -> Any:
-        environment.pop(NVML_CHECK, None)  # a rank asks the driver itself
-        if can_fork():
-            return ForkedRank(command, environment)
-        print("the ranks start anew: CUDA was initialised in torchrun's process", file=sys.stderr)
-        return start_anew(handler, command, environment)
-
-    SubprocessHandler._popen = start_rank
-    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in read_text(Path(torch.distributed.launcher.api.__file__)):
-        # torch 2.11 kills its workers 30 s after a stop, save or no save, unless told here.
-        PContext.close.__defaults__ = None, 86400
-    gc.freeze()  # so that a collection in a rank writes to none of the pages that they share
-    gc.enable()
-    torchrun.main(argv)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["internal:torchrun"]:
-        run_torchrun(sys.argv[2:])
-        sys.exit()
-    hard_exit(main())
+    hard_exit(main(typed_config, stop_flag))
