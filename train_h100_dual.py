@@ -954,6 +954,11 @@ def run_is_alive(output_dir: Path, patience: float = 0.0) -> bool:
 # --- a run's state, and its restarts by torchrun ---
 
 
+def timestamp() -> str:
+    """The time with its zone, as metadata carries it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def run_id() -> str | None:
     """What one start of the launcher, or of torchrun, has in common over all its restarts."""
     return os.environ.get("RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
@@ -2237,10 +2242,10 @@ def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, 
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
         print(outcome)
         return
-    with suppress(OSError), open(detail_log, "rb") as log:
-        log.seek(int(offset))
-        hung = b"\nTimeout (" in b"\n" + log.read()
     error = f"프로세스가 비정상 종료했습니다 (코드 {code})"
+    with open(detail_log, "rb") as log:
+        log.seek(int(offset))
+        hung = b"\nTimeout (" in log.read()  # as faulthandler begins
     if hung:
         error = f"{info['options']['hang_timeout']:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
     ended = {"state": outcome, "ended": timestamp(), **({"error": error} if outcome == "failed" else {})}
@@ -4332,11 +4337,6 @@ def git_commit() -> str | None:
         return None
 
 
-def timestamp() -> str:
-    """The time with its zone, as metadata carries it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def options_of(cfg: TrainConfig) -> dict[str, Any]:
     """All options of a run in a form that JSON holds."""
     names = [item.name for item in fields(cfg) if item.metadata["group"] != "use"]
@@ -6045,7 +6045,9 @@ def train_quietly(run: Run, state: TrainState, fresh: bool) -> str:
         return train(run, state)
     except Exception as error:
         run.saver.wait()  # a save that has begun is not lost
-        raise out_of_memory(run.batch_size) if is_out_of_memory(error) else error
+        if is_out_of_memory(error):
+            raise out_of_memory(run.batch_size) from error
+        raise
 
 
 def log_end(cfg: TrainConfig, state: TrainState, ended: str, done: bool) -> None:

@@ -157,9 +157,8 @@ class Place:
         return marked_processes(self.mark)
 
     def agents(self) -> list[int]:
-        """The processes of torchrun itself; the ranks that it forked have its command line too."""
-        found = [pid for pid, text in self.processes().items() if "internal:torchrun" in text and "bash" not in text]
-        return [pid for pid in found if parent_of(pid) not in found]
+        """The processes of torchrun itself."""
+        return [pid for pid, text in self.processes().items() if "torch.distributed.run" in text]
 
     def workers(self) -> list[int]:
         """The ranks."""

@@ -80,10 +80,8 @@ def write_corpus(path: Path, documents: list[Any]) -> Path:
 
 
 def torchrun(script: Path, arguments: list[str], processes: int = 2, **more: Any) -> subprocess.CompletedProcess:
-    """Run a script under a real torchrun and wait for it; the training script's own saves each rank its imports."""
-    own = "internal:torchrun" in script.read_text(encoding="utf-8")
-    agent = [str(script), "internal:torchrun"] if own else ["-m", "torch.distributed.run"]
-    command = [sys.executable, *agent, "--standalone", "--nproc-per-node", str(processes)]
+    """Run a script under a real torchrun and wait for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
         [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300, **more

@@ -557,7 +557,7 @@ def test_a_run_that_fails_at_its_start_is_reported_with_its_error(place: Place) 
 
 def test_a_run_that_dies_before_its_first_line_is_reported_with_its_error(place: Place, tmp_path: Path) -> None:
     body = f"""
-if [[ "$*" == *internal:torchrun* ]]; then
+if [[ "$*" == *torch.distributed.run* ]]; then
   echo 'ImportError: libcudart.so.12: cannot open shared object file' >&2
   exit 1
 fi
