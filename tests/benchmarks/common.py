@@ -1,26 +1,53 @@
-"""What the measuring scripts share: where figures come from, tables, and the corpus without its tokens."""
+"""What the measuring scripts share: taking turns, tables, where figures come from, a corpus's configuration.
+
+Standard library only, since ``bench_litgpt.py`` imports it in litgpt's own environment.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests" / "benchmarks" / "RESULTS.md"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # train_h100_dual, samples
+
+HELD_OUT_ROWS = 16  # at the end of bench.py's stream
 
 
-def cpu_model() -> str:
-    """Name of the processor as the kernel tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+# --- tables ---
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def median_and_range(values: Sequence[float], places: int = 2) -> str:
+    """The median with the least and the largest value behind it."""
+    return f"{statistics.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
+
+
+def ratio_and_interval(values: Sequence[float], others: Sequence[float], places: int = 3) -> str:
+    """Median of values / others, turn by turn, and its 95 % interval by bootstrap (10,000 resamples, percentiles)."""
+    ratios, draw = [one / other for one, other in zip(values, others, strict=False)], random.Random(0)
+    if not ratios:
+        return "-"
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(10_000))
+    return f"{statistics.median(ratios):.{places}f} ({medians[249]:.{places}f} to {medians[9749]:.{places}f})"
 
 
 def git_commit() -> str:
@@ -31,37 +58,95 @@ def git_commit() -> str:
     return (commit.stdout.strip() or "no commit") + (" with uncommitted edits" if edited.returncode else "")
 
 
-def gpu_names() -> list[str]:
-    """The visible GPUs as nvidia-smi names them, with the driver's version."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
-
-
 def provenance(*packages: str, command: str | None = None) -> str:
     """The line under a table: machine, versions, commit and command (by default this process's)."""
     command = command or f"python {shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    gpus = "".join(f"{name}; " for name in gpu_names())
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    cores = len(os.sched_getaffinity(0))
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        gpus = []
+    processors = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in processors if line.startswith("model name")), "CPU")
     return (
-        f"{gpus}{cores} cores of {cpu_model()}, load average {os.getloadavg()[0]:.1f} at the end; "
-        f"Python {platform.python_version()}, {versions}; commit {git_commit()}; "
-        f"`{command}`"
+        f"{''.join(f'{name}; ' for name in gpus)}{len(os.sched_getaffinity(0))} cores of {model}, "
+        f"load average {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in packages)}; commit {git_commit()}; `{command}`"
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def record(title: str, text: str) -> None:
+    """Append a section to RESULTS.md."""
+    with open(RESULTS, "a", encoding="utf-8") as stream:
+        stream.write(f"\n## {title} ({time.strftime('%Y-%m-%d')})\n\n{text}\n")
+    print(f"appended to {os.path.relpath(RESULTS)}")
 
 
-def median_and_range(values: Sequence[float], places: int = 2) -> str:
-    """The median with the least and the largest value behind it."""
-    return f"{statistics.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
+# --- taking turns ---
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], turns: int, warm_up: int = 0) -> dict[str, list[Any]]:
+    """What each call returned in each turn, ``warm_up`` turns not counted; who begins changes from turn to turn."""
+    names, results = list(calls), {name: [] for name in calls}
+    for turn in range(-warm_up, turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            result = calls[name]()
+            if turn >= 0:
+                results[name].append(result)
+        show_progress(f"turn {max(0, turn + 1)} of {turns}")
+    return results
+
+
+def show_progress(text: str) -> None:
+    """Say how far it is, to whoever watches."""
+    print(f"\r{text}\033[K", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+class Turns:
+    """One rank's side of the conversation with ``bench.py``: counts its steps, and waits between blocks.
+
+    For each block the driver writes the number of steps to the pipe ``BENCH_IN`` of every rank; rank 0 answers on
+    ``BENCH_OUT`` with a line of JSON.  The first step is a block of its own: whatever happens once happens there.
+    When the orders end, rank 0 tells ``final_loss()``, and the process ends.  ``device`` is torch.cuda on a GPU.
+    """
+
+    def __init__(self, final_loss: Callable[[], float], device: Any = None):
+        self.final_loss, self.device = final_loss, device
+        self.orders = open(int(os.environ["BENCH_IN"]), encoding="utf-8")  # noqa: SIM115  (until the process ends)
+        self.answers = open(int(os.environ["BENCH_OUT"]), "w", encoding="utf-8")  # noqa: SIM115
+        self.left, self.begun, self.cpu_begun = 1, time.perf_counter(), time.process_time()
+
+    def tell(self, **figures: Any) -> None:
+        """Answer the driver; rank 0 only."""
+        if os.environ["RANK"] == "0":
+            print(json.dumps(figures), file=self.answers, flush=True)
+
+    def peak_memory(self) -> float:
+        """The most MiB that this process ever held, on the GPU if it uses one."""
+        if self.device:
+            return self.device.max_memory_allocated() / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+    def end_step(self) -> None:
+        """Count a step; after a block's last one report it and wait for the next turn."""
+        self.left -= 1
+        if self.left:
+            return
+        if self.device:
+            self.device.synchronize()
+        seconds, cpu_seconds = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
+        self.tell(seconds=seconds, cpu_seconds=cpu_seconds, memory_mib=self.peak_memory())
+        order = self.orders.readline()
+        if not order:  # the driver has seen enough, or is gone
+            if os.environ["RANK"] == "0":
+                self.tell(loss=self.final_loss())
+            os._exit(0)
+        self.left, self.begun, self.cpu_begun = int(order), time.perf_counter(), time.process_time()
+
+
+# --- corpora ---
 
 
 def corpus_file(word: str) -> Path:

@@ -11,28 +11,30 @@ once.  ``--time`` measures instead what a step of each optimizer takes, by turns
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, config, corpus_file, median_and_range, provenance, table
+import torch
+from common import config, corpus_file, median_and_range, provenance, ratio_and_interval, table, take_turns
+from samples import NeverStop
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import train_h100_dual as t
 
 EVALUATE_EVERY = 20
 SEEDS = (42, 43, 44)
 RATES = {"adamw": (5e-3, 2e-3, 1e-2, 1e-4, 2e-2, 1e-3), "muon": (1e-2, 5e-3, 1e-4, 2e-2, 1e-3, 2e-3)}
 SCHEDULES = ("cosine", "wsd")
 DEFAULT_RATE = 1e-4
+CACHE = Path(tempfile.gettempdir()) / "learning_cache"
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -65,22 +67,64 @@ class Trial:
         extra += [] if self.tied else ["untied"]
         return " ".join([self.optimizer, f"{self.learning_rate:g}", *extra])
 
+    def over_seeds(self) -> list[Trial]:
+        """The same with each seed."""
+        return [replace(self, seed=seed) for seed in SEEDS]
 
-def build(corpus: Path, cache: Path, folder: Path, trial: Trial) -> Any:
-    """A run of the script's own, with the model that the trial asks for."""
-    from samples import NeverStop
 
-    import train_h100_dual as t
+class Results(dict[Trial, dict[str, Any]]):
+    """The runs that a file holds: final figures, and the curve with step, validation and mean training loss."""
 
-    t.torch.set_num_threads(1)
-    architecture = "qwen3" if trial.qk_norm else "llama"
-    shape = {"model_type": architecture, "tie_word_embeddings": trial.tied, **SHAPE}
+    def __init__(self, path: Path, size: dict[str, int]):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        names = Trial.__dataclass_fields__
+        super().__init__({Trial(**{name: line[name] for name in names}): line for line in map(json.loads, lines)})
+        self.path = path
+        self.grids = [  # each optimizer and schedule with each of its learning rates
+            [Trial(optimizer, rate, schedule, **size) for rate in RATES[optimizer]]
+            for schedule, optimizer in product(SCHEDULES, RATES)
+        ]
+
+    def add(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Keep a run as soon as it has ended."""
+        self[trial] = result
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {trial}, seed {trial.seed}: {self.loss(trial):.4f}", flush=True)
+
+    def loss(self, trial: Trial) -> float:
+        """Validation loss after the last step; infinite if it came to nothing."""
+        loss = self[trial]["val_loss"]
+        return loss if loss == loss else float("inf")
+
+    def best(self) -> list[Trial]:
+        """Of each grid the trial with the lowest final loss, as far as it was run."""
+        tried = [[trial for trial in trials if trial in self] for trials in self.grids]
+        return [min(trials, key=self.loss) for trials in tried if trials]
+
+    def compared(self) -> list[Trial]:
+        """What is run with each seed: the best of each grid, the default rate, at the best rates what else differs."""
+        chosen = self.best()
+        cosine = [trial for trial in chosen if trial.schedule == "cosine"]
+        return [
+            *chosen,
+            *(replace(trial, learning_rate=DEFAULT_RATE) for trial in chosen),
+            *(replace(trial, qk_norm=True) for trial in cosine),
+            *(replace(trial, tied=False) for trial in cosine),
+        ]
+
+
+def build(corpus: Path, folder: Path, trial: Trial) -> tuple[t.Run, Iterator[Any]]:
+    """A run of the script's own with the model that the trial asks for, and its batches."""
+    torch.set_num_threads(1)
+    shape = {"model_type": "qwen3" if trial.qk_norm else "llama", "tie_word_embeddings": trial.tied, **SHAPE}
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
     cfg = config(
         t,
         corpus,
         folder,
-        *f"--cache-dir {cache} --vocab-size {trial.vocab_size} --model-config {folder / 'config.json'}".split(),
+        *f"--cache-dir {CACHE} --vocab-size {trial.vocab_size} --model-config {folder / 'config.json'}".split(),
         *f"--max-seq-length 256 --batch-size {trial.batch_size} --max-steps {trial.steps}".split(),
         "--gradient-accumulation-steps=1",
         *f"--validation-split 0.002 --seed {trial.seed} --lr-schedule {trial.schedule}".split(),
@@ -88,181 +132,84 @@ def build(corpus: Path, cache: Path, folder: Path, trial: Trial) -> Any:
     )
     run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
     t.shrink_residual_projections(run.model)  # as a preset's are; --model-config leaves the model's own
-    return run
+    positions = t.rank_positions(run.cfg, 0, 1, range(trial.steps))
+    return run, iter(t.make_loader(run.cfg, run.corpus, positions))
 
 
-def thin_out(corpus: Any, every: int) -> Any:
-    """The same corpus with one in ``every`` of its held-out documents, for the points of a curve."""
-    import numpy as np
-
-    ends = corpus.val_offsets
-    kept = range(0, len(ends) - 1, every)
-    parts = [np.asarray(corpus.val[ends[index] : ends[index + 1]]) for index in kept]
-    return replace(
-        corpus,
-        val=np.concatenate([corpus.val[: ends[0]], *parts]),
-        val_offsets=np.cumsum([ends[0], *map(len, parts)]),
-        val_languages=corpus.val_languages[::every],
-        val_bytes=corpus.val_bytes[::every],
-    )
-
-
-def learn(corpus: Path, cache: Path, trial: Trial) -> dict[str, Any]:
+def learn(corpus: Path, trial: Trial) -> dict[str, Any]:
     """Train once; returns the trial, and validation and training loss every EVALUATE_EVERY steps."""
-    import train_h100_dual as t
-
     with tempfile.TemporaryDirectory() as folder:
-        run = build(corpus, cache, Path(folder), trial)
-        positions = t.rank_positions(run.cfg, 0, 1, range(trial.steps))
-        batches = iter(t.make_loader(run.cfg, run.corpus, positions))
-        whole, run.corpus = run.corpus, thin_out(run.corpus, 8)
-        curve, losses, skipped = [], [], 0.0
-        for step in range(trial.steps):
-            loss, _, skip, _ = t.train_step(run, batches, t.learning_rate_at(step, trial.steps, run.cfg)).tolist()
-            losses.append(loss)
-            skipped += skip
-            if (step + 1) % EVALUATE_EVERY == 0:
-                curve.append([step + 1, round(t.evaluate(run)["val_loss"], 4), round(statistics.mean(losses), 4)])
+        run, batches = build(corpus, Path(folder), trial)
+        curve, losses, figures = [], [], {}
+        for step in range(1, trial.steps + 1):
+            rate = t.learning_rate_at(step - 1, trial.steps, run.cfg)
+            losses.append(t.train_step(run, batches, rate)[0].item())
+            if step % EVALUATE_EVERY == 0 or step == trial.steps:
+                figures = t.evaluate(run)
+                curve.append([step, round(figures["val_loss"], 4), round(statistics.mean(losses), 4)])
                 losses = []
-                if (step + 1) % 100 == 0:
-                    print(f"{time.strftime('%H:%M:%S')} {trial}, seed {trial.seed}: {curve[-1]}", flush=True)
-        run.corpus = whole
-        figures = t.evaluate(run)
     weights = sum(weight.numel() for weight in run.model.parameters())
-    return {**asdict(trial), **figures, "parameters": weights, "skipped": skipped, "curve": curve}
+    return {**asdict(trial), **figures, "parameters": weights, "curve": curve}
 
 
-def read_results(path: Path) -> dict[Trial, dict[str, Any]]:
-    """The runs that a file of results holds."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = Trial.__dataclass_fields__
-    return {Trial(**{name: line[name] for name in names}): line for line in map(json.loads, lines)}
-
-
-def final_loss(result: dict[str, Any]) -> float:
-    """Validation loss after the last step, of all held-out documents; infinite if it came to nothing."""
-    return result["val_loss"] if result["val_loss"] == result["val_loss"] else float("inf")
-
-
-def grids(options: argparse.Namespace) -> list[list[Trial]]:
-    """Each optimizer and schedule with each of its learning rates."""
-    size = {name: getattr(options, name) for name in ("steps", "batch_size", "vocab_size")}
-    return [
-        [Trial(optimizer, rate, schedule, **size) for rate in RATES[optimizer]]
-        for schedule, optimizer in itertools.product(SCHEDULES, RATES)
-    ]
-
-
-def best(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> list[Trial]:
-    """Of each grid the trial with the lowest final loss."""
-    tried = [[trial for trial in trials if trial in results] for trials in grids(options)]
-    return [min(trials, key=lambda trial: final_loss(results[trial])) for trials in tried if trials]
-
-
-def over_seeds(trial: Trial) -> list[Trial]:
-    """The same with each seed."""
-    return [replace(trial, seed=seed) for seed in SEEDS]
-
-
-def compared(chosen: list[Trial]) -> list[Trial]:
-    """What is run with each seed: the best of each grid, the default rate, and at the best rates what else differs."""
-    cosine = [trial for trial in chosen if trial.schedule == "cosine"]
-    return [
-        *chosen,
-        *(replace(trial, learning_rate=DEFAULT_RATE) for trial in chosen),
-        *(replace(trial, qk_norm=True) for trial in cosine),
-        *(replace(trial, tied=False) for trial in cosine),
-    ]
-
-
-def run_missing(trials: Iterable[Trial], results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
-    """Run what the results lack, and keep each run as soon as it has ended."""
-    left = [trial for trial in trials if trial not in results]
+def run_missing(trials: Iterable[Trial], results: Results, options: argparse.Namespace) -> None:
+    """Run what the results lack."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        running = {pool.submit(learn, options.corpus, options.cache, trial): trial for trial in left}
+        left = [trial for trial in trials if trial not in results]
+        running = {pool.submit(learn, options.corpus, trial): trial for trial in left}
         for done in as_completed(running):
-            trial, result = running[done], done.result()
-            results[trial] = result
-            with open(options.results, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(result) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {trial}, seed {trial.seed}: {final_loss(result):.4f}", flush=True)
+            results.add(running[done], done.result())
 
 
-def run_stages(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
-    """The grids, then what is compared over the seeds."""
-    run_missing(itertools.chain(*zip(*grids(options), strict=True)), results, options)
-    run_missing(itertools.chain(*map(over_seeds, compared(best(results, options)))), results, options)
-
-
-def steps_to(curve: list[list[float]], target: float) -> int | None:
-    """The first step at which a curve was evaluated at or below a loss."""
-    return next((step for step, loss, _ in curve if loss <= target), None)
-
-
-def report(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> None:
+def report(results: Results) -> None:
     """Print what the results show, as far as they go."""
-    chosen = best(results, options)
-    print(f"\nFinal validation loss by learning rate, seed {SEEDS[0]}:\n\n{rate_table(results, options)}")
     rows = []
-    for trial in compared(chosen):
-        found = [results[one] for one in over_seeds(trial) if one in results]
-        if found:
-            losses, bits = [final_loss(one) for one in found], [one["val_bits_per_byte"] for one in found]
-            size = f"{found[0]['parameters'] / 1e6:.2f} M"
-            rows.append([str(trial), size, len(found), median_and_range(losses, 4), median_and_range(bits, 4)])
+    for rate in sorted(RATES["adamw"]):
+        trials = [next(trial for trial in trials if trial.learning_rate == rate) for trials in results.grids]
+        rows.append([f"{rate:g}", *(f"{results.loss(one):.4f}" if one in results else "-" for one in trials)])
+    head = ["learning rate", *(f"{one.optimizer} {one.schedule}" for one, *_ in results.grids)]
+    print(f"\nFinal validation loss by learning rate, seed {SEEDS[0]}:\n\n{table(head, rows)}")
+    rows = []
+    for trial in results.compared():
+        if seeds := [one for one in trial.over_seeds() if one in results]:
+            losses, bits = map(results.loss, seeds), [results[one]["val_bits_per_byte"] for one in seeds]
+            size = f"{results[seeds[0]]['parameters'] / 1e6:.2f} M"
+            rows.append([trial, size, len(seeds), median_and_range([*losses], 4), median_and_range(bits, 4)])
     head = ["", "parameters", "seeds", "validation loss", "bits/byte"]
     print(f"\nOver the seeds, median and range:\n\n{table(head, rows)}")
-    adamw, muon = ([trial for trial in chosen if trial.optimizer == name] for name in RATES)
-    print("\nSteps to the best AdamW's final loss, on the held-out documents of the curves:\n")
-    head = ["", "seed", "its last loss", "", "there at step", "share", "last loss"]
-    pairs = [zip(over_seeds(one), over_seeds(other), strict=True) for one, other in itertools.product(adamw, muon)]
-    rows = [steps_row(results, *pair) for pair in itertools.chain(*pairs)]
-    print(table(head, [row for row in rows if row]))
-
-
-def rate_table(results: dict[Trial, dict[str, Any]], options: argparse.Namespace) -> str:
-    """The final losses of the grids, a row for each learning rate."""
-    rates = sorted({rate for rates in RATES.values() for rate in rates})
+    adamw, muon = ([trial for trial in results.best() if trial.optimizer == name] for name in RATES)
     rows = []
-    for rate in rates:
-        trials = [next(trial for trial in trials if trial.learning_rate == rate) for trials in grids(options)]
-        rows.append([f"{rate:g}", *(f"{final_loss(results[one]):.4f}" if one in results else "-" for one in trials)])
-    return table(["learning rate", *(f"{one.optimizer} {one.schedule}" for one, *_ in grids(options))], rows)
+    for pair in product(adamw, muon):
+        for one, other in zip(*(trial.over_seeds() for trial in pair), strict=True):
+            if one in results and other in results:
+                target, curve = results[one]["curve"][-1][1], results[other]["curve"]
+                steps = next((step for step, loss, _ in curve if loss <= target), None)
+                share = f"{steps / other.steps:.2f}" if steps else "-"
+                rows.append([one, one.seed, f"{target:.4f}", other, steps or "-", share, f"{curve[-1][1]:.4f}"])
+    head = ["", "seed", "its last loss", "", "there at step", "share", "last loss"]
+    print(f"\nSteps to the best AdamW's final loss:\n\n{table(head, rows)}")
 
 
-def steps_row(results: dict[Trial, dict[str, Any]], adamw: Trial, muon: Trial) -> list[Any]:
-    """When Muon was at AdamW's last loss, with one seed; nothing if one of them was not run."""
-    if adamw not in results or muon not in results:
-        return []
-    target = results[adamw]["curve"][-1][1]
-    steps = steps_to(results[muon]["curve"], target)
-    share = f"{steps / muon.steps:.2f}" if steps else "-"
-    return [adamw, adamw.seed, f"{target:.4f}", muon, steps or "-", share, f"{results[muon]['curve'][-1][1]:.4f}"]
-
-
-def time_steps(options: argparse.Namespace, rounds: int = 20, block: int = 5) -> None:
+def time_steps(options: argparse.Namespace, size: dict[str, int], turns: int = 20, block: int = 5) -> None:
     """Print what a step of each optimizer takes, in blocks by turns."""
-    import train_h100_dual as t
 
-    steppers, seconds = {}, {name: [] for name in RATES}
-    size = {"batch_size": options.batch_size, "vocab_size": options.vocab_size, "steps": (rounds + 1) * block}
+    def milliseconds(run: Any, batches: Iterator[Any]) -> float:
+        begun = time.perf_counter()
+        for _ in range(block):
+            t.train_step(run, batches, 1e-3)
+        return 1e3 * (time.perf_counter() - begun) / block
+
     with tempfile.TemporaryDirectory() as folder:
+        calls = {}
         for name in RATES:
-            (Path(folder) / name).mkdir()
-            run = build(options.corpus, options.cache, Path(folder) / name, Trial(name, 1e-3, **size))
-            positions = t.rank_positions(run.cfg, 0, 1, range(run.cfg.max_steps))
-            steppers[name] = (run, iter(t.make_loader(run.cfg, run.corpus, positions)))
-        for turn in range(rounds + 1):
-            for name, (run, batches) in steppers.items():
-                begun = time.perf_counter()
-                for _ in range(block):
-                    t.train_step(run, batches, 1e-3)
-                if turn:  # the first block warms up
-                    seconds[name].append((time.perf_counter() - begun) / block)
-    ratios = [muon / adamw for adamw, muon in zip(*seconds.values(), strict=True)]
-    rows = [[name, median_and_range([1e3 * value for value in values], 1)] for name, values in seconds.items()]
-    print(table(["", "step, ms"], [*rows, ["muon / adamw", median_and_range(ratios, 3)]]))
+            trial = Trial(name, 1e-3, **{**size, "steps": (turns + 1) * block})
+            pair = build(options.corpus, Path(folder) / name, trial)
+            calls[name] = lambda pair=pair: milliseconds(*pair)
+        values = take_turns(calls, turns, warm_up=1)
+    rows = [[name, median_and_range(values[name], 1)] for name in RATES]
+    rows.append(["muon / adamw (95 %)", ratio_and_interval(values["muon"], values["adamw"])])
+    print(table(["", "step, ms"], rows))
 
 
 def main() -> None:
@@ -271,20 +218,21 @@ def main() -> None:
     parser.add_argument("corpus", type=corpus_file)
     parser.add_argument("results", type=Path)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "learning_cache")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8, help="rows of 256 tokens a step")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--time", action="store_true", help="only measure the time of a step")
     options = parser.parse_args()
+    size = {name: getattr(options, name) for name in ("steps", "batch_size", "vocab_size")}
     if options.time:
-        time_steps(options)
+        time_steps(options, size)
     else:
-        results = read_results(options.results)
+        results = Results(options.results, size)
         if not options.report:
-            run_stages(results, options)
-        report(results, options)
+            run_missing(chain(*zip(*results.grids, strict=True)), results, options)
+            run_missing(chain(*(trial.over_seeds() for trial in results.compared())), results, options)
+        report(results)
     print("\n" + provenance("torch", "transformers", "accelerate"))
 
 

@@ -1,33 +1,28 @@
 """Pretraining as the Hugging Face documentation shows it: load_dataset, map, group_texts, Trainer.
 
 One rank, under torchrun; ``bench.py`` starts it to measure how long the first step takes to come.
+Usage: trainer_recipe.py SETTINGS   (JSON: data, tokenizer, shape, batch_size, max_seq_length, device, first_step)
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
+import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import load_dataset
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 
 class FirstStep(TrainerCallback):
     """Leaves a file when the first step has ended."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str):
+        self.path = Path(path)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:
@@ -37,33 +32,18 @@ class FirstStep(TrainerCallback):
 def group_texts(examples: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
     """Join the documents of a batch and cut them into blocks, as run_clm.py does."""
     joined = list(chain.from_iterable(examples["input_ids"]))
-    whole = len(joined) // length * length
-    blocks = [joined[start : start + length] for start in range(0, whole, length)]
+    blocks = [joined[start : start + length] for start in range(0, len(joined) // length * length, length)]
     return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("LAYERS", "HIDDEN", "MLP", "HEAD"), required=True)
-    parser.add_argument("--first-step", type=Path, required=True)
-    parser.add_argument("output")
-    return parser.parse_args()
 
 
 def main() -> None:
     """Prepare the corpus and train one step."""
-    options = parse_arguments()
-    on_gpu = options.device == "cuda"
+    setting = SimpleNamespace(**json.loads(sys.argv[1]))
+    on_gpu, length = setting.device == "cuda", setting.max_seq_length
     args = TrainingArguments(
-        output_dir=options.output,
+        output_dir=str(Path(setting.first_step).parent),
         max_steps=1,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=setting.batch_size,
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
         weight_decay=0.1,
@@ -75,24 +55,24 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(setting.tokenizer)
 
     def tokenize(examples: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": tokenizer([text + tokenizer.eos_token for text in examples["text"]])["input_ids"]}
 
     processes = len(os.sched_getaffinity(0))
     with args.main_process_first(desc="preparing the corpus"):
-        texts = load_dataset("json", data_files=options.data, split="train")
+        texts = load_dataset("json", data_files=setting.data, split="train")
         tokens = texts.map(tokenize, batched=True, num_proc=processes, remove_columns=texts.column_names)
-        blocks = tokens.map(group_texts, batched=True, num_proc=processes, fn_kwargs={"length": options.length})
-    layers, hidden, mlp, head = options.shape
+        blocks = tokens.map(group_texts, batched=True, num_proc=processes, fn_kwargs={"length": length})
+    layers, hidden, mlp, heads = setting.shape
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // head,
-        max_position_embeddings=options.length,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
         use_cache=False,
     )
@@ -100,8 +80,7 @@ def main() -> None:
         model=LlamaForCausalLM(config),
         args=args,
         train_dataset=blocks,
-        data_collator=default_data_collator,
-        callbacks=[FirstStep(options.first_step)],
+        callbacks=[FirstStep(setting.first_step)],
     )
     trainer.train()
 
