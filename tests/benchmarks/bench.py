@@ -404,6 +404,8 @@ def main() -> None:
             for variant in dict.fromkeys((setting, best)):
                 match = Match(variant, folder, pythons, args.seconds)
                 match.run(args.blocks, args.rounds if args.gpu else 1)
+                if match.figures["ours"].problem:
+                    sys.exit("ours failed: nothing to compare with")
                 parts.append(speed_table(match))
                 print(f"\n{parts[-1]}", flush=True)
         if args.starts:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from common import HELD_OUT_ROWS, Turns, Words
 from compare_trainer import OrderedTrainer, RowsInOrder
-from samples import NeverStop
 
 import train_h100_dual as t
 
@@ -45,10 +44,13 @@ def make_turns(cfg: t.TrainConfig, corpus: t.Corpus, model: torch.nn.Module) -> 
 
 def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     """The script's own ``train``, with all that runs beside it; a call of ``train_step`` ends a step."""
+    stop = t.StopFlag()
     t.set_up_logging(cfg, t.rank_and_world()[0])
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     with t.attention_kernels(cfg):
-        run = t.build_run(cfg, corpus, cast(Any, NeverStop()), t.build_accelerator(cfg))
+        run = t.build_run(cfg, corpus, stop, t.build_accelerator(cfg))
+        stop.arm(cfg.hang_timeout, sys.stderr)
+        stop.defer()
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -114,7 +116,8 @@ def main() -> None:
     """Train until the driver has seen enough."""
     name, tokens, folder, *words = sys.argv[1:]
     places = [f"--{kind}-dir={Path(folder) / kind}" for kind in ("cache", "output", "logs")]
-    cfg, _ = t.set_up_config([*words, *places])
+    typed = t.parse_args([*words, *places])
+    cfg, _ = t.resolve_config(typed, typed.device)
     train = {"ours": train_ours, "trainer": train_trainer, "bare": train_bare}[name]
     train(cfg, open_tokens(Path(tokens), cfg))
 

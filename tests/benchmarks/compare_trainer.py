@@ -129,7 +129,8 @@ def main() -> None:
     records = map(json.loads, own.ours.read_text(encoding="utf-8").splitlines())
     ours = {record["step"]: record for record in records if "val_loss" in record}
     try:
-        cfg, _ = t.set_up_config(rest)
+        typed = t.parse_args(rest)
+        cfg, _ = t.resolve_config(typed, "cuda" if typed.device != "cpu" and torch.cuda.is_available() else "cpu")
         corpus = t.prepare_corpus(cfg)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(str(error))
