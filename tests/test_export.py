@@ -131,7 +131,10 @@ def run_readme_code(title: str, checkpoint: Path) -> dict[str, Any]:
 
 def test_onnx_runtime_finds_the_same_logits(checkpoint, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    session = run_readme_code("ONNX", checkpoint)["session"]
+    import onnxruntime
+
+    run_readme_code("ONNX", checkpoint)
+    session = onnxruntime.InferenceSession("model.onnx")
     for shape in ((2, 16), (1, 100), (3, 7), (1, 128)):
         tokens = torch.randint(0, 500, shape)
         with torch.no_grad():
