@@ -35,7 +35,7 @@ may_install=true
 script_args=()
 python=""       # has the packages
 plain_python="" # recent enough, may lack them
-answer=""       # to the question that they were found with
+missing=""      # packages that plain_python lacks
 
 log() { printf '%s\n' "$*"; }
 warn() { printf '⚠️  %s\n' "$*" >&2; }
@@ -120,13 +120,7 @@ parse_args() {
       --node-rank) take_number node_rank 0 998 0 "$@" && shift ;;
       --notify) take_value notify ./notify.sh "$@" && shift ;;
       --python) take_value wanted_python /usr/bin/python3 "$@" && shift ;;
-      --rdzv-endpoint)
-        take_value rdzv_endpoint 10.0.0.1:29500 "$@"
-        if [[ ! $2 =~ ^[A-Za-z0-9._-]+:0*([1-9][0-9]{0,4})$ ]] || ((BASH_REMATCH[1] > 65535)); then
-          usage_problems+=("$1: '$2' 값은 HOST:PORT가 아닙니다 (예: 10.0.0.1:29500)")
-        fi
-        shift
-        ;;
+      --rdzv-endpoint) take_value rdzv_endpoint 10.0.0.1:29500 "$@" && shift ;;
       --foreground) foreground=true ;;
       --dry-run) dry_run=true ;;
       --no-install) may_install=false ;;
@@ -153,67 +147,52 @@ parse_args() {
   if ((${#usage_problems[@]})); then
     printf '❌ %s\n' "${usage_problems[@]}" >&2
     find_python
-    "$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" >/dev/null || true
+    "$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" >/dev/null || true # tells its own mistakes
     exit 2
   fi
 }
 
 check_nodes() { # adds to usage_problems
-  if [[ -z $nnodes && -n $node_rank$rdzv_endpoint ]]; then
-    usage_problems+=("--node-rank, --rdzv-endpoint: --nnodes N 과 함께 쓰세요")
-  elif ((${nnodes:-1} > 1)); then
-    [[ -n $node_rank ]] || usage_problems+=("--nnodes $nnodes: 이 머신의 번호도 주세요. 예: --node-rank 0")
-    [[ -n $rdzv_endpoint ]] || usage_problems+=("--nnodes $nnodes: 0번 머신의 주소도 주세요. 예: --rdzv-endpoint 10.0.0.1:29500")
-  fi
-  if [[ -n $nnodes ]] && ((${node_rank:-0} >= nnodes)); then
+  if ((${nnodes:-1} == 1)) && [[ -z $node_rank$rdzv_endpoint ]]; then
+    return
+  elif [[ -z $nnodes || -z $node_rank || ! $rdzv_endpoint =~ ^.+:[0-9]+$ ]]; then
+    usage_problems+=("여러 머신에는 셋을 함께 주세요. 예: --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
+  elif ((node_rank >= nnodes)); then
     usage_problems+=("--node-rank: '$node_rank' 값은 범위를 벗어났습니다 (0 이상 $((nnodes - 1)) 이하). 가장 가까운 값: $((nnodes - 1))")
   fi
 }
 
 # --- environment ---
 
-find_python() { # find_python [QUESTION...]: the Python to use, and its answer, whose first line names what it lacks
+find_python() { # sets plain_python, recent enough to run the script, and where one has the packages python
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate reply
-  local question=("${@:-internal:packages}")
-  [[ -n $wanted_python ]] && candidates=("$wanted_python")
+  [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
-    command -v "$candidate" >/dev/null || continue
-    reply=$("$candidate" "$TRAIN_SCRIPT" "${question[@]}" 2>/dev/null) || continue # too old to read the script, say
-    [[ -n $plain_python ]] || plain_python=$candidate answer=$reply
+    reply=$("$candidate" "$TRAIN_SCRIPT" internal:packages 2>/dev/null) || continue # not there, or too old
+    [[ -n $plain_python ]] || plain_python=$candidate missing=$reply
     [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
-    if [[ ${reply%%$'\n'*} == missing= ]]; then
-      python=$(command -v "$candidate")
-      answer=$reply
+    if [[ -z $reply ]]; then
+      plain_python=$candidate python=$(command -v "$candidate")
       return
     fi
   done
   [[ -z $plain_python ]] || return 0
-  for candidate in "${candidates[@]}"; do
-    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
-    "$candidate" "$TRAIN_SCRIPT" "${question[@]}" >/dev/null || true # says why it gave no answer
-    die "$candidate 이(가) $TRAIN_SCRIPT 을(를) 실행하지 못했습니다"
-  done
-  if [[ -n $wanted_python ]]; then
-    command -v "$wanted_python" >/dev/null || die "--python: '$wanted_python' 을(를) 실행할 수 없습니다. 경로를 확인하세요"
-    die "--python: '$wanted_python' 은(는) Python 3.11 이상이 아닙니다. 다른 경로를 주세요"
-  fi
+  [[ -z $wanted_python ]] || die "--python: '$wanted_python' 은(는) 실행할 수 있는 Python 3.11 이상이 아닙니다. 경로를 확인하세요"
   die "Python 3.11 이상이 없습니다. 설치하세요: sudo apt install python3 python3-venv"
 }
 
 ensure_environment() {
-  [[ -n $python ]] && return
-  local missing=${answer%%$'\n'*}
-  missing=${missing#missing=}
+  [[ -z $python ]] || return 0
   if [[ $may_install == false || -n $wanted_python ]]; then
     die "필요한 패키지가 없습니다: $missing (설치: $plain_python -m pip install -r '$SCRIPT_DIR/requirements.txt')"
   fi
+  python="$VENV_DIR/bin/python"
   if [[ $dry_run == true ]]; then
     warn "패키지가 없어 실행할 때 $VENV_DIR 에 설치합니다: $missing"
-    python="$VENV_DIR/bin/python"
     return
   fi
   install_packages "$SCRIPT_DIR/requirements.txt"
-  python="$VENV_DIR/bin/python"
+  make_plan # again: PyTorch can be asked now
 }
 
 install_packages() { # install_packages REQUIREMENTS...
@@ -259,11 +238,11 @@ check_text=""
 info_text=""
 
 make_plan() {
-  # One question, with which Python is found too, answers everything that can be told before torch is imported, and
-  # refuses what can't run; its code says whether the options (2) or the machine (1) were at fault.
+  # One question answers everything that can be told before the start, and refuses what can't run; the code says
+  # whether the options (2) or the machine (1) were at fault.
   local line block=0 background=true
   [[ $foreground == true ]] && background=false
-  find_python internal:plan "$num_gpus" "$background" "${rdzv_endpoint%:*}" "${script_args[@]}"
+  check_text="" info_text=""
   while IFS= read -r line; do
     if [[ -z $line ]] && ((block < 2)); then
       block=$((block + 1))
@@ -274,18 +253,11 @@ make_plan() {
     else
       info_text+=$line$'\n'
     fi
-  done <<<"$answer"
-  if ((plan[code] != 0)); then
+  done < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$num_gpus" "$background" "${script_args[@]}")
+  if ((${plan[code]:-1} != 0)); then
     printf '%s' "$check_text" >&2
-    exit "${plan[code]}"
+    exit "${plan[code]:-1}"
   fi
-}
-
-check_environment() {
-  if [[ ${plan[torch_told]} == true || ($dry_run == true && ! -x $python) ]]; then
-    return
-  fi
-  "$python" "$TRAIN_SCRIPT" internal:torch "${plan[gpus]}" "${script_args[@]}" || exit $?
 }
 
 build_command() {
@@ -305,11 +277,8 @@ build_command() {
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead ranks' addresses: restarts would hang on them
     "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
     --max-restarts "${plan[max_restarts]}" --signals-to-handle "SIGTERM,SIGINT,SIGQUIT" # and not SIGHUP
-    "$TRAIN_SCRIPT" "${script_args[@]}"
+    "$TRAIN_SCRIPT" "${script_args[@]}" --device "${plan[device]}"
   )
-  if [[ -n ${plan[add_device]} ]]; then
-    command+=(--device "${plan[add_device]}")
-  fi
   if [[ ${plan[device]} == cpu ]]; then
     # Threads that wait for each other by spinning leave no core to the loader and the writer of checkpoints.
     command=(env "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}" "${command[@]:1}")
@@ -524,7 +493,6 @@ start_run() {
   banner
   log "🔍 H100 학습 환경 확인 중..."
   ensure_environment
-  check_environment
   log "$check_text"
   log "$info_text"
   build_command
@@ -544,7 +512,7 @@ start_run() {
 }
 
 use_checkpoint() { # --generate and --evaluate: one process in the foreground, without the lock and files of a run
-  "$plain_python" "$TRAIN_SCRIPT" internal:use "${script_args[@]}" || exit $?
+  make_plan
   ensure_environment
   command=("$python" "$TRAIN_SCRIPT" "${script_args[@]}")
   if [[ $dry_run == true ]]; then
@@ -635,7 +603,7 @@ main() {
     usage
     return
   fi
-  [[ $action == run ]] || find_python
+  find_python
   case $action in
     run) start_run ;;
     status) status_run ;;

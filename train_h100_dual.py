@@ -115,6 +115,12 @@ class Preset:
     key: int = 0  # and of their keys, and of their values
     tied: bool = True  # input and output embeddings are one
 
+    @property
+    def width(self) -> int:
+        """Widths in a layer: stream, queries, keys, MLP."""
+        query = self.query or self.hidden
+        return self.hidden + query + (self.key or query) + self.mlp
+
     def matrix_parameters(self) -> int:
         """Number of parameters in the matrices of the layers."""
         query = self.query or self.hidden
@@ -477,7 +483,10 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
         if adapt[-1].startswith("cpu") and not brought.get(item.name):
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
-    return replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
+    cfg = replace(cfg, **chosen)
+    return replace(cfg, vocab_size=planned_vocab_size(cfg)), [
+        f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"
+    ] if adapted else []
 
 
 def validate_config(cfg: TrainConfig) -> list[str]:
@@ -580,7 +589,9 @@ def wrap_width(text: str, columns: int) -> list[str]:
     return [*lines, line.rstrip()] if line else lines
 
 
-# --- the plan of a run: what can be told, and refused, before anything heavy is imported ---
+# ======================================================================================
+# Plan: what can be told, and refused, before anything heavy is imported
+# ======================================================================================
 
 
 @dataclass(frozen=True)
@@ -605,21 +616,21 @@ def query_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
         raise EnvironmentProblem(
             f"nvidia-smi가 GPU를 보고하지 못했습니다 ({error}). 드라이버를 확인하세요: nvidia-smi"
         ) from error
-    found = {}
+    gpus, by_name = [], {}
     for line in answer.strip().splitlines():
-        index, uuid, name, total, used, *more = (part.strip() for part in line.split(","))
-        use = int(more[0]) if more and more[0].isdigit() else None
-        gpu = Gpu(name, *(int(value) if value.isdigit() else 0 for value in (total, used)), use)
-        found[index] = found[uuid] = gpu
+        index, uuid, name, *numbers = (part.strip() for part in line.split(","))
+        total, used, use = (int(number) if number.isdigit() else None for number in [*numbers, ""][:3])
+        gpus.append(Gpu(name, total or 0, used or 0, use))
+        by_name[index] = by_name[uuid] = gpus[-1]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [gpu for key, gpu in found.items() if key.isdigit()]
+        return gpus
     wanted = [key.strip() for key in visible.split(",") if key.strip()]
     # An index is exact; a UUID may be cut short, as CUDA allows.
     return [
         gpu
         for key in wanted
-        for name, gpu in found.items()
+        for name, gpu in by_name.items()
         if name == key or (key.startswith("GPU-") and name.startswith(key))
     ]
 
@@ -630,21 +641,20 @@ def list_data_files(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: nothing is there, the directory holds no data file, or a file is empty.
     """
-    if path.is_dir():
-        preferred = path / PREFERRED_DATA_FILE
-        found = [item for item in path.iterdir() if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
-        files = [preferred] if preferred.is_file() else sorted(found)
-        if not files:
-            kinds = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
-            raise FileNotFoundError(f"데이터 디렉토리에 데이터 파일이 없습니다: {path} (찾은 종류: {kinds})")
-    elif path.is_file():
-        files = [path]
-        if not path.name.endswith(DATA_SUFFIXES):
-            raise FileNotFoundError(f"읽을 수 없는 종류의 데이터 파일입니다: {path} (가능: {', '.join(DATA_SUFFIXES)})")
-    else:
+    if not path.exists():
         raise FileNotFoundError(
             f"데이터셋이 없습니다: {path} (있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요)"
         )
+    if path.is_dir():
+        files = sorted(item for item in path.iterdir() if item.name.endswith(DATA_SUFFIXES) and item.is_file())
+        files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
+        if not files:
+            kinds = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
+            raise FileNotFoundError(f"데이터 디렉토리에 데이터 파일이 없습니다: {path} (찾은 종류: {kinds})")
+    elif path.name.endswith(DATA_SUFFIXES):
+        files = [path]
+    else:
+        raise FileNotFoundError(f"읽을 수 없는 종류의 데이터 파일입니다: {path} (가능: {', '.join(DATA_SUFFIXES)})")
     if not any(item.stat().st_size for item in files):
         raise FileNotFoundError(f"데이터 파일이 비어 있습니다: {files[0]}")
     return files
@@ -652,9 +662,15 @@ def list_data_files(path: Path) -> list[Path]:
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    return cfg.dummy_data or (
-        cfg.is_test and cfg.dataset_path == default_path("dataset_path") and not cfg.dataset_path.exists()
-    )
+    at_default = cfg.dataset_path == default_path("dataset_path")
+    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
+
+
+def corpus_files(cfg: TrainConfig) -> list[Path]:
+    """The files of the corpus; empty where dummy text or a hub data set stands in for them."""
+    if uses_dummy_data(cfg) or str(cfg.dataset_path).startswith("hf:"):
+        return []
+    return list_data_files(cfg.dataset_path)
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -863,42 +879,32 @@ def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fin
     return problems
 
 
-def begins_elsewhere(cfg: TrainConfig) -> bool:
-    """Whether a run goes on from nothing that its own output directory holds."""
-    if cfg.resume in (None, "auto"):
-        return cfg.resume is None
-    checkpoint = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
-    return checkpoint.resolve().parent != cfg.output_dir.resolve()
-
-
-def check_output(cfg: TrainConfig) -> None:
-    """Refuse to touch what an earlier training run left, and a directory that can't be written.
-
-    Raises:
-        EnvironmentProblem: with the options to type instead.
-    """
-    problems = []
-    for path, name in ((cfg.output_dir, "--output-dir"), (cfg.logs_dir, "--logs-dir"), (cfg.cache_dir, "--cache-dir")):
-        if not can_write(path):
-            problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)")
-    if problems:
-        raise EnvironmentProblem(problems)
-    if node_rank():  # in a shared directory the first machine, which judges it, may be at work already
-        return
-    if run_is_alive(cfg.output_dir, patience=30 if is_restart(read_json(cfg.output_dir / "run_info.json")) else 0):
-        owner = read_text(cfg.output_dir / ".lock").strip() or "?"  # the PID that a person can stop
-        raise EnvironmentProblem(
-            f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {owner}): {cfg.output_dir} "
-            "(다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"
-        )
-    earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
+def output_problems(cfg: TrainConfig) -> list[str]:
+    """What keeps a run from writing where it is to: no right to, another run, or what an earlier one left."""
+    named = {"--output-dir": cfg.output_dir, "--logs-dir": cfg.logs_dir, "--cache-dir": cfg.cache_dir}
+    problems = [
+        f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)"
+        for name, path in named.items()
+        if not can_write(path)
+    ]
+    if problems or node_rank():  # in a shared directory the first machine, which judges it, may be at work already
+        return problems
     info = read_json(cfg.output_dir / "run_info.json")
+    if is_restart(info):
+        return []
+    if run_is_alive(cfg.output_dir):
+        owner = read_text(cfg.output_dir / ".lock").strip() or "?"  # the PID that a person can stop
+        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {owner}): {cfg.output_dir} "
+        return [text + "(다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
+    goes_on = cfg.resume == "auto"
+    if cfg.resume and not goes_on:
+        goes_on = checkpoint_dir(Path(cfg.resume).expanduser()).resolve().parent == cfg.output_dir.resolve()
+    earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     clearable = cfg.resume is None and info.get("mode") == "test"
-    if earlier and begins_elsewhere(cfg) and not clearable and not is_restart(info):
-        raise EnvironmentProblem(
-            f"이전 학습의 결과가 있습니다: {cfg.output_dir} "
-            "(이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요)"
-        )
+    if earlier and not goes_on and not clearable:
+        hint = "(이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요)"
+        return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} {hint}"]
+    return []
 
 
 def can_write(folder: Path) -> bool:
@@ -908,12 +914,9 @@ def can_write(folder: Path) -> bool:
     probe = next(path for path in (folder, *folder.parents) if path.parent.exists())
     try:
         probe.mkdir()
-    except FileExistsError:  # another rank was faster
-        return can_write(folder)
+        probe.rmdir()
     except OSError:
         return False
-    with suppress(OSError):  # another rank may use it already
-        probe.rmdir()
     return True
 
 
@@ -933,21 +936,15 @@ def log_path(logs_dir: Path, name: str) -> Path:
     return logs_dir / (f"{stem}_node_{node_rank()}.{ending}" if node_rank() else name)
 
 
-def run_is_alive(output_dir: Path, patience: float = 0.0) -> bool:
-    """Whether a process holds the lock of ``output_dir``; looks without taking or making it.
-
-    A killed worker's helpers hold it a few seconds longer: ``patience`` waits for them.
-    """
+def run_is_alive(output_dir: Path) -> bool:
+    """Whether a process holds the lock of ``output_dir``; looks without taking or making it."""
     try:
         with open(output_dir / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:
-        if patience <= 0:
-            return True
-        time.sleep(0.5)
-        return run_is_alive(output_dir, patience - 0.5)
+        return True
     return False
 
 
@@ -1093,7 +1090,7 @@ def follow_agent() -> None:
 
 
 def check_use(cfg: TrainConfig) -> None:
-    """Check, before anything heavy is imported, what --generate and --evaluate ask for.
+    """Check what --generate and --evaluate ask for.
 
     Raises:
         UsageProblem: the options can't be meant.
@@ -1109,82 +1106,32 @@ def check_use(cfg: TrainConfig) -> None:
         problems.append(f"체크포인트가 없습니다: {path} ({hint})")
     elif not (path / "config.json").is_file():
         problems.append(f"체크포인트가 아닙니다: {path} (config.json이 없습니다. {hint})")
-    try:
-        if cfg.evaluate:
-            corpus_files(cfg)
-    except FileNotFoundError as error:
-        problems.append(str(error))
-    except PermissionError as error:
-        problems.append(f"읽을 권한이 없습니다: {error.filename}")
+    problems += file_problems(lambda: corpus_files(cfg) and []) if cfg.evaluate else []
     if problems:
         raise EnvironmentProblem(problems)
 
 
-def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str]]:
-    """Choose the device and the number of processes.
+def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str], list[str]]:
+    """Choose the device and the number of processes; returns notes and problems beside them.
 
-    A test adapts to what it finds and says so in the returned notes; a training run gets exactly
-    what was asked for.
-
-    Raises:
-        EnvironmentProblem: the GPUs that were asked for are not there, or are in use.
+    A test adapts to what it finds and notes it; a training run gets exactly what was asked for.
     """
     if cfg.device == "cpu":
-        return "cpu", num_gpus, []
+        return "cpu", num_gpus, [], []
     if not gpus:
-        if cfg.device == "cuda" or not cfg.is_test:
-            raise EnvironmentProblem("GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요")
-        return "cpu", num_gpus, [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"]
-    notes, in_use = [], []
-    if len(gpus) < num_gpus:
-        if not cfg.is_test:
-            raise EnvironmentProblem(
-                f"GPU {num_gpus}개를 요청했지만 {len(gpus)}개만 있습니다. --num-gpus {len(gpus)} 로 실행하세요"
-            )
-        notes.append(f"GPU가 {len(gpus)}개뿐이라 {len(gpus)}개로 실행합니다 (요청: {num_gpus}개)")
-        num_gpus = len(gpus)
-    for index, gpu in enumerate(gpus[:num_gpus]):
+        if cfg.device == "cuda" or not cfg.is_test:  # go on as if they were there, to tell what else is lacking
+            return "cuda", num_gpus, [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
+        return "cpu", num_gpus, [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"], []
+    notes, problems, count = [], [], min(num_gpus, len(gpus))
+    if count < num_gpus:
+        notes.append(f"GPU가 {count}개뿐이라 {count}개로 실행합니다 (요청: {num_gpus}개)")
+        problems.append(f"GPU {num_gpus}개를 요청했지만 {count}개만 있습니다. --num-gpus {count} 로 실행하세요")
+    for index, gpu in enumerate(gpus[:count]):
         if gpu.used > 1024:  # a driver and a display take less
             text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
-            in_use.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
+            problems.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
             notes.append(text)
-    if in_use and not cfg.is_test:
-        raise EnvironmentProblem(in_use)
-    return "cuda", num_gpus, notes
-
-
-def node_interface(host: str) -> str:
-    """Name of the interface through which this machine reaches the first one, at ``host``; empty if it isn't found.
-
-    gloo would take the one that this machine's own name stands for, which is 127.0.1.1 on Debian and Ubuntu.
-
-    Raises:
-        EnvironmentProblem: ``host`` can't be reached from here, or isn't this machine although it is the first.
-    """
-    import socket
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"--rdzv-endpoint: '{host}' 에 닿을 수 없습니다 ({error.strerror}). 0번 머신의 주소를 확인하세요"
-            ) from error
-        own, first = probe.getsockname()[0], probe.getpeername()[0]
-        if first.startswith("127.") and host not in ("localhost", first):
-            raise EnvironmentProblem(
-                f"--rdzv-endpoint: '{host}' 이(가) 이 머신에서는 {first} 입니다. 다른 머신에서도 닿는 IP 주소를 쓰세요"
-            )
-        if node_rank() == 0 and own != first:
-            raise EnvironmentProblem(
-                f"--rdzv-endpoint: '{host}' 은(는) 이 머신({own})이 아닙니다. --node-rank 0 인 머신의 주소를 쓰세요"
-            )
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no IPv4 address
-                answer = fcntl.ioctl(probe, 0x8915, name.encode().ljust(40, b"\0"))  # SIOCGIFADDR
-                if socket.inet_ntoa(answer[20:24]) == own:
-                    return name
-    return ""
+    return ("cuda", count, notes, []) if cfg.is_test else ("cuda", num_gpus, [], problems)
 
 
 def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
@@ -1234,7 +1181,7 @@ def total_steps(cfg: TrainConfig, rows: int, step_tokens: int) -> int:
 
 def estimate_tokens(cfg: TrainConfig, files: list[Path]) -> tuple[int | None, bool]:
     """Training tokens of the corpus and whether that is exact: from the cache, else from the bytes."""
-    if uses_dummy_data(cfg) or not files:
+    if not files:
         return None, False
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json")
     if report:
@@ -1252,10 +1199,8 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
     """Shape and name of the model as far as it can be told without importing transformers."""
     if cfg.model_config is None and cfg.init_from is None:
         return PRESETS[cfg.model_size], cfg.model_size
-    source = Path(cfg.model_config or cfg.init_from)
-    values = read_json(
-        source if source.is_file() and source.suffix == ".json" else checkpoint_dir(source) / "config.json"
-    )
+    source = checkpoint_dir(cfg.model_config or cfg.init_from)
+    values = read_json(source if source.suffix == ".json" else source / "config.json")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     layers, hidden, mlp, heads = sizes = [values.get(name) for name in needed]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or any("experts" in name for name in values):
@@ -1268,18 +1213,15 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
 
 def planned_vocab_size(cfg: TrainConfig) -> int:
     """Vocabulary that the model will have, as far as the files of ``--init-from`` or ``--tokenizer`` tell it."""
-    source = cfg.init_from or cfg.tokenizer
-    if source is None:
-        return cfg.vocab_size
-    folder = checkpoint_dir(Path(source).expanduser())
     if cfg.init_from:
+        folder = checkpoint_dir(Path(cfg.init_from).expanduser())
         return read_json(folder / "config.json").get("vocab_size") or cfg.vocab_size
-    return -(-tokenizer_size(folder) // 128) * 128 or cfg.vocab_size
+    return -(-tokenizer_size(cfg.tokenizer) // 128) * 128 or cfg.vocab_size
 
 
-def tokenizer_size(folder: Path) -> int:
+def tokenizer_size(source: str | None) -> int:
     """Vocabulary of a saved tokenizer; 0 if its file doesn't tell."""
-    content = read_json(folder / "tokenizer.json")
+    content = read_json(checkpoint_dir(Path(source).expanduser()) / "tokenizer.json") if source else {}
     words = (content.get("model") or {}).get("vocab") or ()
     return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
@@ -1297,72 +1239,52 @@ def optimizer_bytes(cfg: TrainConfig, shape: Preset) -> int:
     return 8 * shape.parameter_count(cfg.vocab_size) - 4 * saved
 
 
-def layer_bytes(cfg: TrainConfig, shape: Preset) -> tuple[int, int]:
-    """Bytes of a token in one layer: what is kept for the backward pass, and what that adds while it is there.
-
-    As transformers' Llama layer leaves them: the residual stream stays in fp32.  Compiled, norms and
-    SwiGLU are worked out again; eager, autocast makes a half copy for each projection.  Only "math"
-    attention keeps a matrix of scores.  Counted in what autograd saved (``tests/test_memory.py``).
-    """
-    half = 4 if cfg.precision == "fp32" else 2
-    attention = 2 * (shape.query or shape.hidden) + 2 * (shape.key or shape.query or shape.hidden)
-    if cfg.compile:
-        kept = 8 * shape.hidden + half * (2 * shape.hidden + attention + 3 * shape.mlp)
-    else:
-        copies = 2 if half == 4 else 5
-        kept = 16 * shape.hidden + half * (copies * shape.hidden + attention + 4 * shape.mlp)
-    if cfg.attention == "math":
-        kept += (4 + (half == 2)) * cfg.max_seq_length * (shape.query or shape.hidden) // shape.head
-    return kept, 8 * shape.hidden + half * shape.mlp
+# What one token leaves in a layer for the backward pass, in bytes for each unit of the layer's width,
+# by the bytes of a number and whether it is compiled: what autograd saved in transformers' Llama layer
+# (``tests/test_memory.py``; autocast makes a half copy for each projection, a compiled graph doesn't).
+LAYER_BYTES = {(4, False): 14.6, (2, False): 9.8, (4, True): 11.3, (2, True): 6.35}
 
 
 def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[str, int]:
     """Bytes that a rank needs at its peak, by what needs them.
 
-    The peak is in the loss, where all layers' activations are there and the logits, in the backward
-    pass just after it, or at its end, where all gradients are.  One process without accumulation has
-    no gradients before; DDP's buckets are always there and are the gradients themselves.  0.6 GB are
-    for the libraries (CUDA context, cuBLAS, NCCL).
+    The peak is in the loss, where all layers' activations are there and the logits, just after it, or at
+    the end of the backward pass, where all gradients are.  One process without accumulation has no
+    gradients before; DDP's buckets are always there, and twice when it makes them anew.
     """
     half = 4 if cfg.precision == "fp32" else 2
     parameters, tokens = shape.parameter_count(cfg.vocab_size), cfg.batch_size * cfg.max_seq_length
-    kept, working = (tokens * size for size in layer_bytes(cfg, shape))
-    head = cfg.vocab_size * shape.hidden
-    rows = logit_chunk_size(tokens, cfg.vocab_size)
-    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens)
-    ends = tokens * shape.hidden * (8 + half) + half * head  # the last norm; the gradients that the loss leaves
-    copies = 0 if half == 4 else 2 * (parameters - head * (1 if shape.tied else 2))
-    layers = tokens * 4 * shape.hidden * shape.layers if cfg.gradient_checkpointing else kept * shape.layers
-    again = kept if cfg.gradient_checkpointing else 0
+    layer = tokens * LAYER_BYTES[half, bool(cfg.compile)] * shape.width
+    if cfg.attention == "math":  # the only one that keeps the scores
+        layer += tokens * (4 + (half == 2)) * cfg.max_seq_length * (shape.query or shape.hidden) // shape.head
+    stream = tokens * 4 * shape.hidden
+    kept = 2 * stream + shape.layers * (stream if cfg.gradient_checkpointing else layer)
+    head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
+    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens) + half * head
+    copies = 0 if half == 4 else 2 * (parameters - head * (not shape.tied))
     early = 4 * parameters if world_size > 1 or cfg.gradient_accumulation_steps > 1 else 0
-    late = 4 * parameters * (2 if cfg.compile and world_size == 1 and early else 1)
-    phases = [  # gradients, half copies, activations, logits
-        (early, copies + (0 if half == 4 else 2 * head), layers + ends, logits),
-        (early, copies * (not again), layers + ends + again + working, 4 * head),
-        (late, 0, kept + working, 8 * head * shape.tied),
-        (8 * parameters * (world_size > 1), 0, 0, 0),  # DDP makes its buckets anew once, beside the first ones
+    again = layer if cfg.gradient_checkpointing else 0  # of one layer, computed once more
+    moments = [  # gradients, half copies, activations, logits
+        (early, copies, kept, logits),
+        (early, 0 if again else copies, kept + again, 4 * head),
+        (4 * parameters, 0, layer, 8 * head * shape.tied),
+        (8 * parameters * (world_size > 1), 0, 0, 0),
     ]
-    gradients, copies, activations, logits = max(phases, key=sum)
+    gradients, copies, activations, logits = max(moments, key=sum)
     return {
         "가중치": 4 * parameters,
         "기울기": gradients,
         "옵티마이저": optimizer_bytes(cfg, shape),
-        "활성값": activations,
+        "활성값": int(activations),
         "로짓": logits,
         "반정밀도 사본": copies,
-        "라이브러리": 600_000_000,
+        "라이브러리": 1_500_000_000 if cfg.device == "cuda" and world_size > 1 else 600_000_000,  # CUDA and NCCL
     }
 
 
 def memory_words(parts: dict[str, int]) -> str:
     """The parts of an estimate in GiB, as a sum."""
     return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30)
-
-
-def with_batch_size(cfg: TrainConfig, size: int) -> TrainConfig:
-    """Another batch size, with the accumulation that leaves the tokens of a step as they are; ``size`` divides them."""
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps
-    return replace(cfg, batch_size=size, gradient_accumulation_steps=rows // size)
 
 
 def batch_sizes(rows: int) -> list[int]:
@@ -1373,27 +1295,25 @@ def batch_sizes(rows: int) -> list[int]:
 def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[str]:
     """Options with which a run fits into ``memory`` bytes by the estimate, each group as it can be typed."""
 
-    def fits(changed: TrainConfig) -> bool:
-        return sum(estimate_memory(changed, model_shape(changed)[0], world_size).values()) <= memory
+    def fits(**changes: Any) -> bool:
+        other = replace(cfg, **changes)
+        return sum(estimate_memory(other, model_shape(other)[0], world_size).values()) <= memory
 
-    def batch_words(changed: TrainConfig) -> str | None:
-        for size in reversed(batch_sizes(cfg.batch_size * cfg.gradient_accumulation_steps)):
-            smaller = with_batch_size(changed, size)
-            if size <= cfg.batch_size and fits(smaller):
-                steps = smaller.gradient_accumulation_steps
-                more = f" --batch-size {size} --gradient-accumulation-steps {steps}"
-                return "" if size == cfg.batch_size else more
-        return None
-
-    found = [batch_words(cfg)]
-    if not cfg.gradient_checkpointing:
-        batch = batch_words(replace(cfg, gradient_checkpointing=True))
-        found.append(None if batch is None else f" --gradient-checkpointing{batch}")
+    options, rows = [], cfg.batch_size * cfg.gradient_accumulation_steps
+    for again in (False, True)[cfg.gradient_checkpointing :]:
+        for size in range(cfg.batch_size, 0, -1):
+            steps = rows // size
+            if rows % size == 0 and fits(
+                batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=again
+            ):
+                words = ["--gradient-checkpointing"] * (again and not cfg.gradient_checkpointing)
+                words += [f"--batch-size {size} --gradient-accumulation-steps {steps}"] * (size < cfg.batch_size)
+                options.append(" ".join(words))
+                break
     if not (cfg.resume or cfg.model_config or cfg.init_from):
         smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
-        names = [name for name in smaller if fits(replace(cfg, model_size=name))]
-        found.append(f" --model-size {names[-1]}" if names else None)
-    return [words.strip() for words in found if words]
+        options += [f"--model-size {name}" for name in smaller if fits(model_size=name)][-1:]
+    return options
 
 
 def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> tuple[str | None, bool]:
@@ -1403,7 +1323,7 @@ def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> tuple[
     if shape is None or gpu is None or not gpu.total:
         return None, False
     if cfg.find_batch_size:
-        cfg = with_batch_size(cfg, 1)
+        cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
     parts, memory = estimate_memory(cfg, shape[0], world_size), gpu.total << 20
     needed = sum(parts.values())
     if needed <= MEMORY_TO_USE * memory:
@@ -1424,6 +1344,14 @@ def named_peak_flops(gpu_name: str) -> float | None:
     return next((value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name), None)
 
 
+def training_flops(parameters: int, layers: int, hidden: int, length: int) -> int:
+    """Training FLOPs of a token; ``parameters`` are without an untied input embedding.
+
+    Source: Chowdhery et al., "PaLM" (2022), appendix B.
+    """
+    return 6 * parameters + 12 * layers * hidden * length
+
+
 def speed_key(cfg: TrainConfig, world_size: int, gpu_name: str | None) -> str:
     """Names what decides the speed of a run, in the file of measured speeds; ``gpu_name`` is None on a CPU."""
     names = [item.name for item in fields(TrainConfig) if item.metadata["group"] in ("model", "hopper")]
@@ -1440,68 +1368,65 @@ def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str | None, toke
     shape, peak = model_shape(cfg), gpu_name and named_peak_flops(gpu_name)
     if shape is None or not peak:
         return "알 수 없음 (한 번 실행하면 그 속도로 계산)"
-    per_token = 6 * shape[0].parameter_count(cfg.vocab_size)
-    per_token += 12 * shape[0].layers * shape[0].hidden * cfg.max_seq_length
-    seconds = tokens * per_token / (ASSUMED_MFU * peak * world_size)
+    preset, length = shape[0], cfg.max_seq_length
+    counted = preset.parameter_count(cfg.vocab_size) - (0 if preset.tied else cfg.vocab_size * preset.hidden)
+    seconds = tokens * training_flops(counted, preset.layers, preset.hidden, length) / (ASSUMED_MFU * peak * world_size)
     return f"{format_duration(seconds)} (MFU {ASSUMED_MFU:.0%} 가정)"
+
+
+def file_problems(rule: Callable[[], list[str]]) -> list[str]:
+    """What a rule complains of, or why it couldn't read what it has to."""
+    try:
+        return rule()
+    except EnvironmentProblem as error:
+        return error.problems
+    except FileNotFoundError as error:
+        return [str(error)]
+    except PermissionError as error:
+        return [f"읽을 권한이 없습니다: {error.filename}"]
 
 
 def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     """What keeps a run from starting on this machine's files, one Korean sentence each."""
-    problems = []
-
-    def attempt(check: Callable[[], Any]) -> None:
-        try:
-            check()
-        except EnvironmentProblem as error:
-            problems.extend(error.problems)
-        except FileNotFoundError as error:
-            problems.append(str(error))
-        except PermissionError as error:
-            problems.append(f"읽을 권한이 없습니다: {error.filename}")
-
-    attempt(lambda: check_output(cfg))
-    attempt(lambda: corpus_files(cfg))
-    attempt(lambda: problems.extend(planned_resume_problems(cfg, world_size)))
-    problems += model_config_problems(cfg.model_config) if cfg.model_config else []
-    attempt(lambda: check_folder("--tokenizer", cfg.tokenizer, ("tokenizer.json", "tokenizer_config.json")))
-    attempt(lambda: check_folder("--init-from", cfg.init_from, ("config.json",)))
-    problems += init_from_problems(cfg) if cfg.init_from else []
+    problems = file_problems(lambda: output_problems(cfg))
+    problems += file_problems(lambda: corpus_files(cfg) and [])
+    problems += file_problems(lambda: planned_resume(cfg, world_size)[1])
+    problems += file_problems(lambda: source_problems(cfg))
     if (cfg.max_tokens or math.inf) < cfg.tokens_per_step(world_size):
         one = f"{cfg.tokens_per_step(world_size):,}"
         problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {one}보다 작습니다")
-    return problems + sources_in_output(cfg)
+    return problems
 
 
-def model_config_problems(path: Path) -> list[str]:
-    """What is wrong with the file that ``--model-config`` names, as far as it can be told without transformers."""
-    if not path.exists():
-        return [f"모델 설정 파일이 없습니다: {path} (--model-config 의 경로를 확인하세요)"]
-    if not read_json(path / "config.json" if path.is_dir() else path).get("model_type"):
-        return [f"모델 설정이 아닙니다: {path} (--model-config 에 model_type이 있는 config.json을 주세요)"]
-    return []
+def source_problems(cfg: TrainConfig) -> list[str]:
+    """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell.
 
-
-def check_folder(name: str, source: str | None, wanted: tuple[str, ...]) -> None:
-    """Raise FileNotFoundError if an option names a place on the disk where there is nothing, or nothing of use."""
-    if source is None:
-        return
-    folder = checkpoint_dir(Path(source).expanduser())
-    could_be_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source[0] not in ".~"
-    if not folder.exists() and not could_be_hub:
-        raise FileNotFoundError(f"{name}: 경로가 없습니다: {source} (있는 디렉토리나 Hugging Face ID를 주세요)")
-    if folder.exists() and not any((folder / file).is_file() for file in wanted):
-        raise FileNotFoundError(f"{name}: {source} 에 {wanted[0]}이 없습니다 (그것이 있는 디렉토리를 주세요)")
-
-
-def init_from_problems(cfg: TrainConfig) -> list[str]:
-    """Options that don't go with the model of ``--init-from``, as far as its files tell."""
-    values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json")
+    A new run would clear away those that lie among what an earlier test saved.
+    """
+    problems, cleared = [], set()
+    if cfg.resume is None:
+        cleared = {folder.resolve() for folder in saved_models(cfg.output_dir)}
+    named = {"--model-config": cfg.model_config, "--tokenizer": cfg.tokenizer, "--init-from": cfg.init_from}
+    for name, source in ((name, source) for name, source in named.items() if source):
+        path = checkpoint_dir(Path(source).expanduser())
+        if not path.exists():
+            if name == "--model-config" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
+                problems.append(f"{name}: 경로가 없습니다: {source} (있는 경로를 주세요)")
+            continue
+        wanted = ("tokenizer.json", "tokenizer_config.json") if name == "--tokenizer" else ("config.json",)
+        if name == "--model-config" and not read_json(path / "config.json" if path.is_dir() else path).get(
+            "model_type"
+        ):
+            problems.append(f"{name}: 모델 설정이 아닙니다: {path} (model_type이 있는 config.json을 주세요)")
+        elif name != "--model-config" and not any((path / file).is_file() for file in wanted):
+            problems.append(f"{name}: {source} 에 {wanted[0]}이 없습니다 (그것이 있는 디렉토리를 주세요)")
+        if cleared & {path.resolve(), *path.resolve().parents}:
+            problems.append(f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)")
+    values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json") if cfg.init_from else {}
     longest, vocabulary = values.get("max_position_embeddings"), values.get("vocab_size")
-    problems = []
     if isinstance(longest, int) and longest < cfg.max_seq_length:
         problems.append(too_long_for_model(cfg.max_seq_length, longest))
-    words = tokenizer_size(checkpoint_dir(Path(cfg.tokenizer).expanduser())) if cfg.tokenizer else 0
+    words = tokenizer_size(cfg.tokenizer)
     if isinstance(vocabulary, int) and vocabulary < words:
         problems.append(too_many_words(words, vocabulary))
     return problems
@@ -1509,10 +1434,8 @@ def init_from_problems(cfg: TrainConfig) -> list[str]:
 
 def too_long_for_model(length: int, longest: int) -> str:
     """A sentence for rows that are longer than the model of ``--init-from`` was made for."""
-    return (
-        f"--max-seq-length {length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다. "
-        f"--max-seq-length {longest} 을(를) 쓰세요"
-    )
+    text = f"--max-seq-length {length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다"
+    return f"{text}. --max-seq-length {longest} 을(를) 쓰세요"
 
 
 def too_many_words(words: int, have: int) -> str:
@@ -1520,51 +1443,39 @@ def too_many_words(words: int, have: int) -> str:
     return f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {have:,}개보다 큽니다. 모델의 토크나이저를 쓰세요"
 
 
-def sources_in_output(cfg: TrainConfig) -> list[str]:
-    """A sentence for each file that a new run is to begin with and would clear away with its output directory."""
-    if cfg.resume is not None:
-        return []
-    named = {"--init-from": cfg.init_from, "--tokenizer": cfg.tokenizer, "--model-config": cfg.model_config}
-    paths = {name: checkpoint_dir(Path(source).expanduser()).resolve() for name, source in named.items() if source}
-    cleared = {folder.resolve() for folder in saved_models(cfg.output_dir)}
-    return [
-        f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
-        for name, path in paths.items()
-        if path.exists() and cleared & {path, *path.parents}
-    ]
+def planned_resume(cfg: TrainConfig, world_size: int) -> tuple[dict[str, Any], list[str]]:
+    """The ``training_info.json`` that a run goes on from, if it does, and what doesn't fit to it.
 
+    As far as that can be told before the corpus is opened; on other machines than the first, which
+    may not have the checkpoint, it can't.
 
-def planned_checkpoint(cfg: TrainConfig) -> Path | None:
-    """``resume_checkpoint`` before the start; None on other machines than the first, which may not have it."""
-    return None if node_rank() else resume_checkpoint(cfg)
-
-
-def planned_resume_problems(cfg: TrainConfig, world_size: int) -> list[str]:
-    """``resume_problems`` as far as they can be told before the corpus is opened; FileNotFoundError as there."""
-    checkpoint = planned_checkpoint(cfg)
+    Raises:
+        FileNotFoundError: there is no checkpoint to go on from.
+    """
+    checkpoint = None if node_rank() else resume_checkpoint(cfg)
     if checkpoint is None:
-        return []
+        return {}, []
     files = corpus_files(cfg)
     report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
     info = read_json(checkpoint / "training_info.json")
-    return resume_problems(cfg, world_size, info, report.get("fingerprint"))
+    return info, resume_problems(cfg, world_size, info, report.get("fingerprint"))
 
 
-def check_disk_for_checkpoints(cfg: TrainConfig, left: int | None) -> str | None:
-    """A sentence if the checkpoints of the steps that are left can't fit beside the output; None if they can.
+def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
+    """A sentence if the checkpoints of the steps that are left can't fit beside the output.
 
     A checkpoint holds the weights in fp32; the newest two, and one that is being written, also the
     optimizer's state.  Those that are there already, in a resumed run, take no more room.
     """
     shape = model_shape(cfg)
-    if shape is None or left is None:
+    if shape is None or left is None or node_rank():
         return None
-    there = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))
+    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))
     count = -(-left // cfg.save_steps)
-    count = min(count, max(0, (cfg.save_total_limit or there + count) - there)) + 1
-    models = count + (cfg.save_initial and not there)
+    count = min(count, max(0, (cfg.save_total_limit or have + count) - have)) + 1
+    models = count + (cfg.save_initial and not have)
     needed = models * 4 * shape[0].parameter_count(cfg.vocab_size)
-    needed += min(count, 3 - min(there, 2)) * optimizer_bytes(cfg, shape[0])
+    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape[0])
     existing = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed <= free:
@@ -1575,23 +1486,18 @@ def check_disk_for_checkpoints(cfg: TrainConfig, left: int | None) -> str | None
     )
 
 
-def corpus_files(cfg: TrainConfig) -> list[Path]:
-    """The files of the corpus; empty where dummy text or a hub data set stands in for them."""
-    if uses_dummy_data(cfg) or str(cfg.dataset_path).startswith("hf:"):
-        return []
-    return list_data_files(cfg.dataset_path)
-
-
 @dataclass(frozen=True)
 class LaunchPlan:
     """What a run would start with on this machine."""
 
-    cfg: TrainConfig
+    cfg: TrainConfig  # complete
     gpus: list[Gpu]  # that it uses
-    processes: int
-    interface: str  # towards the first of several machines
-    notes: list[str]  # what was adapted to the GPUs that are there
-    adapted: list[str]  # and to a CPU
+    processes: int  # here; there may be several machines
+    step_tokens: int  # that all ranks read a step, as a checkpoint may have it
+    left: int | None  # steps that are to be done, and
+    steps: int | None  # all steps; None where only the prepared corpus tells
+    exact: bool  # whether they are no estimate
+    notes: list[str]  # what was adapted to the machine
 
     @property
     def world_size(self) -> int:
@@ -1599,107 +1505,74 @@ class LaunchPlan:
         return node_count() * self.processes
 
 
-def make_launch_plan(cfg: TrainConfig, num_gpus: int, first_node: str) -> LaunchPlan:
+def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine, and refuse what can't run here.
 
     Raises:
         UsageProblem: the options can't be used together.
         EnvironmentProblem: with all that is lacking.
     """
-    interface, lacking = "", []
     gpus = [] if cfg.device == "cpu" else query_gpus()
-    try:
-        device, processes, notes = plan_device(cfg, gpus, num_gpus)
-    except EnvironmentProblem as error:  # go on as if the GPUs were there, to tell what else is lacking
-        device, processes, notes, lacking = "cuda", num_gpus, [], error.problems
+    device, processes, notes, problems = plan_device(cfg, gpus, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
     wrong = validate_config(cfg)
     if wrong:
         raise UsageProblem(wrong)
-    if node_count() > 1:
-        try:
-            interface = node_interface(first_node)
-        except EnvironmentProblem as error:
-            lacking += error.problems
-    problems = lacking + plan_problems(cfg, node_count() * processes)
+    world_size, gpus = node_count() * processes, gpus[:processes]
+    problems += plan_problems(cfg, world_size)
     if problems:
         raise EnvironmentProblem(problems)
-    return LaunchPlan(cfg, gpus[:processes], processes, interface, notes, adapted)
-
-
-def fit_problems(start: LaunchPlan, cfg: TrainConfig, left: int | None) -> list[str]:
-    """What is short of room on the disk or a GPU: told in a test, refused in train (EnvironmentProblem)."""
-    disk = None if node_rank() else check_disk_for_checkpoints(cfg, left)
-    memory, too_large = memory_problem(cfg, start.gpus, start.world_size)
-    problems = [text for text, fatal in ((disk, True), (memory, too_large)) if text and fatal]
-    if problems and not cfg.is_test:
-        raise EnvironmentProblem(problems)
-    return [text for text in (disk, memory) if text]
-
-
-def print_launch_plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> int:
-    """Print the launcher's ``plan``, or why there is none, after a line that names the packages that are missing."""
-    print(f"missing={' '.join(missing_packages())}")
-    try:
-        print(plan(argv, num_gpus, background, first_node))
-    except (UsageProblem, EnvironmentProblem) as error:
-        code = USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
-        print(f"code={code}\n")
-        print("\n".join(f"❌ {problem}" for problem in error.problems))
-
-
-def plan(argv: list[str], num_gpus: int, background: bool, first_node: str) -> str:
-    """``name=value`` lines for the launcher, an empty line, and in two blocks what a person sees before the start.
-
-    ``first_node`` is the address of the first of several machines.
-
-    Raises:
-        UsageProblem, EnvironmentProblem: the run can't start.
-    """
-    typed = parse_args(argv)
-    start = make_launch_plan(typed, num_gpus, first_node)
-    cfg, notes, world_size, done = start.cfg, start.notes, start.world_size, 0
-    checkpoint = planned_checkpoint(cfg)
-    if checkpoint is not None:
-        info = read_json(checkpoint / "training_info.json")
+    info, _ = planned_resume(cfg, world_size)
+    step_tokens, done = cfg.tokens_per_step(world_size), info.get("step", 0)
+    if info:
         accumulation, note = match_global_batch(cfg, world_size, info)
-        cfg = replace(cfg, gradient_accumulation_steps=accumulation)
+        step_tokens = step_tokens // cfg.gradient_accumulation_steps * accumulation
         notes += [note] if note else []
-        done = info["step"]
-    files = corpus_files(cfg)
-    tokens, exact = estimate_tokens(cfg, files)
-    steps = None
+    tokens, exact = estimate_tokens(cfg, corpus_files(cfg))
+    steps, left, exact = None, None, exact or bool(cfg.max_steps)
     if cfg.max_steps or tokens is not None:
-        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, cfg.tokens_per_step(world_size))
-        if exact or cfg.max_steps:
+        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, step_tokens)
+        left = max(0, steps - done)
+        if exact:
             refuse_too_few_steps(steps, done)
-    cfg = replace(cfg, vocab_size=planned_vocab_size(cfg))
-    left = None if steps is None else max(0, steps - done)
-    notes += fit_problems(start, cfg, left)
-    torch_told = not start.gpus and not missing_packages()
+    disk, (memory, too_large) = disk_problem(cfg, left), memory_problem(cfg, gpus, world_size)
+    if not cfg.is_test and (disk or too_large):
+        raise EnvironmentProblem([text for text in (disk, memory if too_large else None) if text])
+    notes += [text for text in (disk, memory) if text]
+    if cfg.precision == "fp8":
+        notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
+    return LaunchPlan(cfg, gpus, processes, step_tokens, left, steps, exact, [*notes, *adapted])
+
+
+def print_launch_plan(argv: list[str], num_gpus: int, background: bool) -> None:
+    """Answer the launcher: ``name=value`` lines, an empty line, and in two blocks what a person sees.
+
+    Where a run, or --generate and --evaluate, can't start, the second block says why.
+    """
+    try:
+        typed = parse_args(argv)
+        if typed.uses_checkpoint:
+            check_use(typed)
+            print("code=0\n\n")
+            return
+        plan = make_launch_plan(typed, num_gpus)
+        checks = check_lines(plan)
+    except Refusal as error:
+        print(f"code={error.exit_code}\n")
+        print("\n".join(f"❌ {problem}" for problem in error.problems))
+        return
+    cfg = plan.cfg
     values = {
         "code": 0,
         "device": cfg.device,
-        "processes": start.processes,
-        "threads": max(1, (os.cpu_count() or 1) // start.processes),
+        "processes": plan.processes,
+        "threads": max(1, (os.cpu_count() or 1) // plan.processes),
         "output_dir": cfg.output_dir,
         "logs_dir": cfg.logs_dir,
         "max_restarts": cfg.max_restarts,
-        "add_device": "" if typed.device == cfg.device else cfg.device,
-        "gpus": len(start.gpus),
-        "interface": start.interface,
-        "torch_told": "true" if torch_told else "false",
     }
-    checks = check_lines(cfg, start.gpus, files, notes)
-    if torch_told:  # without a GPU there is nothing to ask PyTorch itself: one question less
-        checks.insert(0, torch_line())
-    info = info_lines(cfg, world_size, background, (steps, exact))
-    if left is not None:
-        gpu = start.gpus[0].name if start.gpus else None
-        info.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, left * cfg.tokens_per_step(world_size))}")
-    info += [f"⚠️  {note}" for note in start.adapted]
-    blocks = [f"{name}={value}" for name, value in values.items()], checks, info
-    return "\n\n".join("\n".join(lines) for lines in blocks)
+    blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
+    print("\n\n".join("\n".join(lines) for lines in blocks))
 
 
 def refuse_too_few_steps(total: int, done: int) -> None:
@@ -1711,63 +1584,86 @@ def refuse_too_few_steps(total: int, done: int) -> None:
         )
 
 
-def check_lines(cfg: TrainConfig, gpus: list[Gpu], files: list[Path], notes: list[str]) -> list[str]:
-    """The lines of the environment check that follow PyTorch's."""
-    lines = []
-    if gpus:
-        lines.append(f"✅ GPU 확인 완료: {len(gpus)}개 사용 가능")
-        lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(gpus)]
-    lines += [f"⚠️  {note}" for note in notes]
+def check_lines(plan: LaunchPlan) -> list[str]:
+    """The lines of the environment check.
+
+    Raises:
+        EnvironmentProblem: PyTorch doesn't see the GPUs, or can't do there what is asked for.
+    """
+    cfg, lines = plan.cfg, []
+    if not missing_packages():
+        lines.append(torch_line(plan))
+    if plan.gpus:
+        lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
+        lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
+    lines += [f"⚠️  {note}" for note in plan.notes]
     if uses_dummy_data(cfg):
         reason = "--dummy-data" if cfg.dummy_data else f"데이터셋 없음 ({cfg.dataset_path})"
         lines.append(f"⚠️  {reason}: 더미 한국어/영어 데이터를 만들어 씁니다")
-    elif files:
-        lines.append(f"✅ 데이터셋 확인 완료: {len(files)}개 파일")
-    else:
+    elif str(cfg.dataset_path).startswith("hf:"):
         lines.append(f"✅ 데이터셋: 허브의 {cfg.dataset_path}")
+    else:
+        lines.append(f"✅ 데이터셋 확인 완료: {len(corpus_files(cfg))}개 파일")
     return [*lines, "✅ 모든 요구사항 충족"]
 
 
-def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple[int | None, bool]) -> list[str]:
-    """The block 학습 정보: what will run, with the figures that can be told beforehand.
+def torch_line(plan: LaunchPlan) -> str:
+    """PyTorch's line of the environment check; it is imported only where nvidia-smi saw a GPU.
 
-    ``known`` holds the steps of the run and whether they come from a tokenised corpus.
+    Raises:
+        EnvironmentProblem: PyTorch doesn't see it, or --fp8 can't run on it.
     """
-    steps, exact = known
-    count = node_count()
-    nodes = f" (머신 {count}대 x {world_size // count}개, 이 머신은 {node_rank()}번)" if count > 1 else ""
-    step_tokens = cfg.tokens_per_step(world_size)
-    shape = model_shape(cfg)
-    memory = estimate_memory(cfg, shape[0], world_size) if shape and not cfg.find_batch_size else None
+    version = importlib.metadata.version("torch")
+    if not plan.gpus:
+        return f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)"
+    import torch
+
+    if not torch.cuda.is_available():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU 전용"
+        raise EnvironmentProblem(
+            f"nvidia-smi는 GPU를 보지만 PyTorch {version} ({build})는 쓰지 못합니다. "
+            f"드라이버를 올리거나 드라이버에 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install "
+            f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+        )
+    problem = fp8_problem(torch.cuda.get_device_capability()) if plan.cfg.precision == "fp8" else None
+    if problem:
+        raise EnvironmentProblem(problem)
+    return f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})"
+
+
+def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
+    """The block 학습 정보: what will run, with the figures that can be told beforehand."""
+    cfg, world_size, count, shape = plan.cfg, plan.world_size, node_count(), model_shape(plan.cfg)
+    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank()}번)" if count > 1 else ""
     length = "테스트 모드" if cfg.is_test else "실제 학습 모드"
     length += f" ({cfg.max_steps}스텝" if cfg.max_steps else f" ({cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰)" if cfg.max_tokens else ")"
-    run_mark = "" if exact or cfg.max_steps else " (추정)"
-    whole = f"{steps:,} 스텝, {steps * step_tokens:,} 토큰{run_mark}" if steps else "데이터를 준비한 뒤 정해집니다"
-    parameters = (
-        f"{shape[0].parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({shape[1]})" if shape else "모델을 읽은 뒤 정해집니다"
+    tokens = (plan.steps or 0) * plan.step_tokens
+    run = (
+        f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
+        if tokens
+        else "데이터를 준비한 뒤 정해집니다"
     )
-    per_parameter = steps * step_tokens / shape[0].parameter_count(cfg.vocab_size) if steps and shape else None
-    engine = cfg.precision.upper() + (" + torch.compile" if cfg.compile else "")
+    parameters = shape and shape[0].parameter_count(cfg.vocab_size)
+    batch = f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"
+    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     lines = [
         "📋 학습 정보",
         "=================================",
         f"🎯 모드: {length}",
         "🔧 하이퍼파라미터:",
-        f"   • 배치 크기: {'--find-batch-size 로 찾음' if cfg.find_batch_size else cfg.batch_size}",
+        f"   • 배치 크기: {batch}",
         f"   • 학습률: {format_value(cfg.learning_rate)}",
         f"   • 최대 시퀀스 길이: {cfg.max_seq_length}",
         f"   • Mixed Precision: {cfg.precision}",
         f"   • 모델 컴파일: {str(cfg.compile).lower()}",
-        f"   • 기울기 누적: {'배치 크기에 맞춤' if cfg.find_batch_size else cfg.gradient_accumulation_steps}",
+        f"   • 기울기 누적: {'배치 크기에 맞춤' if cfg.find_batch_size else accumulation}",
         f"   • 옵티마이저: {cfg.optimizer}",
-        f"   • 모델 파라미터: {parameters}",
-        f"   • 스텝당 토큰: {step_tokens:,}",
-        f"   • 전체 학습: {whole}",
-        f"   • 파라미터당 토큰: {per_parameter:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})" if per_parameter else "",
+        f"   • 모델 파라미터: {f'{parameters / 1e6:,.1f}M ({shape[1]})' if shape else '모델을 읽은 뒤 정해집니다'}",
+        f"   • 스텝당 토큰: {plan.step_tokens:,}",
+        f"   • 전체 학습: {run}",
         "📁 경로:",
         f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
-        f"   • 데이터 혼합: {cfg.mix}" if cfg.mix else "",
         f"   • 출력: {display_path(cfg.output_dir)}",
         f"   • 로그: {display_path(cfg.logs_dir)}",
         "💾 저장 설정:",
@@ -1777,12 +1673,18 @@ def info_lines(cfg: TrainConfig, world_size: int, background: bool, known: tuple
         "🚀 H100 설정:" if cfg.device == "cuda" else "🚀 실행 설정 (CPU):",
         f"   • {'GPU' if cfg.device == 'cuda' else 'CPU 프로세스'} 수: {world_size}{nodes}",
         f"   • 분산 학습: {'DDP' if world_size > 1 else '없음 (단일 프로세스)'}",
-        f"   • 최적화: {engine}",
+        f"   • 최적화: {cfg.precision.upper()}{' + torch.compile' if cfg.compile else ''}",
     ]
-    if memory is not None:
+    if shape and not cfg.find_batch_size:
+        memory = estimate_memory(cfg, shape[0], world_size)
         whose, gib = "GPU" if cfg.device == "cuda" else "프로세스", sum(memory.values()) / 2**30
         lines.append(f"   • 예상 메모리: {whose}당 {gib:.1f} GiB (추정: {memory_words(memory)})")
-    return [line for line in lines if line]
+    if plan.left is not None:
+        gpu = plan.gpus[0].name if plan.gpus else None
+        lines.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, plan.left * plan.step_tokens)}")
+    if parameters and tokens:
+        lines.append(f"   • 파라미터당 토큰: {tokens / parameters:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})")
+    return lines
 
 
 def display_path(path: Path) -> str:
@@ -1816,33 +1718,6 @@ def fp8_problem(capability: tuple[int, int]) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao"
     return None
-
-
-def torch_line() -> str:
-    """PyTorch's line of the environment check where no GPU is used."""
-    return f"✅ PyTorch 확인 완료 (PyTorch {importlib.metadata.version('torch')}, CUDA 사용 안 함)"
-
-
-def check_torch(needs_cuda: bool, argv: list[str]) -> int:
-    """Print PyTorch's line of the environment check; ask it for CUDA only where a GPU was seen."""
-    version = importlib.metadata.version("torch")
-    if not needs_cuda:
-        print(torch_line())
-        return 0
-    import torch
-
-    if not torch.cuda.is_available():
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU 전용"
-        raise EnvironmentProblem(
-            f"nvidia-smi는 GPU를 보지만 PyTorch {version} ({build})는 쓰지 못합니다. "
-            f"드라이버를 올리거나 드라이버에 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install "
-            f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-        )
-    print(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
-    problem = fp8_problem(torch.cuda.get_device_capability()) if parse_args(argv).precision == "fp8" else None
-    if problem:
-        raise EnvironmentProblem(problem)
-    return 0
 
 
 # --- watching a run: --status, --follow, and the bar of --foreground ---
@@ -2259,10 +2134,8 @@ def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, 
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda gpus, back, host, *argv: print_launch_plan(argv, int(gpus), back == "true", host),
-    "internal:packages": lambda: print(f"missing={' '.join(missing_packages())}"),
-    "internal:torch": lambda gpus, *argv: check_torch(gpus != "0", argv),
-    "internal:use": lambda *argv: check_use(parse_args(argv)),
+    "internal:plan": lambda gpus, background, *argv: print_launch_plan(argv, int(gpus), background == "true"),
+    "internal:packages": lambda: print(" ".join(missing_packages())),
     "internal:paths": lambda *argv: print("output_dir={0.output_dir}\nlogs_dir={0.logs_dir}".format(parse_args(argv))),
     "internal:status": lambda alive, json, *argv: print_status(parse_args(argv), alive == "true", json == "true"),
     "internal:curves": lambda folder: draw_curves(Path(folder)),
@@ -5820,15 +5693,17 @@ def detect_device(cfg: TrainConfig) -> str:
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Complete the options on this machine.
 
-    The launcher has made the plan; a rank that was started by hand makes it itself.
+    The launcher has made the plan; where ranks were started by hand the first one makes it.
 
     Raises:
         UsageProblem, EnvironmentProblem: as ``make_launch_plan``.
     """
     if "RUN_ID" in os.environ:
         return resolve_config(typed, typed.device)
-    plan = make_launch_plan(typed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "")
-    return plan.cfg, plan.notes + plan.adapted
+    if rank_and_world()[0]:
+        return resolve_config(typed, detect_device(typed))
+    plan = make_launch_plan(typed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return plan.cfg, plan.notes
 
 
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
@@ -6069,8 +5944,7 @@ def note_speed(run: Run) -> None:
         return
     path, device = run.cfg.cache_dir / "speed.json", run.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cfg = replace(run.cfg, vocab_size=planned_vocab_size(run.cfg))  # as the plan of the next run has it
-    key = speed_key(cfg, run.accelerator.num_processes, name)
+    key = speed_key(run.cfg, run.accelerator.num_processes, name)
     try:
         write_json(path, {**read_json(path), key: sorted(speeds)[len(speeds) // 2]})
     except OSError as error:

@@ -159,8 +159,7 @@ def test_a_test_takes_the_gpus_that_are_there_and_says_so():
     ("gpus", "asked"), [([], 2), (GPUS, 4), ([t.Gpu("NVIDIA H100 PCIe", 81559, 30000), GPUS[0]], 2)]
 )
 def test_a_training_run_gets_the_gpus_it_asked_for_or_is_refused(gpus, asked):
-    with pytest.raises(t.EnvironmentProblem):
-        t.plan_device(t.parse_args(["--train"]), gpus, asked)
+    assert t.plan_device(t.parse_args(["--train"]), gpus, asked)[3]
 
 
 def test_visible_devices_are_respected(tmp_path, monkeypatch):
@@ -181,22 +180,22 @@ def test_visible_devices_are_respected(tmp_path, monkeypatch):
 def test_results_of_a_training_run_are_not_touched_and_those_of_a_test_are_replaced(tmp_path):
     cfg = config(tmp_path)
     (cfg.output_dir / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(t.EnvironmentProblem, match="--resume"):
-        t.check_output(cfg)
+    (problem,) = t.output_problems(cfg)
+    assert "--resume" in problem
     (cfg.output_dir / "run_info.json").write_text(json.dumps({"mode": "test"}))
-    t.check_output(cfg)
+    assert t.output_problems(cfg) == []
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_a_directory_with_results(tmp_path):
     other = tmp_path / "other" / "checkpoint-4"
     own = config(tmp_path).output_dir / "checkpoint-5"
-    t.check_output(config(tmp_path, "--resume", str(other)))
+    assert t.output_problems(config(tmp_path, "--resume", str(other))) == []
     own.mkdir(parents=True)
-    t.check_output(config(tmp_path, "--resume", str(own / "pytorch_model.bin")))
+    assert t.output_problems(config(tmp_path, "--resume", str(own / "pytorch_model.bin"))) == []
     for mode in ("train", "test"):
         (own.parent / "run_info.json").write_text(json.dumps({"mode": mode}))
-        with pytest.raises(t.EnvironmentProblem, match="이전 학습의 결과가 있습니다"):
-            t.check_output(config(tmp_path, "--resume", str(other)))
+        (problem,) = t.output_problems(config(tmp_path, "--resume", str(other)))
+        assert "이전 학습의 결과가 있습니다" in problem
 
 
 @pytest.mark.parametrize(
@@ -272,13 +271,14 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     weights = 4 * t.PRESETS["tiny"].parameter_count(65536)
     free.append((2 + 2 + 2 * 3) * weights - 1)  # the initial model, two checkpoints and one being written, moments
     with pytest.raises(t.EnvironmentProblem, match=r"디스크 공간이 부족합니다.*--save-total-limit 2"):
-        t.plan(argv, 1, False, "")
+        t.make_launch_plan(t.parse_args(argv), 1)
     free[0] += 1
-    assert t.plan(argv, 1, False, "").startswith("code=0\n")
+    assert t.make_launch_plan(t.parse_args(argv), 1).left == 1000
     free[0] = 0
-    assert "⚠️  디스크 공간이 부족합니다" in t.plan(["--test", "--device=cpu", "--dummy-data", *places], 1, False, "")
-    t.print_launch_plan(argv, 1, False, "")
-    assert re.search(r"^missing=\ncode=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
+    notes = t.make_launch_plan(t.parse_args(["--test", "--device=cpu", "--dummy-data", *places]), 1).notes
+    assert "디스크 공간이 부족합니다" in notes[0]
+    t.print_launch_plan(argv, 1, False)
+    assert re.search(r"^code=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
 
 
@@ -291,7 +291,7 @@ def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(tmp_path, monke
 
     def lacks(room: int, *more: str) -> bool:
         monkeypatch.setattr(t.shutil, "disk_usage", lambda path: usage._replace(free=room))
-        return t.check_disk_for_checkpoints(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) is not None
+        return t.disk_problem(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) is not None
 
     assert lacks(5 * weights - 1)  # two more and one being written; the training state of one more, two times a model
     assert not lacks(5 * weights)

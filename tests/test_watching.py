@@ -615,7 +615,7 @@ def test_the_time_of_a_run_is_told_by_the_speed_of_an_earlier_one_like_it(traine
     t.note_speed(run)
     speeds = [line["tokens_per_second"] for line in read_metrics(trained.folder) if "loss" in line]
     measured = sorted(speeds[1:])[1]
-    again = dataclasses.replace(run.cfg, vocab_size=t.planned_vocab_size(run.cfg))  # as the plan asks
+    again = run.cfg  # as the plan asks
     told = t.estimated_time(again, 1, None, round(measured * 3600))
     assert told == f"1:00:00 (이 머신에서 잰 {measured:,.0f} 토큰/s)"
     assert "알 수 없음" in t.estimated_time(run.cfg, 2, None, 1000), "another number of processes"
