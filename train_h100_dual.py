@@ -281,7 +281,7 @@ DEVICES = ("auto", "cuda", "cpu")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
-ATTENTION = ("auto", "cudnn", "flash", "flash3", "efficient", "math")
+ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2204,7 +2204,6 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import nn
-from torch.optim.adamw import adamw
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -2317,10 +2316,7 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     Accumulation is the loop's own (``train_step`` scales the loss and calls ``no_sync``), so that
     the accelerator's counter can't disagree with the data position.
     """
-    # A compiled model is cut into graphs at the buckets' borders: with the default of 25 MiB inside a layer, so that
-    # little fuses; with 256 about at each layer of 1.3b, and communication still overlaps with the backward pass.
-    bucket = 256 if cfg.compile else 25
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=bucket)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Later than the hang timer, which shows where each rank is.
     group = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5))
     precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
@@ -3485,8 +3481,10 @@ def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[list[int]]
 
 
 # ======================================================================================
-# Model and optimizer
+# Model, loss, attention
 # ======================================================================================
+
+ATTENTION_NAME = "packed_causal"
 
 
 def causal_attention(
@@ -3510,88 +3508,56 @@ def causal_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-ATTENTION_NAME = "packed_causal"
+def attention_kernels(attention: str) -> Any:
+    """Context in which SDPA takes the kernel of this value of ``--attention``, or tries "auto"'s in their order.
 
-
-def choose_attention(config: Any, cfg: TrainConfig) -> str:
-    """Name of the attention implementation for a model: ours where plain causal attention is all it needs.
-
-    Raises:
-        EnvironmentProblem: FlashAttention-3 was asked for and isn't installed.
+    cuDNN's is the fastest on Hopper, but its backward pass has given NaN after many steps, and at once
+    under a mask (pocket-tts PR 264, pytorch issue 196678): so only by name.
     """
-    from transformers import AttentionInterface
-
-    if cfg.attention == "flash3":
-        from transformers.utils import is_flash_attn_3_available
-
-        if not is_flash_attn_3_available():
-            raise EnvironmentProblem("--attention flash3: FlashAttention-3가 없습니다. --attention auto 를 쓰세요")
-        return "flash_attention_3"
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    softcapping = getattr(config, "attn_logit_softcapping", None)
-    if softcapping or getattr(config, "sliding_window", None) or layer_types != {"full_attention"}:
-        logger.info("⚠️  이 모델은 특별한 어텐션을 써서 transformers의 기본 구현으로 학습합니다")
-        if cfg.device == "cuda" and cfg.attention == "auto" and cfg.max_seq_length % 128 == 64:
-            torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask (pytorch issue 196678)
-        return "eager" if softcapping else "sdpa"  # SDPA can't cap
-    AttentionInterface.register(ATTENTION_NAME, causal_attention)
-    return ATTENTION_NAME
-
-
-def attention_kernels(cfg: TrainConfig) -> Any:
-    """Context in which SDPA tries its kernels in our order: cuDNN first on Hopper, where it is the fastest."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    named = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    }
-    if cfg.attention in named:
-        return sdpa_kernel([named[cfg.attention]])
-    if cfg.device == "cpu":
-        return nullcontext()
-    hopper = torch.cuda.get_device_capability()[0] >= 9
-    order = ["cudnn", "flash", "efficient", "math"] if hopper else ["flash", "efficient", "cudnn", "math"]
-    return sdpa_kernel([named[name] for name in order], set_priority=True)
+    flash, efficient, math = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": math}
+    return sdpa_kernel(named.get(attention, [flash, efficient, math]), set_priority=True)
 
 
-def attention_backend(model: nn.Module, cfg: TrainConfig, device: torch.device) -> str:
-    """Find out which kernel attention really runs for this run's shapes, by running it once."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> str:
+    """The kernel that SDPA takes for this run's shapes; EnvironmentProblem if it isn't the one that was asked for."""
+    from torch.nn.attention import SDPBackend
 
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "attention" in str(func) or "softmax" in str(func):
-                seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    config = model.config.get_text_config()
     if model.config._attn_implementation != ATTENTION_NAME:
         return model.config._attn_implementation  # transformers' own, which chooses by its mask
-    config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision, torch.bfloat16)
-    shape = (cfg.batch_size, config.num_attention_heads, cfg.max_seq_length, head)
-    part = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    with Watch():
-        F.scaled_dot_product_attention(part, part, part, is_causal=True)
-    return attention_name(" ".join(seen))
+    shape = (batch_size, config.num_attention_heads, cfg.max_seq_length, head)
+    like = torch.empty(shape, dtype=dtype, device=model.device, requires_grad=True)
+    try:
+        chosen = torch._fused_sdp_choice(like, like, like, is_causal=True)
+    except RuntimeError as error:
+        problem = f"--attention {cfg.attention}: 이 모델과 장치에는 쓸 수 없습니다. --attention auto 를 쓰세요"
+        raise EnvironmentProblem(problem) from error
+    return SDPBackend(chosen).name.partition("_")[0].lower()
 
 
-def attention_name(text: str) -> str:
-    """What the names of operators or kernels say about the attention that ran."""
-    names = {
-        "cudnn": "cuDNN",
-        "flash_attention_for_cpu": "flash (CPU)",
-        "FlashAttn": "FlashAttention-3",  # its kernels of both directions; version 2 writes flash_fwd, flash_bwd
-        "flash": "flash",
-        "efficient": "efficient",
-        "fmha": "efficient",
-    }
-    return next((name for part, name in names.items() if part in text), "math")
+def choose_attention(model: nn.Module) -> None:
+    """Give a model our attention where plain causal attention is all it needs, else transformers' own."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, causal_attention)
+    config = model.config
+    plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    plain = plain and not getattr(config, "sliding_window", None)
+    capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA can't do
+    with suppress(ValueError):  # the model knows its own only
+        model.set_attn_implementation("eager" if capped else ATTENTION_NAME if plain else "sdpa")
+    if config._attn_implementation != ATTENTION_NAME:
+        logger.info("⚠️  이 모델은 특별한 어텐션을 써서 transformers의 기본 구현으로 학습합니다")
+
+
+def short_error(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
@@ -3599,25 +3565,30 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
 
     ``pad_token_id`` stays unset: an Embedding doesn't train its padding row, and here the padding
     token is the end-of-text token.
+
+    Raises:
+        RuntimeError: ``--model-config`` can't be read.
     """
     from transformers import AutoConfig, LlamaConfig
 
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    vocab_size = -(-len(tokenizer) // 128) * 128
+    ours = {
+        "vocab_size": -(-len(tokenizer) // 128) * 128,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
     if cfg.model_config:
         try:
             config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
         except Exception as error:  # each check of transformers has its own
             raise RuntimeError(f"모델 설정을 읽을 수 없습니다: {cfg.model_config} ({short_error(error)})") from error
         text = config.get_text_config()
-        for name, value in {**special, "pad_token_id": None, "vocab_size": vocab_size}.items():
-            setattr(text, name, value)
+        text.update(ours)
         if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
             text.max_position_embeddings = cfg.max_seq_length  # a new model's, as a preset's
         return config
     preset = PRESETS[cfg.model_size]
     return LlamaConfig(
-        vocab_size=vocab_size,
         hidden_size=preset.hidden,
         intermediate_size=preset.mlp,
         num_hidden_layers=preset.layers,
@@ -3625,59 +3596,55 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         max_position_embeddings=cfg.max_seq_length,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        **special,
+        **ours,
     )
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
-    """Build the decoder with fp32 weights on ``device``; the same weights on every rank.
+    """The transformers model with fp32 weights on ``device``; the same weights on every rank.
 
-    Weights are normal with deviation 0.02; the projections that write into the residual stream are
-    smaller by sqrt(2 * layers), so that its variance doesn't grow with depth (Radford et al., 2019).
+    Raises:
+        RuntimeError: transformers can't make or open it.
+        ValueError: the rows or the vocabulary are larger than those of ``--init-from``.
     """
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
-        fit_vocabulary(model, tokenizer)
-        model.get_input_embeddings().padding_idx = None  # it may be the end of text's, and that row has to learn
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and longest < cfg.max_seq_length:
+        embedding, longest = model.get_input_embeddings(), context_length(model, default=cfg.max_seq_length)
+        if len(tokenizer) > len(embedding.weight):
+            raise ValueError(too_many_words(len(tokenizer), len(embedding.weight)))
+        if longest < cfg.max_seq_length:
             raise ValueError(too_long_for_model(cfg.max_seq_length, longest))
+        embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
         set_seed(cfg.seed)
         config = model_settings(cfg, tokenizer)
-        with torch.device(device):
-            if cfg.model_config:
-                model = model_of(config, cfg)
-            else:
-                model = LlamaForCausalLM(config)
-                shrink_residual_projections(model)
-    try:
-        model.set_attn_implementation(choose_attention(model.config, cfg))
-    except ValueError as error:  # it knows its own only
-        if cfg.attention != "auto":
-            problem = f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. --attention auto 를 쓰세요"
-            raise ValueError(problem) from error
-        logger.info("⚠️  이 모델은 자기 어텐션만 쓸 수 있어 그것으로 학습합니다")
+        try:
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:
+            if not cfg.model_config:
+                raise
+            raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
+        if not cfg.model_config:
+            shrink_residual_projections(model)
+    choose_attention(model)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def model_of(config: Any, cfg: TrainConfig) -> nn.Module:
-    """A new model of ``--model-config``; RuntimeError if transformers can't make one of it."""
-    from transformers import AutoModelForCausalLM
+def shrink_residual_projections(model: nn.Module) -> None:
+    """Scale the projections into the residual stream by 1 / sqrt(2 * layers).
 
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:
-        raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
-
-
-def short_error(error: Exception) -> str:
-    """What an error says first, or of which kind it is."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    So its variance doesn't grow with depth (Radford et al., 2019).
+    """
+    factor = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(factor)
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -3691,12 +3658,12 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
 
     path = checkpoint_dir(Path(source).expanduser())
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path if path.exists() else str(source), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # each format of weights, and transformers' checks, have their own
         raise RuntimeError(f"모델을 열 수 없습니다: {source} ({short_error(error)})") from error
-    lacking, surplus = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    lacking, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if lacking:
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
     if surplus:
@@ -3706,34 +3673,9 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     return model
 
 
-def context_length(model: nn.Module) -> int:
-    """Tokens that a model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-
-def document_start(tokenizer: Any) -> int:
-    """The token that stands before a document's first one."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
-def shrink_residual_projections(model: nn.Module) -> None:
-    """Scale the projections into the residual stream by 1 / sqrt(2 * layers)."""
-    factor = (2 * model.config.num_hidden_layers) ** -0.5
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_(factor)
-
-
-def fit_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    """Refuse weights whose vocabulary is smaller than the tokenizer's.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    have = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > have:
-        raise ValueError(too_many_words(len(tokenizer), have))
+def context_length(model: nn.Module, default: int = 2048) -> int:
+    """Tokens that a model was made for; ``default`` where its configuration doesn't say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or default
 
 
 class HeadLoss(torch.autograd.Function):
@@ -3776,8 +3718,6 @@ def has_plain_head(model: nn.Module) -> bool:
 
     Found out by watching it on a few tokens, as each architecture has its own names for what it does there.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     head, seen = model.get_output_embeddings(), {}
     if type(head) is not nn.Linear or head.bias is not None:
         return False
@@ -3787,7 +3727,7 @@ def has_plain_head(model: nn.Module) -> bool:
     ]
     training, device = model.training, head.weight.device
     # In a kernel's own precision and through the one kernel that takes anything, whatever the run uses.
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), attention_kernels("math"):
         logits = model.eval()(input_ids=torch.arange(8, device=device)[None], use_cache=False).logits
     model.train(training)
     for hook in hooks:
@@ -3814,8 +3754,12 @@ class LMWithLoss(nn.Module):
         if not self.plain_head:
             logits = self.model(input_ids=inputs, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction=reduction)
-        weight = self.model.get_output_embeddings().weight
         hidden = self.model.base_model(input_ids=inputs, use_cache=False)[0].flatten(0, 1)
+        return self.head_loss(hidden, self.model.get_output_embeddings().weight, targets, reduction)
+
+    @staticmethod
+    def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """The loss of hidden states (n, width) under a head (vocabulary, width), in pieces where memory asks for it."""
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden, weight = (item.to(torch.get_autocast_dtype(device)) for item in (hidden, weight))
@@ -3826,6 +3770,17 @@ class LMWithLoss(nn.Module):
         return torch.cat(
             [F.cross_entropy((part @ weight.t()).float(), target, reduction="none") for part, target in parts]
         )
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the layers, which are one graph for all of them, and the head with its loss apart.
+
+        Compiled as a whole under DDP a model is cut at the borders of its buckets, into a graph for each.
+        """
+        torch._dynamo.config.optimize_ddp = False
+        layers = next((module for module in self.model.modules() if isinstance(module, nn.ModuleList)), ())
+        for layer in layers:
+            layer.compile(**options)
+        self.head_loss = torch.compile(self.head_loss, **options)
 
 
 def convert_to_fp8(model: nn.Module) -> None:
@@ -3849,42 +3804,34 @@ def convert_to_fp8(model: nn.Module) -> None:
 
 def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> LMWithLoss:
     """The model with its loss as a run trains it."""
-    decoder = build_model(cfg, tokenizer, device)
-    loss_module = LMWithLoss(decoder)
+    loss_module = LMWithLoss(build_model(cfg, tokenizer, device))
     if cfg.precision == "fp8":
-        convert_to_fp8(decoder)
+        convert_to_fp8(loss_module.model)
     if cfg.compile:
-        loss_module.compile()
+        loss_module.compile_parts()
     return loss_module
 
 
+# ======================================================================================
+# Optimizer, schedule, batch size
+# ======================================================================================
+
+
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon with it; weight decay on matrices only, not on norms and biases.
+    """Fused AdamW, or Muon for the matrices between the embeddings and the head; only matrices decay.
 
     Muon's step is a collective of all ranks, unless it is ``alone``.
     """
-    hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
-    taken = set(map(id, hidden))
-    rest = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in taken]
-    groups = [
-        {"params": [weight for weight in rest if weight.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [weight for weight in rest if weight.dim() < 2], "weight_decay": 0.0},
-    ]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer = {id(module.weight) for module in (*embeddings, model.get_output_embeddings()) if module is not None}
+    hidden, matrices, vectors = [], [], []
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        orthogonal = cfg.optimizer == "muon" and weight.dim() == 2 and id(weight) not in outer
+        (hidden if orthogonal else matrices if weight.dim() >= 2 else vectors).append(weight)
+    groups = [{"params": hidden}, {"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if hidden:
-        return Muon([{"params": hidden, "weight_decay": cfg.weight_decay}, *groups], cfg.learning_rate, alone)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, **ADAMW, fused=True)
-
-
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices of a transformers model between its embeddings and its head."""
-    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    outer = {id(module.weight) for module in [*outer, model.get_output_embeddings()] if module is not None}
-    return [
-        weight
-        for weight in model.parameters()
-        if weight.requires_grad and weight.dim() == 2 and id(weight) not in outer
-    ]
+    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, **ADAMW, "fused": True}
+    return Muon(groups, alone, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
@@ -3903,141 +3850,99 @@ def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
         now, then = then, now
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for the first group's matrices and fused AdamW for the other groups, as one optimizer.
+def to_wide(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix, or its transpose if it has more rows than columns."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the first group's matrices; the other groups are fused AdamW's.
 
     An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that
     AdamW's learning rate and weight decay carry over (Liu et al., "Muon is Scalable for LLM
     Training", 2025).  Every rank has all gradients and keeps all of the momentum, so rank 0's
     checkpoint is complete.  Each rank orthogonalises its share of the matrices of a shape and
     gathers the others' while it computes the next ones; all apply what was gathered, so that
-    weights can't drift apart.  A step whose ``found_inf`` is 1 changes nothing, and no host waits
-    to hear of it.
+    weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing,
+    and no host waits to hear of it.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then hands ``found_inf`` over instead of reading it
+    momentum = 0.95
 
-    def __init__(self, groups: list[dict[str, Any]], learning_rate: float, alone: bool = False):
-        super().__init__(groups, {"lr": learning_rate, "weight_decay": 0.0, "momentum": 0.95, **ADAMW, "fused": True})
-        weights = self.param_groups[0]["params"]
+    def __init__(self, groups: list[dict[str, Any]], alone: bool = False, **settings: Any):
+        super().__init__(groups, **settings)
         shared = dist.is_initialized() and not alone
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-        self.chunks = muon_chunks(weights, self.ranks)
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for weight in self.param_groups[0]["params"]:
+            shapes.setdefault(to_wide(weight).shape, []).append(weight)
+        self.chunks: list[list[nn.Parameter]] = []  # of one shape, at most MUON_BATCH elements for each rank
+        for shape, alike in shapes.items():
+            most = self.ranks * max(1, MUON_BATCH // shape.numel())
+            self.chunks += [alike[first : first + most] for first in range(0, len(alike), most)]
         largest = max(-(-len(chunk) // self.ranks) * chunk[0].numel() for chunk in self.chunks)
-        device = weights[0].device
-        # AVX2 has no bfloat16: it is 22 times slower there.
-        like = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, "device": device}
-        self.scratch = torch.empty(largest, **like)
-        self.gathered = torch.empty(2, self.ranks * largest, **like)  # one is filled while the other travels
+        device = self.chunks[0][0].device
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # 22 times slower on a CPU with AVX2 only
+        self.scratch = torch.empty(largest, dtype=dtype, device=device)
+        # One is filled while the other travels.
+        self.gathered = torch.empty(2, self.ranks * largest, dtype=dtype, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any optimizer does: AdamW's looks for AdamW's state in every group."""
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every weight from its gradient, which is used up."""
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if scale is not None:  # GradScaler's, where nothing has unscaled the gradients before
-            weights = [weight for group in self.param_groups for weight in group["params"]]
-            torch._foreach_mul_([weight.grad for weight in weights], 1 / scale)
-        group, *others = self.param_groups
-        self.average(group, found_inf)
-        travelling: list[Callable[[], None]] = []
-        for number, chunk in enumerate(self.chunks):
-            travelling.append(self.orthogonalise(group, chunk, self.gathered[number % 2], found_inf))
-            if number:
-                travelling.pop(0)()
-        for other in others:
-            self.step_adamw(other, found_inf)
-        travelling.pop()()
-
-    def average(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
-        """Take the gradients into the momentum, and let the weights decay."""
-        weights, decay = group["params"], 1 - group["lr"] * group["weight_decay"]
+        groups, found_inf = self.param_groups, getattr(self, "found_inf", None)
+        weights, learning_rate = groups[0]["params"], groups[0]["lr"]
+        kept = 1.0 if found_inf is None else 1 - found_inf
+        gradients, momenta = [weight.grad for weight in weights], []
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients, momenta = [weight.grad for weight in weights], self.momenta(weights)
-        if found_inf is not None:
-            skip = found_inf.bool()
-            for gradient, momentum in zip(gradients, momenta, strict=True):
-                torch.where(skip, momentum, gradient, out=gradient)  # a NaN times 0 would stay one
-            decay = (1 - found_inf) * decay + found_inf
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        torch._foreach_mul_(weights, decay)
+            momenta.append(self.state[weight]["momentum_buffer"])
+        for gradient, momentum in zip(gradients, momenta, strict=True) if found_inf is not None else ():
+            torch.where(found_inf.bool(), momentum, gradient, out=gradient)  # a NaN times 0 would stay one
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        torch._foreach_mul_(weights, 1 - kept * learning_rate * groups[0]["weight_decay"])
+        waiting = None
+        for number, chunk in enumerate(self.chunks):
+            sent = self.orthogonalise(chunk, self.gathered[number % 2])
+            self.apply(waiting, kept, learning_rate)
+            waiting = sent
+        self.param_groups = groups[1:]
+        super().step()
+        self.param_groups = groups
+        self.apply(waiting, kept, learning_rate)
 
-    def momenta(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The momentum of each weight."""
-        return [self.state[weight]["momentum_buffer"] for weight in weights]
-
-    def orthogonalise(
-        self, group: dict[str, Any], chunk: list[torch.Tensor], buffer: torch.Tensor, found_inf: torch.Tensor | None
-    ) -> Callable[[], None]:
-        """Compute this rank's share of a chunk's updates and send it; returns what waits for all and applies them."""
-        rows, columns = sorted(chunk[0].shape)
+    def orthogonalise(self, chunk: list[nn.Parameter], buffer: torch.Tensor) -> tuple[Any, ...]:
+        """Compute this rank's share of a chunk's updates and send it; returns what ``apply`` takes."""
+        shape = to_wide(chunk[0]).shape
         share = -(-len(chunk) // self.ranks)
         mine = chunk[self.rank * share : (self.rank + 1) * share]
-        whole = buffer[: self.ranks * share * rows * columns].view(-1, rows, columns)
-        scratch = self.scratch[: share * rows * columns].view(-1, rows, columns)
-        part = whole[self.rank * share : (self.rank + 1) * share]
+        updates = buffer[: self.ranks * share * shape.numel()].view(-1, *shape)
+        scratch = self.scratch[: share * shape.numel()].view(-1, *shape)
+        part = updates[self.rank * share : (self.rank + 1) * share]
         if mine:
             nesterov = [weight.grad for weight in mine]
-            torch._foreach_lerp_(nesterov, self.momenta(mine), group["momentum"])
-            torch._foreach_copy_(list(scratch[: len(mine)]), [to_wide(gradient) for gradient in nesterov])
+            torch._foreach_lerp_(nesterov, [self.state[weight]["momentum_buffer"] for weight in mine], self.momentum)
+            torch._foreach_copy_(list(scratch[: len(mine)]), list(map(to_wide, nesterov)))
         scratch[len(mine) :].zero_()
         newton_schulz(scratch, part)
-        work = dist.all_gather_into_tensor(whole, part, async_op=True) if self.ranks > 1 else None
+        work = dist.all_gather_into_tensor(updates, part, async_op=True) if self.ranks > 1 else None
+        return chunk, updates, work
 
-        def apply() -> None:
-            if work:
-                work.wait()  # on a GPU its stream waits, not the host
-            if found_inf is not None:
-                whole.mul_(1 - found_inf)
-            updates = list(whole[: len(chunk)])
-            torch._foreach_add_([to_wide(weight) for weight in chunk], updates, alpha=-0.2 * columns**0.5 * group["lr"])
-
-        return apply
-
-    def step_adamw(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
-        """AdamW as ``torch.optim.AdamW(fused=True)`` does it."""
-        weights = [weight for weight in group["params"] if weight.grad is not None]
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight].update(
-                    step=torch.zeros((), dtype=torch.float32, device=weight.device),
-                    exp_avg=torch.zeros_like(weight),
-                    exp_avg_sq=torch.zeros_like(weight),
-                )
-        adamw(
-            weights,
-            [weight.grad for weight in weights],
-            *([self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq")),
-            [],
-            [self.state[weight]["step"] for weight in weights],
-            fused=True,
-            found_inf=found_inf,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-
-def to_wide(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix, or its transpose if it has more rows than columns."""
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-
-
-def muon_chunks(weights: list[nn.Parameter], ranks: int) -> list[list[nn.Parameter]]:
-    """Batches of matrices of one shape, to_wide or standing, of at most MUON_BATCH elements for each rank."""
-    shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for weight in weights:
-        shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
-    chunks = []
-    for (rows, columns), alike in shapes.items():
-        most = ranks * max(1, MUON_BATCH // (rows * columns))
-        chunks += [alike[first : first + most] for first in range(0, len(alike), most)]
-    return chunks
+    @staticmethod
+    def apply(sent: tuple[Any, ...] | None, kept: torch.Tensor | float, learning_rate: float) -> None:
+        """Wait for a chunk's updates of all ranks and apply them."""
+        if sent is None:
+            return
+        chunk, updates, work = sent
+        if work:
+            work.wait()  # on a GPU its stream waits, not the host
+        alpha = -0.2 * updates.shape[-1] ** 0.5 * learning_rate
+        torch._foreach_add_(list(map(to_wide, chunk)), list(updates.mul_(kept)[: len(chunk)]), alpha=alpha)
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
@@ -4060,28 +3965,25 @@ def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
 
 
 def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
-    """The largest batch that every rank's memory holds, of those with which a rank's step reads ``rows`` rows.
+    """The first batch size that every rank's memory holds, from a rank's ``rows`` of a step on, halved each time.
 
     Tried on models that are thrown away, so that the run begins as if that size had been typed.
 
     Raises:
         EnvironmentProblem: not even one row fits.
     """
-    sizes = batch_sizes(rows)
-    fitting, failing = 0, len(sizes)
-    logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개의 약수: {', '.join(map(str, sizes))})")
-    while fitting < failing:
-        middle = (fitting + failing) // 2
-        fits = batch_fits(cfg, sizes[middle], tokenizer, accelerator)
-        logger.info(f"   • 배치 크기 {sizes[middle]}: {'들어갑니다' if fits else '메모리가 부족합니다'}")
-        fitting, failing = (middle + 1, failing) if fits else (fitting, middle)
-    set_seed(cfg.seed)
-    if not fitting:
+    size = rows
+    logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개에서 시작해 절반씩 줄임)")
+    while size and not batch_fits(cfg, size, tokenizer, accelerator):
+        logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
+        size = next((smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0), 0)
+    if not size:
         raise EnvironmentProblem(
             "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
             "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
         )
-    size, tokens = sizes[fitting - 1], rows * cfg.max_seq_length * accelerator.num_processes
+    set_seed(cfg.seed)
+    tokens = rows * cfg.max_seq_length * accelerator.num_processes
     logger.info(f"✅ 배치 크기 {size}, 기울기 누적 {rows // size} (스텝당 {tokens:,} 토큰은 그대로)")
     return size
 
@@ -4097,11 +3999,9 @@ def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Acceler
         if not is_out_of_memory(error):
             raise
         fits.zero_()
-    accelerator.free_memory()  # it keeps the models that it prepared
     torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
-    gc.collect()
+    accelerator.free_memory()  # it keeps the models that it prepared
     if cfg.device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.reset_peak_memory_stats()
     if dist.is_initialized():
@@ -4109,26 +4009,31 @@ def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Acceler
     return bool(fits)
 
 
+def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
+    """Two steps on a new model without any collective, as one rank may fail alone.
+
+    Beside others DDP's buckets are there from the beginning, as the gradients that they are and,
+    as DDP makes them anew in the second forward pass and NCCL may keep the first ones, once more.
+    """
+    loss_module = build_loss(cfg, tokenizer, accelerator.device)
+    optimizer = build_optimizer(loss_module.model, cfg, alone=True)
+    model = accelerator.prepare_model(loss_module, evaluation_mode=True)
+    rows, buckets = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device), []
+    for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
+        weight.grad = torch.zeros_like(weight)
+        buckets.append(torch.empty_like(weight))
+    for _ in range(2):
+        model(rows).backward()
+        optimizer.step()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory was too small: libraries that take it by themselves have errors of their own.
 
     PyTorch's own turns into another where NVML doesn't know the GPU, which it asks before it raises.
     """
-    words = "out of memory|ALLOC_FAILED|NVML_SUCCESS"
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        isinstance(error, RuntimeError) and re.search(words, str(error))
-    )
-
-
-def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
-    """Two steps on a new model with gradients that stay, as DDP's do; no collective, as one rank may fail alone."""
-    loss_module = build_loss(cfg, tokenizer, accelerator.device)
-    optimizer = build_optimizer(loss_module.model, cfg, alone=True)
-    model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-    rows = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
-    for _ in range(2):
-        model(rows).backward()
-        optimizer.step()
+    words = "OutOfMemory|out of memory|ALLOC_FAILED|NVML_SUCCESS"
+    return isinstance(error, RuntimeError) and re.search(words, repr(error)) is not None
 
 
 # ======================================================================================
@@ -4992,136 +4897,36 @@ def cut_metrics(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-# --- where the time of a step goes: --profile ---
+def start_profile(run: Run, left: int) -> Any:
+    """Profile three of the ``left`` steps after five, on rank 0: a table in the log, and the trace.
 
-# What an operator or kernel is for, by its name; the first that matches counts, also for all that runs within it.
-WORK = {
-    "옵티마이저": r"Optimizer\.step|adam|_foreach_|multi_tensor|vector_norm",
-    "통신": r"nccl|gloo:|c10d::",
-    "어텐션": r"scaled_?dot_?product|sdpa|flash|fmha",
-    "손실": r"HeadLoss|cross_entropy|log_?softmax|nll_?loss",
-    "행렬곱": r"aten::(linear|matmul|mm|addmm|bmm|_scaled_mm)$|gemm|cutlass|nvjet|xmma|splitk|triton_tem",
-    "데이터 로더": r"^next batch$",
-}
-OTHER_WORK, IDLE = "그 밖의 연산", "대기"
-# An instant in which several run belongs to the first of these.
-WORK_ORDER = ("어텐션", "행렬곱", "손실", "옵티마이저", OTHER_WORK, "통신", "데이터 로더")
-
-
-def kind_of_work(name: str) -> str | None:
-    """The key of ``WORK`` for a name; None for all else."""
-    if name.startswith("triton_") and not name.startswith("triton_tem"):
-        # Named after all operators that were looked at in making it: attention is never one of those fused.
-        return "손실" if re.search("softmax_online|scatter_add|nll_loss", name) else None
-    return next((kind for kind, pattern in WORK.items() if re.search(pattern, name, re.IGNORECASE)), None)
-
-
-def work_spans(events: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
-    """Start, end and kind of what a trace's threads or streams did; what runs within something known is part of it."""
-    spans, rows = [], {}
-    for event in events:
-        rows.setdefault((event["pid"], event["tid"]), []).append(event)
-    for row in rows.values():
-        open_spans: list[tuple[float, str | None]] = []  # end and kind of what the next event may lie within
-        for event in sorted(row, key=lambda event: (event["ts"], -event["dur"])):
-            start, end = event["ts"], event["ts"] + event["dur"]
-            while open_spans and open_spans[-1][0] <= start:
-                open_spans.pop()
-            within = open_spans[-1][1] if open_spans else None
-            kind = within or kind_of_work(event["name"])
-            # A node of autograd also waits for the reduction, so only the operators in it are work.
-            is_frame = event["cat"].endswith("user_annotation") or event["name"].startswith("autograd::engine")
-            if not within and (kind or not is_frame):
-                spans.append((start, end, kind or OTHER_WORK))
-            open_spans.append((end, kind))
-    return spans
-
-
-def time_by_work(events: list[dict[str, Any]]) -> tuple[dict[str, float], float]:
-    """Microseconds of the profiled steps by kind of work, and of all of it.
-
-    Takes the complete events of a trace.  On a GPU the streams count, else the threads.  Each instant
-    goes to one kind: to computing before communication, which therefore is what computing does not
-    hide; to the loader where nothing computes; what is left, the device waits.
+    Returns a started ``torch.profiler.profile``, whose ``step`` the loop calls after each step; None
+    without ``--profile`` and where there is nothing to profile.
     """
-    on_gpu = [event for event in events if event["cat"].startswith(("kernel", "gpu_"))]
-    on_cpu = [event for event in events if event["cat"] in ("cpu_op", "user_annotation")]
-    marks = [event for event in events if event["name"].startswith("ProfilerStep#")]
-    marks = [event for event in marks if event["cat"].startswith("gpu")] or marks
-    first, last = min(event["ts"] for event in marks), max(event["ts"] + event["dur"] for event in marks)
-    spans = work_spans(on_gpu or on_cpu)
-    if on_gpu:
-        spans += [span for span in work_spans(on_cpu) if span[2] == "데이터 로더"]
-    edges = sorted(
-        (min(max(moment, first), last), change, WORK_ORDER.index(kind))
-        for start, end, kind in spans
-        for moment, change in ((start, 1), (end, -1))
-    )
-    found, active, before = dict.fromkeys([*WORK_ORDER, IDLE], 0.0), [0] * len(WORK_ORDER), first
-    for moment, change, number in [*edges, (last, 0, 0)]:
-        busy = next((kind for kind, count in zip(WORK_ORDER, active, strict=True) if count), IDLE)
-        found[busy] += moment - before
-        before, active[number] = moment, active[number] + change
-    return found, last - first
+    from torch.profiler import ProfilerActivity, profile, schedule
 
-
-def attention_kernel(events: list[dict[str, Any]]) -> tuple[str, str]:
-    """Which attention ran in a trace: its name, and that of the kernel or operator that took longest."""
-    on_gpu = [event for event in events if event["cat"] == "kernel"]
-    pool = [event for event in on_gpu or events if kind_of_work(event["name"]) == "어텐션"]
-    pool = [event for event in pool if on_gpu or event["name"].startswith("aten::_")]
-    if not pool:
-        return attention_name(""), "-"
-    kernel = max(pool, key=lambda event: event["dur"])["name"]
-    return attention_name(kernel), kernel
-
-
-class Profile:
-    """Profiles three steps after five, on rank 0, and says where their time went."""
-
-    def __init__(self, run: Run, left: int):
-        from torch.profiler import ProfilerActivity, profile, schedule
-
-        self.run, self.count = run, min(3, left - 1)
-        before = min(5, left - self.count)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.cfg.device == "cuda")
-        plan = schedule(skip_first=before - 1, wait=0, warmup=1, active=self.count, repeat=1)
-        self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self.report)
-        self.profiler.start()
-
-    def watch(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Mark the time in which the loop waits for the loader."""
-        while True:
-            with torch.profiler.record_function("next batch"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def report(self, profiler: Any) -> None:
-        """Keep the trace, and tell what it shows."""
-        path = self.run.cfg.output_dir / "profile_trace.json.gz"
-        profiler.export_chrome_trace(str(path))
-        with gzip.open(path, "rb") as stream:
-            events = [event for event in json.load(stream)["traceEvents"] if event.get("ph") == "X"]
-        found, whole = time_by_work(events)
-        logger.info(f"🔬 프로파일: {self.count}스텝 평균 {whole / self.count / 1000:,.1f} ms/스텝")
-        for kind, spent in found.items():
-            gap = " " * (14 - display_width(kind))
-            logger.info(f"   • {kind}{gap}{spent / whole:6.1%} {spent / self.count / 1000:10,.2f} ms")
-        name, kernel = attention_kernel(events)
-        logger.info(f"   어텐션 커널: {name} ({kernel[:100]})")
-        logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
-
-
-def start_profile(run: Run, left: int) -> Profile | None:
-    """Begin to profile if the options ask for it and ``left`` steps are enough; rank 0 only."""
     if not run.cfg.profile or not run.is_main:
         return None
     if left < 2:
         logger.warning("⚠️  --profile: 두 스텝은 있어야 합니다. --max-steps 를 늘리세요")
         return None
-    return Profile(run, left)
+    path, count = run.cfg.output_dir / "profile_trace.json.gz", min(3, left - 1)
+    on_gpu = run.cfg.device == "cuda"
+
+    def report(profiler: Any) -> None:
+        profiler.export_chrome_trace(str(path))
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
+        logger.info(f"🔬 프로파일: {count}스텝의 합, 자기 시간이 긴 연산부터\n{table}")
+        logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
+
+    profiler = profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
+        schedule=schedule(skip_first=min(5, left - count) - 1, wait=0, warmup=1, active=count, repeat=1),
+        on_trace_ready=report,
+    )
+    profiler.start()
+    return profiler
 
 
 # ======================================================================================
@@ -5153,18 +4958,18 @@ def evaluation_rows(corpus: Corpus, max_seq_length: int) -> tuple[np.ndarray, np
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float | None]:
     """Loss and bits per byte on the held-out documents: of all, and of Korean and English apart.
 
     The loss is the mean over all targets in nats.  Bits per byte count the text and not the
-    end-of-text tokens, so they compare across tokenizers.
+    end-of-text tokens, so they compare across tokenizers.  None for a language without documents.
     """
     rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length)
     size = max(run.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
     world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
     names = run.corpus.report["languages"]
+    # By language: nats, targets, nats of text.
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
-    end_of_text = run.corpus.tokenizer.eos_token_id
     run.loss_module.eval()
     for first in range(rank * size, len(rows), world_size * size):
         missing = max(0, first + size - len(rows))  # one shape for every batch: nothing recompiles
@@ -5173,7 +4978,7 @@ def evaluate(run: Run) -> dict[str, float]:
         batch = torch.from_numpy(batch).to(sums.device)
         tag = torch.from_numpy(tag).to(sums.device).flatten() + 1  # column 0 takes the filling
         loss = run.loss_module(batch, reduction="none").double()
-        is_text = (batch[:, 1:].flatten() != end_of_text).double()
+        is_text = (batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id).double()
         for line, value in zip(sums, (loss, torch.ones_like(loss), loss * is_text), strict=True):
             line.index_add_(0, tag, value)
         run.stop.heartbeat()
@@ -5183,7 +4988,7 @@ def evaluate(run: Run) -> dict[str, float]:
     return evaluation_figures(sums[:, 1:].cpu().numpy(), text_bytes, names)
 
 
-def evaluation_figures(sums: np.ndarray, text_bytes: np.ndarray, names: list[str]) -> dict[str, float]:
+def evaluation_figures(sums: np.ndarray, text_bytes: np.ndarray, names: list[str]) -> dict[str, float | None]:
     """Turn sums by language (loss, targets, loss of text) into losses and bits per byte."""
     figures = {}
     for suffix, chosen in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
@@ -5206,17 +5011,19 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
     log.write({"step": state.step, **state.evaluation})
     logger.info(f"📈 검증 (스텝 {state.step:,}, {run.evaluation_seconds:.1f}초)")
     for suffix, name in (("", "전체"), ("_ko", "ko"), ("_en", "en")):
-        if state.evaluation[f"val_loss{suffix}"] is not None:
-            loss, bits = state.evaluation[f"val_loss{suffix}"], state.evaluation[f"val_bits_per_byte{suffix}"]
+        loss, bits = state.evaluation[f"val_loss{suffix}"], state.evaluation[f"val_bits_per_byte{suffix}"]
+        if loss is not None:
             logger.info(f"   • {name}: 손실 {loss:.4f}, bits/byte {bits:.4f}")
+
+
+# --- samples ---
 
 
 @torch.no_grad()
 def generate_continuation(
     model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any
-) -> torch.Tensor:
+) -> list[int]:
     """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
@@ -5229,12 +5036,12 @@ def generate_continuation(
         **more,
     )
     tokens = torch.tensor([ids], device=model.device)
-    # A kernel that --attention names may not take a single query.
-    kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), kernels:
+    devices = [model.device] if model.device.type == "cuda" else []
+    # The kernel that --attention names may not take a single query; a growing cache would compile the layers anew.
+    with torch.random.fork_rng(devices), attention_kernels("auto"), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(cfg.seed)
         mask = torch.ones_like(tokens)
-        return model.generate(tokens, attention_mask=mask, generation_config=settings, streamer=streamer)[0]
+        return model.generate(tokens, attention_mask=mask, generation_config=settings, streamer=streamer)[0].tolist()
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
@@ -5242,21 +5049,20 @@ def generate_samples(run: Run, state: TrainState) -> None:
 
     Every rank does the same work, so that none waits for another in a collective, however long it takes.
     """
-    cfg, tokenizer = run.cfg, run.corpus.tokenizer
-    prompts, texts = [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS, []
+    cfg, tokenizer, start = run.cfg, run.corpus.tokenizer, time.monotonic()
+    texts: dict[str, str] = {}
     tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    start = time.monotonic()
     run.loss_module.eval()
     try:
-        for prompt in prompts:
+        for prompt in [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS:
             ids = tokenizer(prompt).input_ids
             room = cfg.max_seq_length - len(ids)
             if room < 1:
                 raise ValueError(f"--prompt 가 {cfg.max_seq_length:,} 토큰보다 깁니다")
             with run.accelerator.autocast():
-                found = generate_continuation(run.model, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
-            texts.append(tokenizer.decode(found[len(ids) :], skip_special_tokens=True))
+                tokens = generate_continuation(run.model, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
+            texts[prompt] = printable(tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
@@ -5264,7 +5070,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
         run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
     if run.is_main and texts:
-        write_samples(run, state.step, dict(zip(prompts, map(printable, texts), strict=False)))
+        write_samples(run, state.step, texts)
 
 
 def printable(text: str) -> str:
@@ -5276,20 +5082,19 @@ def printable(text: str) -> str:
 def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
     """Show completions by prompt in the log, and add them to ``samples.md`` and to the trackers."""
     logger.info(f"📝 샘플 (스텝 {step:,}, {run.sample_seconds:.1f}초)")
-    section, quoted = f"## 스텝 {step:,}\n\n", {}
+    quoted = []
     for prompt, text in texts.items():
         logger.info(f"   [{prompt}]")
         for line in wrap_width(" ".join(text.split()), 74):
             logger.info(f"     {line}")
-        quoted[prompt] = f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n"))
-        section += quoted[prompt] + "\n"
+        quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
     path = run.cfg.output_dir / "samples.md"
     try:
         with open(path, "a", encoding="utf-8") as stream:
-            stream.write(section)
+            stream.write("\n".join([f"## 스텝 {step:,}\n", *quoted, ""]))
     except OSError as error:
         logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
-    track(run, {f"samples/{number}": text for number, text in enumerate(quoted.values(), 1)}, step)
+    track(run, {f"samples/{number}": text for number, text in enumerate(quoted, 1)}, step)
 
 
 def cut_samples(path: Path, step: int) -> None:
@@ -5302,6 +5107,11 @@ def cut_samples(path: Path, step: int) -> None:
 
 
 # --- a checkpoint in use: --generate and --evaluate ---
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token that stands before a document's first one."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def text_streamer(tokenizer: Any) -> Any:
@@ -5317,23 +5127,24 @@ def text_streamer(tokenizer: Any) -> Any:
 
 
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
-    """Let a model write on from ``cfg.prompt``, as from the beginning of a document; returns the whole text.
+    """Continue ``cfg.prompt``, as from the beginning of a document; returns the whole text.
 
     The same seed gives the same text on the same device.
 
     Raises:
         ValueError: the prompt leaves no room in the model's context.
     """
-    ids = tokenizer(cfg.prompt, add_special_tokens=False).input_ids
+    ids = [document_start(tokenizer), *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
     most = context_length(model)
-    room = most - len(ids) - 1
+    room = most - len(ids)
     if room < 1:
-        raise ValueError(f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({most:,} 토큰)에 들어가지 않습니다. 줄이세요")
+        raise ValueError(
+            f"--prompt: {len(ids) - 1:,} 토큰은 모델의 최대 길이({most:,} 토큰)에 들어가지 않습니다. 줄이세요"
+        )
     if cfg.max_new_tokens > room:
         logger.warning(f"⚠️  모델의 최대 길이가 {most:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
-    ids = [document_start(tokenizer), *ids]
-    whole = generate_continuation(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
-    return tokenizer.decode(whole, skip_special_tokens=True).rstrip("\ufffd")
+    tokens = generate_continuation(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
+    return tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -5344,47 +5155,33 @@ def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tup
     as long as the others.  The rule is that of loglikelihood_rolling in lm-evaluation-harness
     (get_rolling_token_windows and make_disjoint_window).
     """
-    whole = np.concatenate([np.array([start], np.int64), tokens])
-    for first in range(0, len(tokens), length):
-        end = min(first + length, len(tokens))
-        yield whole[max(0, end - length) : end + 1], end - first
+    tokens = np.concatenate([np.array([start], np.int64), tokens])
+    for first in range(0, len(tokens) - 1, length):
+        end = min(first + length, len(tokens) - 1)
+        yield tokens[max(0, end - length) : end + 1], end - first
 
 
-@dataclass(frozen=True)
-class Window:
-    """Part of a document: its row of tokens, how many of the last are scored, and their bytes, about."""
+def score_windows(
+    loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int]], most: int
+) -> Iterator[tuple[int, float]]:
+    """Yield the index of each window (of ``rolling_windows``) and the nats of what is scored in it.
 
-    language: str
-    row: np.ndarray
-    count: int
-    size: float
-
-
-def window_batches(windows: list[Window], tokens: int) -> Iterator[list[Window]]:
-    """Group windows of like length so that a padded batch has at most ``tokens`` inputs.
-
-    The longest come first: what doesn't fit into memory shows at once.
+    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't
+    fit into memory shows at once.  Rows are padded behind their end, where causal attention keeps the
+    padding from changing anything.
     """
-    windows = sorted(windows, key=lambda window: -len(window.row))
-    while windows:
-        size = max(1, tokens // (len(windows[0].row) - 1))
-        yield windows[:size]
-        windows = windows[size:]
-
-
-def score_windows(loss_module: LMWithLoss, batch: list[Window], device: torch.device) -> np.ndarray:
-    """Nats (float64) of the scored tokens of each window.
-
-    Rows are padded behind their end, where causal attention keeps the padding from changing anything.
-    """
-    longest = max(len(window.row) for window in batch)
-    rows, scored = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest - 1), bool)
-    for index, window in enumerate(batch):
-        end = len(window.row)
-        rows[index, :end] = window.row
-        scored[index, end - 1 - window.count : end - 1] = True
-    loss = loss_module(torch.from_numpy(rows).to(device), reduction="none").view(scored.shape).double()
-    return (loss * torch.from_numpy(scored).to(device)).sum(dim=1).cpu().numpy()
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index][0]))
+    while order:
+        longest = len(windows[order[0]][0])
+        size = max(1, most // (longest - 1))
+        batch, order = order[:size], order[size:]
+        rows, scored = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest - 1))
+        for line, index in enumerate(batch):
+            row, count = windows[index]
+            rows[line, : len(row)] = row
+            scored[line, len(row) - 1 - count : len(row) - 1] = 1
+        loss = loss_module(torch.from_numpy(rows).to(loss_module.model.device), reduction="none")
+        yield from zip(batch, (loss.double().cpu().numpy().reshape(scored.shape) * scored).sum(1), strict=True)
 
 
 @torch.inference_mode()
@@ -5413,18 +5210,18 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
         bad += documents.bad[: MOST_NAMES_SHOWN - len(bad)]
         bad_count += len(documents.bad)
         line_count += documents.line_count
-        ids = [item.ids for item in backend.encode_batch_fast(documents.texts, add_special_tokens=False)]
-        windows = []
-        for text, language, tokens in zip(documents.texts, documents.languages, ids, strict=True):
-            total = totals.setdefault(language, np.zeros(4))
-            size = len(text.encode())
-            total += (1, len(tokens), size, 0)
-            for row, count in rolling_windows(np.array(tokens), start, length):
-                windows.append(Window(language, row, count, size * count / len(tokens)))
-        for batch in window_batches(windows, cfg.batch_size * length):
-            for window, nats in zip(batch, score_windows(loss_module, batch, model.device), strict=True):
-                totals[window.language][3] += nats
-                done += window.size
+        encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
+        windows, owners = [], []
+        for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
+            size, total = len(text.encode()), totals.setdefault(language, np.zeros(4))
+            total += (1, len(item.ids), size, 0)
+            for row, count in rolling_windows(np.array(item.ids), start, length):
+                windows.append((row, count))
+                owners.append((total, size * count / len(item.ids)))  # and the window's bytes, about
+        for index, nats in score_windows(loss_module, windows, cfg.batch_size * length):
+            total, size = owners[index]
+            total[3] += nats
+            done += size
             progress.update(int(done))
     refuse_bad_lines(bad, bad_count, line_count)
     if bad:
@@ -5438,9 +5235,9 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
     rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
     for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
-        loss, counts = nats / tokens, (f"{count:,.0f}" for count in (documents, tokens, size))
-        bits = nats / math.log(2) / size
-        rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{bits:.4f}"))
+        loss, bits = nats / tokens, nats / math.log(2) / size
+        rows.append((name, f"{documents:,.0f}", f"{tokens:,.0f}", f"{size:,.0f}", f"{loss:.4f}"))
+        rows[-1] += (f"{np.exp(loss):,.2f}", f"{bits:.4f}")
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, widths, strict=True))
@@ -5629,7 +5426,6 @@ def train(run: Run, state: TrainState) -> str:
     batches = make_loader(cfg, run.corpus, positions)
     reader, log = DelayedStats(accelerator.device), StepLog(run, state)
     profile = start_profile(run, len(steps))
-    batches = batches if profile is None else profile.watch(batches)
     stopping = False
     if state.step and state.step % cfg.eval_steps == 0 and state.evaluation_step != state.step:
         with log.pause():
@@ -5646,7 +5442,7 @@ def train(run: Run, state: TrainState) -> str:
             run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
             let_buckets_go(run)
         if profile is not None:
-            profile.profiler.step()
+            profile.step()
         report_save(run)
         set_deadline(run, time.monotonic() - step_start)
         last = state.step == run.total_steps
@@ -5813,7 +5609,7 @@ def build_run(
     decoder = loss_module.model
     optimizer = build_optimizer(decoder, cfg)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
-    backend = attention_backend(decoder, cfg, accelerator.device)
+    backend = attention_backend(decoder, cfg, size)
     return Run(
         cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver(stop)
     )
@@ -5868,7 +5664,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
         update_run_info(cfg.output_dir, dataset=asked)
     log_report(corpus.report, corpus.path)
-    with attention_kernels(cfg):
+    with attention_kernels(cfg.attention):
         accelerator = build_accelerator(cfg)
         accumulation, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
         run = build_run(cfg, corpus, stop, accelerator, accumulation)

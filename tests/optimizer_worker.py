@@ -20,7 +20,8 @@ def muon_steps(steps: int = 4) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     rest = [torch.nn.Parameter(torch.randn(64, 8, generator=generator))]
-    optimizer = t.Muon([{"params": hidden, "weight_decay": 0.1}, {"params": rest}], 0.02)
+    groups = [{"params": hidden, "weight_decay": 0.1}, {"params": rest}]
+    optimizer = t.Muon(groups, lr=0.02, weight_decay=0.0, fused=True)
     for step in range(steps):
         for weight in hidden + rest:
             weight.grad = torch.randn(weight.shape, generator=generator)

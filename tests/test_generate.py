@@ -171,15 +171,6 @@ def test_each_token_is_scored_once_with_as_much_before_it_as_fits(count, length)
     assert scored == tokens.tolist()
 
 
-def test_the_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
-    sizes = [1, 30, 2, 2, 17, 30, 5, 9, 1]
-    windows = [t.Window("ko", np.zeros(size + 1, np.int64), 1, float(index)) for index, size in enumerate(sizes)]
-    batches = list(t.window_batches(windows, 40))
-    assert sorted(window.size for batch in batches for window in batch) == list(range(len(sizes)))
-    assert all(len(batch) == 1 or len(batch) * max(len(w.row) - 1 for w in batch) <= 40 for batch in batches)
-    assert len(batches) < len(sizes)
-
-
 def test_lines_that_cannot_be_read_are_counted_and_too_many_refused(opened, tmp_path, caplog):
     good = [json.dumps({"text": "오늘"}, ensure_ascii=False)] * 120
     path = tmp_path / "data.jsonl"

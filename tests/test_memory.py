@@ -66,7 +66,7 @@ class LiveTensors(TorchDispatchMode):
 
 def measured_peak(cfg: t.TrainConfig, world_size: int, real: bool = False) -> tuple[int, int]:
     """Peak of a run's second step and what it leaves behind, in bytes; without ``real`` nothing is computed."""
-    with nullcontext() if real else FakeTensorMode(), t.attention_kernels(cfg), LiveTensors() as live:
+    with nullcontext() if real else FakeTensorMode(), t.attention_kernels(cfg.attention), LiveTensors() as live:
         loss_module = t.LMWithLoss(t.build_model(cfg, Words(cfg.vocab_size)))
         optimizer = t.build_optimizer(loss_module.model, cfg)
         rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
@@ -331,14 +331,14 @@ def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_
     assert_in_order(
         answer.out,
         [
-            "배치 크기 4: 들어갑니다",
+            "배치 크기 12: 메모리가 부족합니다",
             "배치 크기 6: 메모리가 부족합니다",
-            "✅ 배치 크기 4, 기울기 누적 3 .*768 토큰",
+            "✅ 배치 크기 3, 기울기 누적 4 .*768 토큰",
             "스텝 1/4",
         ],
     )
     typed = broken("")
-    answer = typed.run(*options, "--batch-size", "4", "--gradient-accumulation-steps", "3")
+    answer = typed.run(*options, "--batch-size", "3", "--gradient-accumulation-steps", "4")
     assert answer.code == 0, answer.text
     found, expected = weights(limited, 4), weights(typed, 4)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -386,7 +386,7 @@ def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeEr
     monkeypatch.setattr(t, "try_steps", fail)
     with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
         t.find_batch_size(run.cfg, 4, run.corpus.tokenizer, run.accelerator)
-    assert sizes == [2, 1]
+    assert sizes == [4, 2, 1]
 
 
 # --- FP8 ---

@@ -82,31 +82,28 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(model):
         assert torch.allclose(loss(rows, reduction="none").mean(), theirs, atol=1e-6)
 
 
-def test_the_compiled_graph_is_whole_and_carries_no_attention_mask(model):
-    graphs = []
-
-    def keep_graph(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    loss = t.LMWithLoss(model)
+@pytest.mark.parametrize("more", [(), ("--gradient-checkpointing",)])
+def test_one_compiled_graph_without_a_mask_serves_all_layers_and_gives_the_same_gradients(tmp_path, more):
+    graphs, gradients, rows = [], [], torch.randint(0, 500, (2, 33))
     torch._dynamo.reset()
-    torch.compile(loss, backend=keep_graph, fullgraph=True)(torch.randint(0, 500, (2, 33)))
-    assert len(graphs) == 1
-    calls = [node for node in graphs[0].graph.nodes if "scaled_dot_product" in str(node.target)]
-    assert len(calls) == 4
-    for call in calls:
-        assert call.kwargs["is_causal"] is True
-        assert call.kwargs.get("attn_mask") is None
-        assert len(call.args) == 3
-
-
-def test_compiling_leaves_the_names_of_the_weights_alone(model):
-    loss = t.LMWithLoss(model)
-    names = set(model.state_dict())
-    loss.compile(backend="eager")
-    assert set(model.state_dict()) == names
-    assert not any("_orig_mod" in name or "module." in name for name in names)
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        loss = t.LMWithLoss(t.build_model(config(tmp_path, *more), Words()))
+        names = set(loss.model.state_dict())
+        if compiled:
+            loss.compile_parts(backend=lambda graph, inputs: graphs.append(graph) or graph)
+        loss(rows).backward()
+        gradients.append([weight.grad for weight in loss.parameters()])
+        assert set(loss.model.state_dict()) == names
+    torch._dynamo.reset()
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    (layer, _) = graphs  # and the head's with its loss
+    parts = [part for part in layer.modules() if isinstance(part, torch.fx.GraphModule)]  # what is checkpointed is one
+    (call,) = [node for part in parts for node in part.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert call.kwargs["is_causal"] is True
+    assert call.kwargs.get("attn_mask") is None
+    assert len(call.args) == 3
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
@@ -152,14 +149,12 @@ def test_a_model_with_a_sliding_window_keeps_its_own_attention(tmp_path):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_attention_that_really_runs_is_found_out(tmp_path, model):
-    cfg = config(tmp_path)
-    assert t.attention_backend(model, cfg, torch.device("cpu")) == "flash (CPU)"
-    with t.attention_kernels(config(tmp_path, "--attention", "math")):
-        assert t.attention_backend(model, cfg, torch.device("cpu")) == "math"
+@pytest.mark.parametrize(("typed", "kernel"), [("auto", "flash"), ("math", "math")])
+def test_the_attention_that_really_runs_is_found_out(tmp_path, model, typed, kernel):
+    with t.attention_kernels(typed):
+        assert t.attention_backend(model, config(tmp_path, "--attention", typed), 2) == kernel
 
 
-def test_flash3_without_its_package_is_refused(tmp_path, model):
-    cfg = config(tmp_path, "--attention", "flash3")
-    with pytest.raises(t.EnvironmentProblem, match="flash3"):
-        t.choose_attention(model.config, cfg)
+def test_a_kernel_that_can_not_run_here_is_refused_by_its_name(tmp_path, model):
+    with t.attention_kernels("cudnn"), pytest.raises(t.EnvironmentProblem, match="--attention cudnn"):
+        t.attention_backend(model, config(tmp_path, "--attention", "cudnn"), 2)

@@ -54,15 +54,6 @@ def test_no_warm_up_starts_at_the_full_rate(tmp_path):
     assert rates(dataclasses.replace(config(tmp_path), warmup_ratio=0.0))[0] == 1.0
 
 
-def test_only_matrices_decay():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    groups = t.build_optimizer(model, t.TrainConfig(optimizer="adamw", weight_decay=0.3)).param_groups
-    assert [(group["weight_decay"], [weight.dim() for weight in group["params"]]) for group in groups] == [
-        (0.3, [2]),
-        (0.0, [1, 1, 1]),
-    ]
-
-
 def batches(run: t.Run, count: int = 4) -> list[torch.Tensor]:
     positions = t.rank_positions(run.cfg, 0, 1, range(count))
     return list(t.make_loader(run.cfg, run.corpus, positions))
@@ -129,7 +120,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
     cfg = t.resolve_config(t.parse_args(words), "cuda")[0]
     for folder in (cfg.output_dir, cfg.logs_dir):
         folder.mkdir(parents=True)
-    with t.attention_kernels(cfg):
+    with t.attention_kernels(cfg.attention):
         run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
         rows = t.make_loader(cfg, run.corpus, t.rank_positions(cfg, 0, 1, range(8)))
         for step in range(8):
@@ -159,24 +150,19 @@ print(faults())
     assert after < before / 10
 
 
-def test_one_graph_serves_every_step_and_one_every_evaluation(tmp_path):
+def test_two_graphs_serve_every_step_and_two_every_evaluation(tmp_path):
     run, graphs = tiny_run(tmp_path, "--batch-size", "3"), []
-
-    def keep_graph(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run.loss_module.compile(backend=keep_graph)
+    run.loss_module.compile_parts(backend=lambda graph, inputs: graphs.append(graph) or graph)
     rows = iter(batches(run, 8))
     for step in range(6):
         t.train_step(run, rows, 1e-3 / (step + 1))
         if step == 2:
-            assert len(graphs) == 1
+            assert len(graphs) == 2  # of a layer, and of the head with its loss
             t.evaluate(run)  # its last batch is not full
     t.evaluate(run)
-    assert len(graphs) == 2
+    assert len(graphs) == 4
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
 
@@ -339,18 +325,25 @@ def test_muon_takes_the_steps_of_pytorchs_muon_and_adamw(tmp_path, monkeypatch):
         assert (ours - theirs).abs().mean().item() < 1e-4 * moved
 
 
-def test_muon_leaves_embeddings_head_and_norms_to_adamw(tmp_path):
-    model = t.build_model(config(tmp_path, "--optimizer", "muon"), tiny_run(tmp_path).corpus.tokenizer)
+def test_muon_leaves_embeddings_head_and_norms_to_adamw_and_only_matrices_decay(tmp_path):
+    model = t.build_model(config(tmp_path), tiny_run(tmp_path).corpus.tokenizer)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    hidden, matrices, vectors = t.build_optimizer(model, config(tmp_path, "--optimizer", "muon")).param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
-    assert {names[id(weight)] for weight in matrices["params"]} == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert all(names[id(weight)].endswith("_proj.weight") for weight in hidden["params"])
-    assert all("norm" in names[id(weight)] for weight in vectors["params"])
-    assert len(hidden["params"]) + len(matrices["params"]) + len(vectors["params"]) == len(names)
-    assert [group["weight_decay"] for group in (hidden, matrices, vectors)] == [0.1, 0.1, 0.0]
+    hidden = {name for name in names.values() if name.endswith("_proj.weight")}
+    outer = {"model.embed_tokens.weight", "lm_head.weight"}
+    norms = set(names.values()) - hidden - outer
+    for optimizer, expected in (
+        ("adamw", [(0.3, hidden | outer), (0.0, norms)]),
+        ("muon", [(0.3, hidden), (0.3, outer), (0.0, norms)]),
+    ):
+        cfg = config(tmp_path, "--optimizer", optimizer, "--weight-decay", "0.3")
+        groups = t.build_optimizer(model, cfg).param_groups
+        found = [(group["weight_decay"], {names[id(weight)] for weight in group["params"]}) for group in groups]
+        assert found == expected
     shape = t.PRESETS["tiny"]
-    assert sum(weight.numel() for weight in hidden["params"]) == shape.matrix_parameters()
+    assert (
+        sum(weight.numel() for weight in model.parameters() if names[id(weight)] in hidden) == shape.matrix_parameters()
+    )
 
 
 def test_what_the_optimizer_keeps_has_the_size_that_is_reckoned_with(tmp_path):

@@ -47,7 +47,7 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     stop = t.StopFlag()
     t.set_up_logging(cfg, t.rank_and_world()[0])
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    with t.attention_kernels(cfg):
+    with t.attention_kernels(cfg.attention):
         run = t.build_run(cfg, corpus, stop, t.build_accelerator(cfg))
         stop.arm(cfg.hang_timeout, sys.stderr)
         stop.defer()
