@@ -33,6 +33,10 @@ class NeverStop:
     """Stands in for StopFlag, which would take over this process's signals."""
 
     requested = False
+    log = None
+
+    def arm(self, minutes: float, log: Any) -> None:
+        pass
 
     def is_set(self) -> bool:
         return self.requested

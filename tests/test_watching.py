@@ -536,7 +536,7 @@ def test_sampling_compiles_nothing_again(build, tmp_path):
     from torch._dynamo.utils import counters
 
     run = build(tmp_path)
-    run.loss_module.compile(backend="eager")  # the graphs without the minutes of making kernels of them
+    run.loss_module.compile_parts(backend="eager")  # the graphs without the minutes of making kernels of them
     positions = t.rank_positions(run.cfg, 0, 1, range(4))
     batches = iter(t.make_loader(run.cfg, run.corpus, positions))
     t.train_step(run, batches, 1e-3)
