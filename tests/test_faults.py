@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LAUNCHER, SCRIPT, Place, Terminal, assert_in_order, cleaned, wait_for, write_program
+from conftest import LAUNCHER, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
 
 import train_h100_dual as t
 
@@ -57,11 +56,12 @@ SMALL = [
 
 
 def broken_launcher(folder: Path, fault: str) -> Path:
-    """A copy of the launcher whose script has ``fault`` defined just before it starts."""
+    """A copy of the launcher whose script has ``fault`` just before it starts, or, with ``EARLY``, before it imports."""
     folder.mkdir(parents=True)
     shutil.copy(LAUNCHER, folder)
-    text, mark, end = SCRIPT.read_text(encoding="utf-8").rpartition('if __name__ == "__main__":')
-    (folder / SCRIPT.name).write_text(f"{text}{fault}\n\n{mark}{end}", encoding="utf-8")
+    text, mark = SCRIPT.read_text(encoding="utf-8"), 'if __name__ == "__main__":\n'
+    place = text.index(f"{mark}    typed_config") if fault.startswith(EARLY) else text.rindex(mark)
+    (folder / SCRIPT.name).write_text(f"{text[:place]}{fault}\n\n{text[place:]}", encoding="utf-8")
     return folder / LAUNCHER.name
 
 
@@ -77,13 +77,14 @@ def learning_rate_at(done, total, cfg):
 """
 
 
-BEFORE_MAIN = """
-real_standalone_main = standalone_main
-def standalone_main(argv):
-    if "RANK" in os.environ and {condition}:
-        time.sleep({seconds})
-    return real_standalone_main(argv)
+EARLY = "\n# before anything is heard or imported\n"
+SLEEP_EARLY = (
+    EARLY
+    + """
+if "RANK" in os.environ and {condition}:
+    time.sleep({seconds})
 """
+)
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 FIRST_TIME = 'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and '
 
@@ -138,45 +139,42 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> I
 
 @pytest.fixture(scope="module")
 def hung_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
-    """Rank 1 falls asleep for ever at step 3, and rank 0 waits for it in a collective."""
+    """Rank 1 falls asleep at step 3, once and again after a restart, and rank 0 waits for it in a collective."""
     folder = tmp_path_factory.mktemp("hung")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = broken_launcher(folder / "scripts", at_step(3, "time.sleep(1e6)"))
     for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
-        begun = time.monotonic()
-        options = ["--hang-timeout", "0.1", "--max-restarts", "3", "--notify", f"echo >>'{folder}/notified'"]
-        answer = place.run(*SMALL, *options)
-        yield SimpleNamespace(place=place, answer=answer, seconds=time.monotonic() - begun, folder=folder)
+        options = ["--hang-timeout", "0.2", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
+        answer = place.run(*SMALL, *options, timeout=200)
+        yield SimpleNamespace(place=place, answer=answer, folder=folder)
 
 
-def test_a_hung_run_is_found_and_ends_as_failed_with_one_line(hung_run: SimpleNamespace) -> None:
+def test_a_hung_run_is_restarted_while_restarts_are_left_and_then_fails_with_one_line(
+    hung_run: SimpleNamespace,
+) -> None:
     answer = hung_run.answer
     assert answer.code == 1
-    assert hung_run.seconds < 60
-    assert answer.out.count("0.1분 동안 진행이 없어 학습을 끝냅니다 (--hang-timeout)") == 1, answer.text
+    assert answer.out.count("다시 시작했습니다 (1/1번째)") == 1, answer.text
+    assert answer.text.count("0.2분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)") == 1, answer.text
     assert hung_run.place.info()["state"] == "failed"
     assert "진행이 없어" in hung_run.place.info()["error"]
     assert (hung_run.folder / "notified").read_text().strip() == "failed"
+    hung_run.place.wait_for_end(5)
+    assert not hung_run.place.pid_file.exists()
 
 
 def test_the_stacks_of_every_rank_are_in_its_detail_log(hung_run: SimpleNamespace) -> None:
     logs = [hung_run.place.logs / f"training_detail_rank_{rank}.log" for rank in (0, 1)]
-    waiting, sleeping = (path.read_text(encoding="utf-8").partition("the stacks of all threads:")[2] for path in logs)
+    waiting, sleeping = (path.read_text(encoding="utf-8").partition("Timeout (")[2] for path in logs)
     assert_in_order(waiting, [r"\(most recent call first\)", r"in (wait|pop|backward|train_step)", r"in main$"])
     assert_in_order(sleeping, [r"\(most recent call first\)", "in learning_rate_at$", "in train$", "in main$"])
-
-
-def test_a_hung_run_leaves_nothing_running_and_is_not_restarted(hung_run: SimpleNamespace) -> None:
-    hung_run.place.wait_for_end(5)
-    assert "다시 시작했습니다" not in hung_run.answer.out
-    assert not hung_run.place.pid_file.exists()
 
 
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_interpreter_to_itself_is_found_too(broken) -> None:
     hold = "re.match('(a+)+$', 'a' * 60 + 'b')"  # C code that lets no other thread run
     place = broken(at_step(3, hold, rank=0))
-    answer = place.run(*SMALL, "--hang-timeout", "0.05", timeout=90)
+    answer = place.run(*SMALL, "--hang-timeout", "0.2", "--max-restarts", "0", timeout=90)
     assert answer.code == 1, answer.text
     assert place.info()["state"] == "failed"
     place.wait_for_end(5)
@@ -212,23 +210,26 @@ def test_a_killed_worker_is_started_again_and_the_losses_are_as_undisturbed(brok
     place.wait_for_end(5)
 
 
-@pytest.mark.slow
-def test_a_worker_killed_before_the_first_checkpoint_starts_over(broken, undisturbed: Place) -> None:
+def test_a_worker_killed_before_the_first_checkpoint_starts_over_where_a_test_has_been(
+    broken, undisturbed: Place
+) -> None:
     place = broken(at_step(3, f"{FIRST_TIME}{KILL}", rank=0))
+    answer = place.run(*SMALL, "--test", "--max-steps", "2")
+    assert answer.code == 0, answer.text
     answer = place.run(*SMALL)
     assert answer.code == 0, answer.text + place.report()
     assert_in_order(answer.out, [r"\(1/3번째\): 스텝 0부터", "✅ 학습 완료!"])
     assert_same_run(place, undisturbed, 12)
 
 
-def test_a_fault_that_comes_again_at_the_same_step_ends_the_run(broken) -> None:
+def test_a_fault_that_comes_again_and_again_ends_the_run_after_its_restarts(broken) -> None:
     place = broken(at_step(7, KILL))
-    answer = place.run(*SMALL, "--max-restarts", "5", "--notify", f"echo >>'{place.folder}/notified'")
+    answer = place.run(*SMALL, "--max-restarts", "1", "--notify", f"echo >>'{place.folder}/notified'")
     assert answer.code == 1, answer.text
     assert answer.out.count("자동으로 다시 시작했습니다") == 1
-    assert answer.out.count("두 번 잇따라 죽어") == 1, answer.text
     assert place.info()["state"] == "failed"
-    assert "두 번 잇따라" in place.info()["error"]
+    assert place.info()["error"]
+    assert "Traceback" not in answer.text
     assert (place.folder / "notified").read_text().strip() == "failed"
     assert [path.name for path in place.checkpoints()] == ["checkpoint-4"]
     assert not place.pid_file.exists()
@@ -243,16 +244,6 @@ def test_an_error_whose_cause_is_known_is_not_repeated(broken) -> None:
     assert "다시 시작했습니다" not in answer.out
     assert answer.out.count("스텝 1/12") == 1
     assert place.info()["state"] == "failed"
-    place.wait_for_end(5)
-
-
-def test_a_worker_that_is_killed_without_restarts_ends_the_run(broken) -> None:
-    place = broken(at_step(3, KILL))
-    answer = place.run(*SMALL, "--max-restarts", "0")
-    assert answer.code == 1
-    assert place.info()["state"] == "failed"
-    assert place.info()["error"]
-    assert "Traceback" not in answer.text
     place.wait_for_end(5)
 
 
@@ -273,7 +264,7 @@ def test_a_stop_during_a_restart_stops(broken) -> None:
 
 
 def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
-    place = broken(BEFORE_MAIN.format(condition="rank_and_world()[0] == 1", seconds=1000))
+    place = broken(SLEEP_EARLY.format(condition="rank_and_world()[0] == 1", seconds=1000))
     launcher = place.start(*SMALL)
     log = place.logs / "training_detail_rank_0.log"
     place.wait("rank 0 at the rendezvous", lambda: log.exists() and "token cache" in log.read_text(encoding="utf-8"))
@@ -285,89 +276,97 @@ def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
     place.wait_for_end(5)
 
 
-def test_the_children_of_every_thread_are_counted() -> None:
-    started, done = threading.Event(), threading.Event()
-
-    def start() -> None:
-        with subprocess.Popen(["sleep", "60"]) as child:
-            started.set()
-            done.wait()
-            child.kill()
-
-    before, thread = t.count_children(os.getpid()), threading.Thread(target=start)
-    thread.start()
-    started.wait()
-    assert t.count_children(os.getpid()) == before + 1
-    done.set()
-    thread.join()
-    assert t.count_children(os.getpid()) == before
-
-
-def test_a_child_that_ended_does_not_count_though_nobody_waited_for_it() -> None:
-    before = t.count_children(os.getpid())
-    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as child:
-        child.stdout.read()
-        wait_for("its end", lambda: t.count_children(os.getpid()) == before, 10)
-        assert Path(f"/proc/{child.pid}").exists()
-
-
-@pytest.mark.parametrize(("counts", "gone"), [([2], False), ([1, 2], False), ([1, 1], True)])
-def test_a_rank_that_is_missing_for_a_moment_is_not_gone(
-    monkeypatch: pytest.MonkeyPatch, counts: list[int], gone: bool
-) -> None:
-    flag = t.StopFlag.__new__(t.StopFlag)
-    flag.parent, flag.finishing = os.getppid(), False
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    left = iter(counts)
-    monkeypatch.setattr(t, "count_children", lambda pid: next(left))
-    assert flag.peer_is_gone() is gone
-
-
-def test_workers_whose_agent_dies_before_they_know_it_leave_too(broken) -> None:
-    place = broken(BEFORE_MAIN.format(condition="True", seconds=5))
+def test_ranks_whose_torchrun_dies_before_they_know_it_leave_too(broken) -> None:
+    place = broken(SLEEP_EARLY.format(condition="True", seconds=5))
     launcher = place.start(*SMALL, "--max-restarts", "0")
     place.wait("two workers", lambda: len(place.workers()) == 2)
     os.kill(place.agents()[0], signal.SIGKILL)
     place.wait_for_end(30)
     shown = place.finish(launcher)[0]
     assert launcher.returncode == 1, shown
+
+
+def test_ranks_save_after_kill_9_of_torchrun_and_no_other_run_starts_meanwhile(broken, undisturbed: Place) -> None:
+    place = broken(slow_save(4, 8))
+    place.folder.joinpath("notified").unlink(missing_ok=True)
+    launcher = place.start(*SMALL, "--max-restarts", "3", "--notify", f"echo >>'{place.folder}/notified'")
+    place.wait("the save", lambda: (place.outputs / ".checkpoint-4.tmp" / t.MANIFEST).exists())
+    os.kill(place.agents()[0], signal.SIGKILL)
+    second = place.run(*SMALL)
+    assert second.code == 1
+    assert "다른 학습이 실행 중입니다" in second.err, second.text
+    assert not (place.folder / "notified").exists(), "told before the ranks had left"
+    assert place.pid_file.exists()
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 1, shown
+    assert place.info()["state"] == "failed"
+    assert (place.folder / "notified").read_text().strip() == "failed"
+    assert_checkpoints_open(place)
+    assert t.checkpoint_step(place.checkpoints()[-1]) >= 4
+    place.wait_for_end(5)
+    answer = place.run(*SMALL, "--resume")
+    assert answer.code == 0, answer.text
+    assert_same_run(place, undisturbed, 12)
+
+
+def begun_loops(place: Place) -> int:
+    """How many times a run has come to its loop here."""
+    return t.read_text(place.logs / "training_detail_rank_0.log").count("최대 스텝")
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_sigterm_to_every_process_at_once_saves_the_step(place: Place, warm_cache: Path, rounds: int) -> None:
+    place.cache, resume = warm_cache, []
+    for number in range(rounds):
+        launcher = place.start(*SMALL, "--max-steps", "100000", "--save-steps", "100000", *resume)
+        place.wait("the loop", lambda n=number: begun_loops(place) > n)
+        time.sleep(1 + random.Random(number).random())
+        for pid in [place.pid(), *place.agents(), *place.workers()]:  # as Slurm, systemd and a reboot do
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        shown = place.finish(launcher)[0]
+        assert launcher.returncode == 130, shown
+        assert place.info()["state"] == "stopped"
+        assert t.checkpoint_step(place.checkpoints()[-1]) == place.info()["step"] > 0, shown
+        assert "Traceback" not in shown
+        place.wait_for_end(5)
+        resume = ["--resume", "--save-total-limit", "2"]
     assert_checkpoints_open(place)
 
 
-@pytest.mark.parametrize(("answer", "can"), [(3, True), (0, False)])
-def test_nothing_is_forked_once_the_driver_of_a_gpu_was_initialised(monkeypatch, answer: int, can: bool) -> None:
-    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(cuDeviceGetCount=lambda count: answer))
-    assert t.can_fork() is can
+def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    options = [word for word in SMALL if word not in ("--num-gpus", "2", "--foreground")]
+    options[options.index("--batch-size") + 1 : options.index("--batch-size") + 1] = ["2"]
+    command = place.command(*options, "--max-steps", "100000", "--save-steps", "100000")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command["args"] = [*agent, "--shutdown-timeout", "86400", str(SCRIPT), *command["args"][1:]]
+    process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    place.wait_for_step()
+    for pid in [*place.agents(), *place.workers()]:
+        os.kill(pid, signal.SIGTERM)
+    shown = place.finish(process)[0]
+    place.wait_for_end(5)
+    assert place.info()["state"] == "stopped", shown
+    assert t.checkpoint_step(place.checkpoints()[-1]) == place.info()["step"] > 0
+    assert_checkpoints_open(place)
 
 
-def test_a_forked_rank_is_to_torchrun_what_a_started_process_is(monkeypatch) -> None:
-    def rank(command: tuple[str, ...], environment: dict[str, str], started: int) -> None:
-        os.setsid()
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, t.ForkedRank.CAUGHT)
-        os.close(started)
-        time.sleep(60)
-        os._exit(0)
-
-    monkeypatch.setattr(t, "enter_rank", rank)
-    for number, code in ((signal.SIGTERM, 7), (signal.SIGKILL, -signal.SIGKILL)):
-        process = t.ForkedRank(("python3", "-u", "script"), {})
-        assert process.poll() is None
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.1)
-        os.killpg(process.pid, number)
-        assert process.wait(10) == process.poll() == code
-
-
-@pytest.mark.parametrize("fork", [True, False])
-def test_a_rank_is_forked_unless_cuda_forbids_it(broken, fork: bool) -> None:
-    place = broken(f"def can_fork():\n    return {fork}\n" + at_step(2, 'print("ready"); time.sleep(600)'))
+def test_a_restarted_run_that_was_asked_to_stop_is_not_repeated(broken) -> None:
+    place = broken(
+        at_step(
+            3,
+            f"while not read_json(cfg.output_dir / 'run_info.json').get('stop_requested'): "
+            f"time.sleep(0.1)\n        {KILL}",
+        )
+    )
     launcher = place.start(*SMALL)
-    place.wait("the second step", lambda: place.console_log.exists() and "ready" in place.console())
-    commands = [place.processes()[pid] for pid in place.workers()]
-    assert ["internal:torchrun" in command for command in commands] == [fork, fork]
-    place.kill_all()
-    place.finish(launcher)
+    place.wait_for_step()
+    os.kill(place.pid(), signal.SIGTERM)
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 130, shown
+    assert "다시 시작했습니다" not in shown
+    place.wait_for_end(5)
 
 
 # --- numbers going wrong ---
@@ -689,7 +688,6 @@ def write_held_out(*arguments):
     terminal = Terminal(place, *SMALL, "--max-steps", "2")
     place.wait("the cache", lambda: list(place.cache.glob("*.tmp-*/*.bin")))
     assert_ended_by_ctrl_c(terminal)
-    assert not list(place.cache.glob("*.tmp-*"))
     assert place.info()["state"] == "stopped"
     assert not place.pid_file.exists()
     del place.environment["SLOW"]
