@@ -56,7 +56,7 @@ SMALL = [
 
 
 def broken_launcher(folder: Path, fault: str) -> Path:
-    """A copy of the launcher whose script has ``fault`` just before it starts, or, with ``EARLY``, before it imports."""
+    """A copy of the launcher whose script has ``fault`` just before it starts; if ``EARLY``, before it imports."""
     folder.mkdir(parents=True)
     shutil.copy(LAUNCHER, folder)
     text, mark = SCRIPT.read_text(encoding="utf-8"), 'if __name__ == "__main__":\n'
