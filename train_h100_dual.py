@@ -1352,22 +1352,11 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
     return 6 * parameters + 12 * layers * hidden * length
 
 
-def speed_key(cfg: TrainConfig, world_size: int, gpu_name: str | None) -> str:
-    """Names what decides the speed of a run, in the file of measured speeds; ``gpu_name`` is None on a CPU."""
-    names = [item.name for item in fields(TrainConfig) if item.metadata["group"] in ("model", "hopper")]
-    names += ["vocab_size", "batch_size", "max_seq_length", "gradient_accumulation_steps", "optimizer"]
-    values = [f"{name}={getattr(cfg, name)}" for name in names if getattr(cfg, name) is not None]
-    return ", ".join([gpu_name or f"CPU {os.cpu_count()}", f"processes={world_size}", *values])
-
-
 def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str | None, tokens: int) -> str:
-    """How long ``tokens`` take, and what tells so: a run that was measured here, or an assumed MFU."""
-    speed = read_json(cfg.cache_dir / "speed.json").get(speed_key(cfg, world_size, gpu_name))
-    if speed:
-        return f"{format_duration(tokens / speed)} (이 머신에서 잰 {speed:,.0f} 토큰/s)"
+    """How long ``tokens`` take at an assumed MFU, where the GPU's peak is known."""
     shape, peak = model_shape(cfg), gpu_name and named_peak_flops(gpu_name)
     if shape is None or not peak:
-        return "알 수 없음 (한 번 실행하면 그 속도로 계산)"
+        return "알 수 없음 (스텝 줄의 남은 시간을 보세요)"
     preset, length = shape[0], cfg.max_seq_length
     counted = preset.parameter_count(cfg.vocab_size) - (0 if preset.tied else cfg.vocab_size * preset.hidden)
     seconds = tokens * training_flops(counted, preset.layers, preset.hidden, length) / (ASSUMED_MFU * peak * world_size)
@@ -2189,6 +2178,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -5303,83 +5293,49 @@ def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float,
     step, moment, (loss, grad_norm, skipped, asked) = read
     state.loss = loss
     state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000]
+    rows = run.step_tokens // run.cfg.max_seq_length
+    place = f"데이터 행 위치 {(step - 1) * rows:,}–{step * rows - 1:,}"
     if skipped:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         state.skipped_recently.append(step)
-        report_skip(run, state, step)
+        logger.warning(
+            f"⚠️  스텝 {step:,}: 손실이나 기울기가 유한하지 않아(NaN/Inf) 이 스텝의 갱신을 건너뜁니다 "
+            f"(모두 {state.skipped_steps}번, {place})"
+        )
+        note_count(run, "skipped_steps", state.skipped_steps)
+        stop_if_skipping(run, state)
     else:
         state.skipped_in_a_row = 0
-        report_spike(run, state, step, loss)
-    problem = numeric_problem(run, state)
-    if problem:
-        raise RuntimeError(agreed_text(run, problem))
+        mean, deviation = fmean(state.recent_losses or [loss]), pstdev(state.recent_losses or [loss])
+        if len(state.recent_losses) == 100 and loss > mean + 6 * deviation:
+            logger.warning(
+                f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, 앞선 100스텝 평균 {mean:.4f}, "
+                f"표준편차 {deviation:.4f}, {place})"
+            )
+        state.recent_losses = [*state.recent_losses[-99:], loss]
     log.handle(step, moment, loss, grad_norm)
     return bool(asked)
 
 
-def agreed_text(run: Run, problem: str) -> str:
-    """What every rank says of a problem that all of them see, once rank 0's save has ended; any may speak first."""
-    text = [""]
-    if run.is_main:
-        report_save(run, wait=True)
-        last = find_latest_checkpoint(run.cfg.output_dir)
-        text = [
-            f"{problem} 학습을 중단합니다. 학습률을 낮춰 보세요. "
-            f"마지막 체크포인트: {display_path(last) if last else '없음'}"
-        ]
-    if dist.is_initialized():
-        dist.broadcast_object_list(text, src=0)
-    return text[0]
-
-
-def step_positions(run: Run, step: int) -> range:
-    """Positions, in the order of the whole run, of the rows that a step (counted from 1) reads."""
-    rows = run.step_tokens // run.cfg.max_seq_length
-    return range((step - 1) * rows, step * rows)
-
-
-def report_skip(run: Run, state: TrainState, step: int) -> None:
-    """Say that a step changed nothing, and which rows it read; the corpus's own numbers go to the rank's log."""
-    positions = step_positions(run, step)
-    logger.warning(
-        f"⚠️  스텝 {step:,}: 손실이나 기울기가 유한하지 않아(NaN/Inf) 이 스텝의 갱신을 건너뜁니다 "
-        f"(모두 {state.skipped_steps}번, 데이터 행 위치 {positions[0]:,}–{positions[-1]:,})"
-    )
-    note_count(run, "skipped_steps", state.skipped_steps)
-    streams, rows = row_order(run.cfg, run.corpus)(np.asarray(positions))
-    places = ", ".join(f"{stream}:{row}" for stream, row in zip(streams.tolist(), rows.tolist(), strict=True))
-    logger.debug(f"step {step} was skipped; its rows as stream:row are {places}")
-
-
-def report_spike(run: Run, state: TrainState, step: int, loss: float) -> None:
-    """Say if a step's loss lies more than 6 standard deviations above the mean of the 100 before it."""
-    recent = state.recent_losses
-    if len(recent) == 100:
-        mean = sum(recent) / 100
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in recent) / 100)
-        if loss > mean + 6 * deviation:
-            positions = step_positions(run, step)
-            logger.warning(
-                f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, 앞선 100스텝 평균 {mean:.4f}, "
-                f"표준편차 {deviation:.4f}, 데이터 행 위치 {positions[0]:,}–{positions[-1]:,})"
-            )
-    state.recent_losses = [*recent[-99:], loss]
-
-
-def numeric_problem(run: Run, state: TrainState) -> str | None:
-    """Why skipping more steps would not help, in Korean; None while it may.
+def stop_if_skipping(run: Run, state: TrainState) -> None:
+    """Raise RuntimeError, on all ranks with the same words, where skipping more steps would not help.
 
     FP16's scaler skips steps to find its scale; it has failed once that is below 1.
     """
-    scaler = run.accelerator.scaler
-    if not state.skipped_in_a_row or (scaler is not None and scaler.get_scale() >= 1):
-        return None
-    if state.skipped_in_a_row >= 5:
-        return "다섯 스텝 연속으로 손실이나 기울기가 유한하지 않아(NaN/Inf)"
-    if len(state.skipped_recently) > 10:
-        return f"최근 1,000스텝 가운데 {len(state.skipped_recently)}스텝의 손실이나 기울기가 유한하지 않아(NaN/Inf)"
-    return None
+    scaler, often = run.accelerator.scaler, len(state.skipped_recently)
+    if (scaler is not None and scaler.get_scale() >= 1) or (state.skipped_in_a_row < 5 and often <= 10):
+        return
+    if run.is_main:
+        report_save(run, wait=True)
+    run.accelerator.wait_for_everyone()  # only then all ranks see the same checkpoints
+    last = find_latest_checkpoint(run.cfg.output_dir)
+    count = "다섯 스텝 연속으로" if state.skipped_in_a_row >= 5 else f"최근 1,000스텝 가운데 {often}스텝에서"
+    raise RuntimeError(
+        f"{count} 손실이나 기울기가 유한하지 않아(NaN/Inf) 학습을 중단합니다. --learning-rate 를 낮추거나, 어텐션 커널"
+        f"({run.backend})이 원인인지 --attention flash 로 확인하세요. "
+        f"마지막 체크포인트: {display_path(last) if last else '없음'}"
+    )
 
 
 def run_age() -> float:
@@ -5407,17 +5363,6 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
 
 
-def let_buckets_go(run: Run) -> None:
-    """Wait after the first step until NCCL has let go of DDP's first buckets.
-
-    DDP makes its buckets anew in the second forward pass.  The first ones, 4 bytes a parameter, would
-    else often live on beside that step's activations, until NCCL's watchdog has looked.
-    """
-    if run.cfg.device == "cuda" and run.accelerator.num_processes > 1:
-        torch.cuda.synchronize()
-        time.sleep(0.3)  # it looks every 0.1 s
-
-
 def train(run: Run, state: TrainState) -> str:
     """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator = run.cfg, run.accelerator
@@ -5440,7 +5385,11 @@ def train(run: Run, state: TrainState) -> str:
         stopping = note_step(run, state, log, reader.push(state.step, stats))
         if state.step == steps.start + 1:
             run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
-            let_buckets_go(run)
+            if cfg.device == "cuda" and accelerator.num_processes > 1:
+                # DDP makes its buckets anew in the second forward pass.  The first ones, 4 bytes a parameter, stand
+                # beside its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
+                torch.cuda.synchronize()
+                time.sleep(0.3)
         if profile is not None:
             profile.step()
         report_save(run)
@@ -5617,36 +5566,23 @@ def build_run(
 
 def log_start(run: Run) -> None:
     """Say what is about to run."""
-    cfg, corpus = run.cfg, run.corpus
+    cfg, corpus, tokens = run.cfg, run.corpus, run.total_steps * run.step_tokens
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    rows = corpus.rows(cfg.max_seq_length)
-    left = cfg.max_epochs * rows * cfg.max_seq_length - run.total_steps * run.step_tokens
+    epoch = corpus.rows(cfg.max_seq_length) * cfg.max_seq_length
     logger.info("🚀 학습 시작!")
     logger.info(f"테스트 모드: {cfg.is_test}")
     logger.info(f"최대 스텝: {run.total_steps:,}")
-    tokens = run.total_steps * run.step_tokens
     logger.info(f"파라미터 {parameters / 1e6:,.1f}M, 스텝당 {run.step_tokens:,} 토큰, 어텐션 {run.backend}")
     logger.info(
-        f"모두 {tokens:,} 토큰 ({tokens / (rows * cfg.max_seq_length):.2f} 에포크), "
-        f"파라미터당 {tokens / parameters:,.2f} 토큰 (Chinchilla {CHINCHILLA_TOKENS})"
+        f"모두 {tokens:,} 토큰 ({tokens / epoch:.2f} 에포크), 파라미터당 {tokens / parameters:,.2f} 토큰 "
+        f"(Chinchilla {CHINCHILLA_TOKENS})"
     )
-    targets, vocabulary = run.batch_size * cfg.max_seq_length, run.model.get_output_embeddings().weight.shape[0]
-    if run.loss_module.plain_head and logit_chunk_size(targets, vocabulary) < targets:
-        pieces = -(-targets // logit_chunk_size(targets, vocabulary))
-        logger.info(
-            f"   로짓({4 * targets * vocabulary / 2**30:.1f} GiB)이 커서 손실을 {pieces}조각으로 나누어 계산합니다"
-        )
     for name, epochs in stream_epochs(cfg, corpus, tokens).items() if cfg.mix else ():
         often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
         logger.info(f"   • {name}: 비율 {cfg.mix_counts[name] / MIX_WINDOW:.1%}, {epochs:.2f} 에포크{often}")
+    left = (cfg.max_epochs * epoch - tokens) // cfg.max_seq_length
     if cfg.max_steps is None and cfg.max_tokens is None and cfg.mix is None and left:
-        logger.info(f"   마지막 전역 배치를 채우지 못하는 {left // cfg.max_seq_length:,}개 행은 읽지 않습니다")
-    if not run.painter.installed:
-        logger.info(
-            f"⚠️  matplotlib이 없어 학습 곡선을 그리지 않습니다 (설치: {sys.executable} -m pip install matplotlib)"
-        )
-    if peak_flops(run.accelerator.device):
-        logger.info("   MFU = 토큰/s x (6N + 12 x 층 x 은닉 x 길이) / 최대 FLOP/s")
+        logger.info(f"   마지막 전역 배치를 채우지 못하는 {left:,}개 행은 읽지 않습니다")
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
@@ -5680,11 +5616,15 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
         if not done:
-            note_speed(run)
             run.painter.finish(cfg, last=True)
         finish_saving(run, state)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
-        log_end(cfg, state, ended, done)
+        if done:
+            logger.info(f"✅ 이미 끝난 학습입니다 (스텝 {state.step:,}). 더 하려면 --max-steps 를 늘리세요")
+        else:
+            stopped = "테스트를 중단했습니다" if cfg.is_test else "학습을 중단했습니다. 이어서 하려면 --train --resume"
+            words = "✅ 학습 완료!" if ended == "finished" else f"🛑 {stopped}"
+            logger.info(f"{words} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
         lock.close()
     hard_exit(0)
 
@@ -5721,32 +5661,6 @@ def train_quietly(run: Run, state: TrainState, fresh: bool) -> str:
         raise
 
 
-def log_end(cfg: TrainConfig, state: TrainState, ended: str, done: bool) -> None:
-    """Say how the run ended; ``done`` says that there was nothing left to do."""
-    if done:
-        logger.info(f"✅ 이미 끝난 학습입니다 (스텝 {state.step:,}). 더 하려면 --max-steps 를 늘리세요")
-        return
-    stopped = "🛑 테스트를 중단했습니다" if cfg.is_test else "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume"
-    how = "✅ 학습 완료!" if ended == "finished" else stopped
-    logger.info(f"{how} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
-
-
-def note_speed(run: Run) -> None:
-    """Keep this run's speed on this machine, for the plans of later ones."""
-    first = read_json(run.cfg.output_dir / "run_info.json").get("first_step", 0)
-    records = recent_metrics(run.cfg.output_dir)
-    speeds = [record["tokens_per_second"] for record in records if "loss" in record and record["step"] > first][1:]
-    if len(speeds) < 3:
-        return
-    path, device = run.cfg.cache_dir / "speed.json", run.accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    key = speed_key(run.cfg, run.accelerator.num_processes, name)
-    try:
-        write_json(path, {**read_json(path), key: sorted(speeds)[len(speeds) // 2]})
-    except OSError as error:
-        logger.debug(f"the speed was not kept: {error}")
-
-
 def use_checkpoint(cfg: TrainConfig) -> None:
     """Do what --generate or --evaluate asks for: the result goes to the output, everything else beside it.
 
@@ -5780,21 +5694,11 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
 
 
-def describe_error(error: BaseException) -> tuple[str, bool]:
+def describe_error(error: Exception) -> tuple[str, bool]:
     """A Korean sentence for an error, and whether it is one that the system itself raises."""
     known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
     unknown = f"예상하지 못한 오류: {type(error).__name__}: {str(error).strip()[:300]}"
     return (str(error), True) if known else (unknown, False)
-
-
-def report_use_failure(cfg: TrainConfig, error: Exception) -> int:
-    """Tell in a sentence why --generate or --evaluate failed; returns the exit code."""
-    text, _ = describe_error(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        text = f"GPU 메모리가 부족합니다. --device cpu{' 또는 더 작은 --batch-size' if cfg.evaluate else ''} 를 쓰세요"
-    problems = error.problems if isinstance(error, (UsageProblem, EnvironmentProblem)) else [text]
-    print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
-    return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
 def out_of_memory(batch_size: int) -> RuntimeError:
@@ -5803,19 +5707,19 @@ def out_of_memory(batch_size: int) -> RuntimeError:
     return RuntimeError(f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요")
 
 
-def report_failure(cfg: TrainConfig, error: Exception) -> int:
-    """Tell the person in a sentence or a few, keep the traceback, set the run's state; returns the exit code."""
-    text, known = describe_error(error)
-    if is_out_of_memory(error):
-        known, text = True, str(out_of_memory(cfg.batch_size))
+def report_failure(cfg: TrainConfig, error: Exception) -> None:
+    """Tell the person in a sentence or a few, keep the traceback, and set the run's state unless it begins again.
+
+    Of ranks that fail at the same moment one speaks: the one that sets the state.
+    """
+    text, known = describe_error(out_of_memory(cfg.batch_size) if is_out_of_memory(error) else error)
     rank = rank_and_world()[0]
     logging.getLogger("traceback").error("run failed", exc_info=error)
     said = f"{text}\n   자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
     if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
         text, said = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다", ""  # that one's fault is the cause
         time.sleep(1)  # it may be about to say why
-    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
-    most, used = (int(os.environ.get(name, "0")) for name in names)
+    most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # refused before the directory was ours
         if rank == 0:
             print(f"❌ {said}", flush=True)
@@ -5824,34 +5728,32 @@ def report_failure(cfg: TrainConfig, error: Exception) -> int:
             print(f"⚠️  {said}", flush=True)
     elif update_run_info(cfg.output_dir, if_state="running", state="failed", error=text, ended=timestamp()):
         print(f"❌ {said or text}", flush=True)
-    return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
 
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
     """Run one rank of a training run, or use a checkpoint; returns the exit code."""
     gc.enable()
-    if stop is None:
-        try:
+    cfg = None
+    try:
+        if stop is None:
             use_checkpoint(typed)
             return 0
-        except Exception as error:
-            return report_use_failure(typed, error)
-    rank, _ = rank_and_world()
-    try:
         cfg, notes = set_up_config(typed)
-    except (UsageProblem, EnvironmentProblem) as error:
-        if rank == 0:
-            print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR
-    set_up_logging(cfg, rank)
-    keep_compiled_kernels(cfg)
-    quiet_libraries()
-    for note in notes:
-        logger.info(f"⚠️  {note}")
-    try:
+        set_up_logging(cfg, rank_and_world()[0])
+        keep_compiled_kernels(cfg)
+        quiet_libraries()
+        for note in notes:
+            logger.info(f"⚠️  {note}")
         run_training(cfg, stop)
     except Exception as error:
-        return report_failure(cfg, error)
+        if cfg is not None:
+            report_failure(cfg, error)
+        elif rank_and_world()[0] == 0:
+            if is_out_of_memory(error):
+                error = EnvironmentProblem("GPU 메모리가 부족합니다. --device cpu 또는 더 작은 --batch-size 를 쓰세요")
+            problems = error.problems if isinstance(error, Refusal) else [describe_error(error)[0]]
+            print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
+        return error.exit_code if isinstance(error, Refusal) else ENVIRONMENT_ERROR
 
 
 def hard_exit(code: int) -> NoReturn:

@@ -404,7 +404,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(broken, ho
     assert "데이터 행 위치 16–19" in line  # four rows a step
     info = json.loads((place.outputs / "checkpoint-12" / "training_info.json").read_text(encoding="utf-8"))
     assert info["skipped_steps"] == 1
-    assert "step 5 was skipped; its rows as stream:row are 0:" in answer.out
 
 
 def test_five_losses_in_a_row_that_are_not_finite_fail_the_run_and_name_the_last_checkpoint(broken) -> None:

@@ -607,15 +607,3 @@ def test_the_time_of_a_run_is_told_at_a_named_mfu_or_as_unknown(tmp_path):
     # 6 x 1,348.57 M parameters + 12 x 24 x 2048 x 2048 = 9.2994e9 FLOPs a token; twice 40 % of 989 TFLOP/s
     assert t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", 10**9) == "3:15:54 (MFU 40% 가정)"
     assert "알 수 없음" in t.estimated_time(cfg, 1, None, 10**9)
-
-
-def test_the_time_of_a_run_is_told_by_the_speed_of_an_earlier_one_like_it(trained):
-    run = trained.run
-    t.write_run_info(run.cfg, 1, state="finished", first_step=0)
-    t.note_speed(run)
-    speeds = [line["tokens_per_second"] for line in read_metrics(trained.folder) if "loss" in line]
-    measured = sorted(speeds[1:])[1]
-    again = run.cfg  # as the plan asks
-    told = t.estimated_time(again, 1, None, round(measured * 3600))
-    assert told == f"1:00:00 (이 머신에서 잰 {measured:,.0f} 토큰/s)"
-    assert "알 수 없음" in t.estimated_time(run.cfg, 2, None, 1000), "another number of processes"
