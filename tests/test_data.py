@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -147,14 +148,15 @@ def hub(monkeypatch) -> dict[str, list]:
 
 def test_rows_of_a_hub_data_set_are_documents_of_one_pinned_commit(tmp_path, hub):
     hub["rows"] = [{"text": "하나", "lang": "ko"}, {"text": None, "lang": "ko"}, {"text": "three", "lang": None}] * 600
-    name = t.pin_hub_revision("hf:org/name:wiki:test")
+    name = t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/name:wiki:test"))
     chunks = list(t.read_hub_chunks(name))
     found = [t.parse_chunk(chunk, "text") for chunk in chunks]
     assert [chunk.first_line for chunk in chunks] == [1, 1025]
     assert [text for part in found for text in part.texts] == ["하나", "three"] * 600
     assert [bad["line"] for part in found for bad in part.bad] == list(range(2, 1800, 3))
     assert hub["asked"] == [("org/name", "wiki", "test", "first")]
-    assert t.split_hub_name("hf:org/name") == ("org/name", "", "", "train")
+    next(t.read_hub_chunks("hf:org/name"))
+    assert hub["asked"][1:] == [("org/name", None, "train", None)]
 
 
 def test_another_hub_data_set_or_commit_makes_another_cache(tmp_path, hub):
@@ -177,20 +179,20 @@ def test_a_run_that_goes_on_reads_the_commit_it_began_with_also_without_the_hub(
         path.mkdir()
     hub["rows"] = [{"text": text} for text in wild_documents(100)]
     first = t.prepare_corpus(cfg)
-    t.write_run_info(cfg, 1, state="running", dataset={"asked": "hf:org/name", "pinned": first.report["dataset"]})
+    pinned = {"asked": "hf:org/name", "pinned": first.report["dataset"]}
+    (cfg.output_dir / "run_info.json").write_text(json.dumps({"dataset": pinned}))
     hub["sha"] = "second"
     assert t.prepare_corpus(cfg).path != first.path  # a new run takes the newest
-    monkeypatch.setattr(t, "pin_hub_revision", None)  # a call would fail
+    monkeypatch.setattr("huggingface_hub.dataset_info", None)  # a call would fail
     resumed = t.replace(cfg, resume="auto")
-    t.write_run_info(resumed, 1, state="running")
     assert t.prepare_corpus(resumed).path == first.path
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert t.prepare_corpus(cfg).path == first.path
 
 
-def test_a_hub_that_can_not_be_reached_is_named(hub):
+def test_a_hub_that_can_not_be_reached_is_named(tmp_path, hub):
     with pytest.raises(RuntimeError, match=r"org/other \(no route to the hub\)"):
-        t.pin_hub_revision("hf:org/other")
+        t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/other"))
 
 
 def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch):
@@ -204,11 +206,9 @@ def test_a_long_paragraph_is_searched_once_and_not_once_for_each_block(tmp_path,
     monkeypatch.setattr(t, "CHUNK_BYTES", 64)
     path, paragraph = tmp_path / "a.txt", "한 줄에 문장 하나\n" * 2000
     path.write_text(f"{paragraph}\n{paragraph}\n끝", encoding="utf-8")
-    joined, chunks = [], t.Chunk
-    monkeypatch.setattr(t, "Chunk", lambda *parts: joined.append(len(parts[2])) or chunks(*parts))
-    found = [text for chunk in t.read_line_chunks(path) for text in t.parse_chunk(chunk, "text").texts]
-    assert found == [paragraph.strip(), paragraph.strip(), "끝"]
-    assert len(joined) <= 3
+    chunks = list(t.read_chunks(config(tmp_path), [path]))
+    assert [text for chunk in chunks for text in t.parse_chunk(chunk, "text").texts] == [paragraph.strip()] * 2 + ["끝"]
+    assert len(chunks) <= 3
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -264,12 +264,19 @@ def prepare(folder: Path, *more: str) -> t.Corpus:
     return t.prepare_corpus(cfg)
 
 
-def stream_documents(stream: np.ndarray, end_of_text: int) -> list[tuple[int, ...]]:
-    """Split a stream at its end-of-text tokens."""
-    ends = np.flatnonzero(np.asarray(stream) == end_of_text)
-    assert ends[0] == 0
-    assert ends[-1] == len(stream) - 1
-    return [tuple(stream[start + 1 : end].tolist()) for start, end in itertools.pairwise(ends)]
+def list_documents(documents: t.DocumentList, end_of_text: int) -> list[tuple[int, ...]]:
+    """Split what a list of documents stands for at its end-of-text tokens."""
+    if len(documents) == 0:
+        return []
+    tokens = documents.read(np.zeros(1, np.int64), len(documents))[0]
+    ends = np.flatnonzero(tokens == end_of_text)
+    assert (ends[0], ends[-1]) == (0, len(documents))
+    return [tuple(tokens[start + 1 : end].tolist()) for start, end in itertools.pairwise(ends)]
+
+
+def both_sides(corpus: t.Corpus) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Token ids of the documents of a corpus without --mix, of training and held out."""
+    return tuple(list_documents(part, corpus.tokenizer.eos_token_id) for part in (corpus.domains[0], corpus.val))
 
 
 def wild_documents(count: int) -> list[str]:
@@ -279,8 +286,7 @@ def wild_documents(count: int) -> list[str]:
 def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
     texts = wild_documents(300)
     corpus = prepared(tmp_path, texts)
-    end = corpus.tokenizer.eos_token_id
-    train, val = stream_documents(corpus.streams[0], end), stream_documents(corpus.val, end)
+    train, val = both_sides(corpus)
     backend = corpus.tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts]
@@ -307,8 +313,7 @@ def test_any_list_of_documents_comes_back_from_the_cache_token_for_token(tokeniz
         if more:
             texts = [item for text in texts for item in (text, "")]  # empty ones are no documents
         corpus = prepared(Path(name), [*texts, "하나는 있는 문서"], "--tokenizer", str(tokenizer_folder))
-        end = corpus.tokenizer.eos_token_id
-        found = Counter(stream_documents(corpus.streams[0], end) + stream_documents(corpus.val, end))
+        found = Counter(itertools.chain(*both_sides(corpus)))
         backend = corpus.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         assert found == Counter(tuple(backend.encode(text, add_special_tokens=False).ids) for text in good)
@@ -316,8 +321,10 @@ def test_any_list_of_documents_comes_back_from_the_cache_token_for_token(tokeniz
 
 def test_equal_documents_are_never_on_both_sides(tmp_path):
     corpus = prepared(tmp_path, [f"같은 문서 {index % 50}" for index in range(200)], "--validation-split", "0.2")
-    end = corpus.tokenizer.eos_token_id
-    assert not set(stream_documents(corpus.streams[0], end)) & set(stream_documents(corpus.val, end))
+    train, val = map(set, both_sides(corpus))
+    assert train
+    assert val
+    assert not train & val
 
 
 def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypatch):
@@ -331,7 +338,7 @@ def test_held_out_documents_are_not_in_the_tokenizers_sample(tmp_path, monkeypat
     texts = wild_documents(300)
     corpus = prepared(tmp_path, texts)
     seen = json.loads((tmp_path / "seen.json").read_text())
-    held = {corpus.tokenizer.decode(ids) for ids in stream_documents(corpus.val, corpus.tokenizer.eos_token_id)}
+    held = {corpus.tokenizer.decode(ids) for ids in both_sides(corpus)[1]}
     assert held
     assert seen
     assert not held & set(seen)
@@ -348,38 +355,48 @@ def test_a_small_language_costs_the_tokenizer_no_other_text_than_what_is_held_ou
     monkeypatch.setattr(t, "train_tokenizer", train_and_tell)
     texts = [f"한국어 문서 번호 {index}" for index in range(500)] + [f"English document {index}" for index in range(40)]
     corpus = prepared(tmp_path, texts)
-    assert len(corpus.val_languages) == 30 + 30
+    assert corpus.report["val_by_language"] == {"ko": 30, "en": 30}
     assert int(seen.read_text()) == 540 - 60
 
 
-def test_a_small_languages_held_out_documents_are_not_cut_off_by_a_large_ones():
-    documents = [(key, [], 0, 0) for key in range(1000)] + [(10_000 + key, [], 1, 0) for key in range(40)]
-    ordered = t.held_out_order(documents[::-1])
-    assert Counter(item[2] for item in ordered[:60]) == {0: 30, 1: 30}
-    assert sorted(ordered) == sorted(documents)
-    assert ordered == t.held_out_order(documents)
+def test_a_sample_of_a_large_corpus_is_even_over_a_file_sorted_by_language_and_meets_nothing_held_out(
+    tmp_path, monkeypatch
+):
+    for name, value in {"SMALL_CORPUS_BYTES": 0, "SAMPLE_BYTES": 60_000, "SAMPLE_CHUNK_BYTES": 4096}.items():
+        monkeypatch.setattr(t, name, value)
+    draw = random.Random(0)
+    texts = [f"{word} {draw.randbytes(200).hex()}" for word in ("한국어", "English", "français") for _ in range(400)]
+    path = write_corpus(tmp_path / "corpus.jsonl", texts)
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for corpus in (path, packed):
+        cfg = config(tmp_path, "--dataset-path", str(corpus), "--validation-split", "0.1")
+        sample = t.draw_sample(cfg, [corpus])
+        assert Counter(text.split()[0] for text in sample).keys() == {"한국어", "English", "français"}
+        assert sum(len(text.encode()) for text in sample) < 120_000
+        hashes = {text: t.content_hash(text.encode()) for text in texts}
+        bound = t.held_out_bound(np.array(list(hashes.values()), np.uint64), 0.15)
+        assert all(hashes[text] > bound for text in sample)
 
 
-def test_the_tokenizers_sample_is_bounded_by_its_distinct_words():
-    sample = [(index, index, f"word{index} and word{index}") for index in range(100)]
-    assert t.limit_words(sample, 11) == sample[:11]
-    assert t.limit_words(sample, 1000) == sample
+def test_the_tokenizers_sample_is_bounded_by_its_distinct_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "TOKENIZER_SAMPLE_WORDS", 50)
+    path = write_corpus(tmp_path / "corpus.jsonl", [f"word{index} and other{index}" for index in range(500)])
+    assert 20 <= len(t.draw_sample(config(tmp_path), [path])) <= 30
 
 
 def test_a_tokenizer_training_that_dies_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "train_tokenizer", lambda texts, size: os.kill(os.getpid(), 9))
-    with pytest.raises(RuntimeError, match="종료 코드 -9"):
+    with pytest.raises(RuntimeError, match="하위 프로세스가 죽었습니다"):
         prepared(tmp_path, wild_documents(100))
 
 
-def test_at_least_thirty_documents_of_each_language_are_held_out(tmp_path):
-    texts = [f"한국어 문서 번호 {index}" for index in range(500)] + [f"English document {index}" for index in range(60)]
-    corpus = prepared(tmp_path, texts)
-    names = corpus.report["languages"]
-    assert {names[language]: count for language, count in Counter(corpus.val_languages.tolist()).items()} == {
-        "ko": 30,
-        "en": 30,
-    }
+def test_at_least_thirty_documents_of_each_language_are_held_out_and_evaluated_first(tmp_path):
+    texts = [f"한국어 문서 번호 {index}" for index in range(1000)] + [f"English text {index}" for index in range(60)]
+    corpus = prepared(tmp_path, texts, "--validation-split", "0.1")
+    assert corpus.report["val_by_language"] == {"ko": 100, "en": 30}
+    language = corpus.documents["language"][corpus.val_documents]
+    assert np.bincount(language[:60]).tolist() == [30, 30]
 
 
 def test_a_second_run_opens_the_cache_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):
@@ -398,9 +415,11 @@ def test_several_processes_prepare_what_one_does(tmp_path, monkeypatch):
     (tmp_path / "two").mkdir()
     one = prepared(tmp_path / "one", texts)
     monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)
-    two = prepared(tmp_path / "two", texts)
-    assert np.array_equal(one.streams[0], two.streams[0])
-    assert np.array_equal(one.val, two.val)
+    monkeypatch.setattr(t, "SAMPLE_BYTES", 1 << 40)
+    two = prepared(tmp_path / "two", texts, "--tokenizer", str(one.path / "tokenizer"))
+    assert np.array_equal(one.domains[0].tokens, two.domains[0].tokens)
+    assert np.array_equal(one.documents, two.documents)
+    assert both_sides(one) == both_sides(two)
     assert one.report == two.report
 
 
@@ -414,7 +433,7 @@ def test_too_many_bad_lines_stop_the_run_and_show_the_first_five(tmp_path, caplo
     assert [f"{path}:{line}:" in str(caught.value) for line in range(91, 97)] == [True] * 5 + [False]
     lines = [json.loads(line) for line in (cfg.logs_dir / "bad_lines.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == list(range(91, 101))
-    assert list(cfg.cache_dir.glob("*.tmp-*")) == []
+    assert list(cfg.cache_dir.glob(".*.tmp")) == []
 
 
 def test_a_few_bad_lines_are_counted_and_skipped(tmp_path):
@@ -429,7 +448,7 @@ def test_a_few_bad_lines_are_counted_and_skipped(tmp_path):
 
 def test_leftovers_of_a_killed_preparation_are_cleared_and_never_opened(tmp_path):
     corpus = prepared(tmp_path, wild_documents(100))
-    torn = corpus.path.with_name(f"{corpus.path.name}.tmp-1")
+    torn = corpus.path.with_name(f".{corpus.path.name}.tmp")
     os.rename(corpus.path, torn)
     (torn / "corpus.json").unlink()
     assert prepared(tmp_path, wild_documents(100)).report["documents"] == 100
@@ -466,15 +485,14 @@ def test_kill_9_at_any_moment_of_the_preparation_leaves_nothing_that_a_run_would
         process.join()
         interrupted += process.exitcode == -9
         for path in (tmp_path / "killed" / "cache").glob("*/corpus.json"):
-            if ".tmp-" not in path.parent.name:  # it is there: then it is whole
-                assert np.array_equal(t.open_corpus(path.parent).streams[0], whole.streams[0])
+            if path.parent.suffix != ".tmp":  # it is there: then it is whole
+                assert (path.parent / "documents.bin").read_bytes() == (whole.path / "documents.bin").read_bytes()
                 shutil.rmtree(path.parent)
         wait_for("the helpers' end", lambda left=helpers: not any(Path(f"/proc/{pid}").exists() for pid in left))
     assert interrupted >= 6
     again = prepared(tmp_path / "killed", texts)
-    assert np.array_equal(again.streams[0], whole.streams[0])
-    assert np.array_equal(again.val, whole.val)
-    assert list(again.path.parent.glob("*.tmp-*")) == []
+    assert both_sides(again) == both_sides(whole)
+    assert list(again.path.parent.glob(".*.tmp")) == []
 
 
 def test_two_runs_started_at_once_prepare_a_corpus_once(tmp_path, monkeypatch):
@@ -496,27 +514,24 @@ def test_two_runs_started_at_once_prepare_a_corpus_once(tmp_path, monkeypatch):
 
 def test_no_documents_held_out_means_no_evaluation_rows(tmp_path):
     corpus = prepared(tmp_path, wild_documents(100), "--validation-split", "0")
-    assert len(corpus.val_offsets) == 1
+    assert len(corpus.val) == 0
     assert corpus.report["val_documents"] == 0
 
 
 # --- rows ---
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**31 - 1), st.integers(0, 3))
-def test_each_epoch_is_a_permutation(rows, seed, epoch):
-    found = t.row_at(np.arange(epoch * rows, (epoch + 1) * rows), rows, seed)
-    assert sorted(found.tolist()) == list(range(rows))
-
-
-def test_epochs_and_seeds_differ_and_one_position_costs_no_more_than_itself():
-    first, second = t.row_at(np.arange(1000), 1000, 1), t.row_at(np.arange(1000, 2000), 1000, 1)
-    other = t.row_at(np.arange(1000), 1000, 2)
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, other)
-    assert t.row_at(np.array([1234]), 1000, 1)[0] == second[234]
-    assert t.row_at(np.array([10**12 + 7]), 10**9, 3)[0] < 10**9
+def test_each_epoch_is_a_permutation_of_its_own_and_one_position_tells_its_row(rows, seed, epoch):
+    order = t.RowOrder([rows], [1000], seed)
+    domain, found = order(np.arange(epoch * rows, (epoch + 2) * rows))
+    assert not domain.any()
+    assert sorted(found[:rows].tolist()) == sorted(found[rows:].tolist()) == list(range(rows))
+    assert rows < 20 or found[:rows].tolist() != found[rows:].tolist()
+    expected = np.random.default_rng([seed, 0, epoch]).permutation(np.arange(rows, dtype=np.uint32))
+    assert np.array_equal(found[:rows], expected)
+    assert t.RowOrder([rows], [1000], seed)(np.array([epoch * rows]))[1][0] == found[0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -536,29 +551,34 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumul
     assert sorted(itertools.chain(*whole)) == list(range(first, first + 3 * accumulation * 4 * batch_size))
 
 
-def test_rows_are_slices_of_the_stream_one_apart():
-    stream = np.arange(101, dtype=np.uint16)
-    places = zip(*(part.tolist() for part in t.RowOrder([10], [1000], seed=3)(np.arange(10))), strict=True)
-    batch = t.PackedRows((stream,), 10).read(list(places))
-    assert batch.shape == (10, 11)
-    assert batch.dtype == torch.int64
-    assert sorted(batch[:, 0].tolist()) == list(range(0, 100, 10))
-    assert torch.equal(batch[:, 1:], batch[:, :-1] + 1)
-    targets = sorted(batch[:, 1:].flatten().tolist())
-    assert targets == list(range(1, 101))  # every token but the first is a target once
+DOCUMENTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(DOCUMENTS, st.integers(1, 40), st.permutations(range(60)))
+def test_rows_of_a_list_are_those_of_its_documents_one_after_the_other(documents, length, shuffled):
+    offsets = np.cumsum([0, *(size + 1 for size, _ in documents)])
+    tokens = np.arange(1, offsets[-1] + 2, dtype=np.uint16)
+    tokens[offsets] = 0  # the end of text before each document and behind the last
+    chosen = [number for number in range(len(documents)) if documents[number][1]]
+    for order in (chosen, [number for number in shuffled if number in chosen]):
+        part = t.DocumentList(tokens, t.list_pieces(offsets, np.array(order, np.int64)))
+        plain = np.concatenate([*(tokens[offsets[number] : offsets[number + 1]] for number in order), [0]])
+        assert len(part) == len(plain) - 1
+        rows = np.arange(part.rows(length))[::-1].copy()
+        if len(rows):
+            found = part.read(rows * length, length)
+            assert [row.tolist() for row in found] == [
+                plain[row * length : (row + 1) * length + 1].tolist() for row in rows
+            ]
 
 
 def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the_end(tmp_path):
     rows, world_size = 101, 2
     cfg = dataclasses.replace(config(tmp_path), max_steps=None, max_epochs=2)
     steps = range(t.total_steps(cfg, rows, cfg.tokens_per_step(world_size)))
-    positions = [
-        position
-        for rank in range(world_size)
-        for batch in t.rank_positions(cfg, rank, world_size, steps)
-        for position in batch
-    ]
-    seen = Counter(t.row_at(np.array(positions), rows, cfg.seed).tolist())
+    batches = [batch for rank in range(world_size) for batch in t.rank_positions(cfg, rank, world_size, steps)]
+    seen = Counter(t.RowOrder([rows], [1000], cfg.seed)(np.sort(np.concatenate(batches)))[1].tolist())
     missing = 2 * rows - sum(seen.values())
     assert set(seen) == set(range(rows))
     assert set(seen.values()) <= {1, 2}
@@ -566,37 +586,52 @@ def test_two_epochs_read_every_row_twice_but_for_less_than_a_global_batch_at_the
     assert sum(count == 1 for count in seen.values()) == missing
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, workers):
+@pytest.fixture(params=["on the CPU", "with threads"])
+def loader_kind(request, monkeypatch):
+    """The loader as a CPU has it, and with a GPU's threads, whose pinning alone needs a GPU."""
+    if request.param == "with threads":
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return {"device": "cpu" if request.param == "on the CPU" else "cuda"}
+
+
+def test_the_loader_gives_a_restarted_run_the_rows_it_would_have_read(tmp_path, loader_kind):
     corpus = prepared(tmp_path, wild_documents(200))
-    cfg = dataclasses.replace(config(tmp_path), num_workers=workers)
+    cfg = dataclasses.replace(config(tmp_path), **loader_kind)
     whole = list(t.make_loader(cfg, corpus, t.rank_positions(cfg, 1, 2, range(0, 6))))
     rest = list(t.make_loader(cfg, corpus, t.rank_positions(cfg, 1, 2, range(4, 6))))
+    assert len(whole) == 6
+    assert whole[0].dtype == torch.int64
     assert [batch.tolist() for batch in whole[4:]] == [batch.tolist() for batch in rest]
 
 
-def test_the_loader_reads_ahead_of_the_step_but_not_without_end(tmp_path, monkeypatch):
-    corpus, begun = prepared(tmp_path, wild_documents(200)), []
-    read = t.PackedRows.read
-    monkeypatch.setattr(t.PackedRows, "read", lambda rows, places: (begun.append(places), read(rows, places))[1])
-    cfg = dataclasses.replace(config(tmp_path), num_workers=2)
+@pytest.mark.parametrize("loader_kind", ["with threads"], indirect=True)
+def test_the_loader_reads_ahead_of_the_step_but_not_without_end(tmp_path, monkeypatch, loader_kind):
+    corpus, begun, devices = prepared(tmp_path, wild_documents(200)), [], []
+    read = t.read_rows
+    monkeypatch.setattr(t, "read_rows", lambda *places, **more: (begun.append(places), read(*places, **more))[1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    cfg = dataclasses.replace(config(tmp_path), **loader_kind)
     batches = t.make_loader(cfg, corpus, t.rank_positions(cfg, 0, 1, range(1000)))
     next(batches)
-    ahead = 1 + t.BATCHES_AHEAD * cfg.num_workers  # while this step works
-    deadline = time.monotonic() + 30
-    while len(begun) < ahead and time.monotonic() < deadline:
-        time.sleep(0.01)
+    ahead = 1 + t.BATCHES_AHEAD * t.LOADER_THREADS  # while this step works
+    wait_for("the threads", lambda: len(begun) >= ahead)
     time.sleep(0.2)
     assert len(begun) == ahead
+    assert devices == [1] * t.LOADER_THREADS  # each thread's own device, before it pins
 
 
-def test_what_a_reading_thread_meets_ends_the_run(tmp_path, monkeypatch):
-    def fail(rows: t.PackedRows, places: list) -> None:
+@pytest.mark.parametrize("loader_kind", ["with threads"], indirect=True)
+def test_what_a_reading_thread_meets_ends_the_run(tmp_path, monkeypatch, loader_kind):
+    def fail(*places, **more) -> None:
         raise OSError(5, "Input/output error")
 
     corpus = prepared(tmp_path, wild_documents(200))
-    monkeypatch.setattr(t.PackedRows, "read", fail)
-    cfg = dataclasses.replace(config(tmp_path), num_workers=2)
+    monkeypatch.setattr(t, "read_rows", fail)
+    cfg = dataclasses.replace(config(tmp_path), **loader_kind)
     with pytest.raises(OSError, match="Input/output"):
         next(t.make_loader(cfg, corpus, t.rank_positions(cfg, 0, 1, range(4))))
 
@@ -608,7 +643,7 @@ MIXES = st.lists(st.tuples(st.integers(10, 700), st.integers(1, 60)), min_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(MIXES, st.integers(0, 2**31 - 1), st.integers(0, 5000))
-def test_every_window_has_the_mixs_proportions_and_each_streams_epoch_is_a_permutation(streams, seed, start):
+def test_every_window_has_the_mixs_proportions_and_each_domains_epoch_is_a_permutation(streams, seed, start):
     text = ",".join(f"s{index}={share}" for index, (share, _) in enumerate(streams))
     counts = list(dataclasses.replace(t.TrainConfig(), mix=t.parse_mix(text)).mix_counts.values())
     rows = [size for _, size in streams]
@@ -631,12 +666,6 @@ def test_a_batch_is_mixed_about_as_the_whole_is():
         assert abs(parts - 0.3 * size).max() <= 1
 
 
-def test_without_a_mix_the_order_is_that_of_the_one_stream():
-    stream, row = t.RowOrder([777], [1000], seed=5)(np.arange(3000))
-    assert not stream.any()
-    assert np.array_equal(row, t.row_at(np.arange(3000), 777, 5))
-
-
 def labelled_documents() -> list[dict[str, str]]:
     korean = [{"text": f"한국어 기사 {index} " * 9, "lang": "ko", "source": "news"} for index in range(120)]
     chat = [{"text": f"한국어 대화 {index} " * 9, "lang": "ko", "source": "chat"} for index in range(120)]
@@ -652,25 +681,22 @@ def labelled_documents() -> list[dict[str, str]]:
 )
 def test_a_mix_goes_by_language_and_by_source_where_that_is_named(tmp_path, mix, streams):
     corpus = prepared(tmp_path, labelled_documents(), "--mix", mix)
-    assert list(corpus.report["streams"]) == list(streams)
+    assert list(corpus.report["domains"]) == list(streams)
     end = corpus.tokenizer.eos_token_id
-    for stream, (name, openings) in zip(corpus.streams, streams.items(), strict=True):
-        texts = [corpus.tokenizer.decode(ids) for ids in stream_documents(stream, end)]
+    for domain, (name, openings) in zip(corpus.domains, streams.items(), strict=True):
+        texts = [corpus.tokenizer.decode(ids) for ids in list_documents(domain, end)]
         assert {" ".join(text.split()[:2]) for text in texts} == openings
-        assert corpus.report["streams"][name] == len(stream)
-        offsets = np.load(corpus.path / f"train-{list(streams).index(name)}_offsets.npy")
-        ids = stream_documents(stream, end)
-        assert [tuple(stream[a : b - 1].tolist()) for a, b in itertools.pairwise(offsets)] == ids
-    held = sum(len(stream_documents(part, end)) for part in (*corpus.streams, corpus.val))
-    assert held == 360
+        assert corpus.report["domains"][name] == len(domain)
+    assert sum(len(list_documents(part, end)) for part in (*corpus.domains, corpus.val)) == 360
 
 
 def test_documents_that_a_mix_does_not_name_are_left_out_and_said(tmp_path, caplog):
     t.logger.propagate = True
     with caplog.at_level("INFO", "h100_dual"):
         corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=1")
+        t.log_report(corpus.report, corpus.path)
     assert "문서 120개는 학습에 쓰지 않습니다" in caplog.text
-    assert "English" not in corpus.tokenizer.decode(corpus.streams[0])
+    assert {corpus.tokenizer.decode(ids)[:3] for ids in list_documents(corpus.domains[0], 0)} == {"한국어"}
 
 
 def test_a_mix_of_what_the_corpus_has_not_is_refused_with_what_it_has(tmp_path):
@@ -678,16 +704,31 @@ def test_a_mix_of_what_the_corpus_has_not_is_refused_with_what_it_has(tmp_path):
         prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,fr=0.5")
 
 
-def test_other_shares_of_the_same_names_use_the_same_cache(tmp_path):
-    first = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,en=0.5")
-    assert prepared(tmp_path, labelled_documents(), "--mix", "en=9,ko=1").path == first.path
-    assert prepared(tmp_path, labelled_documents()).path != first.path
+def test_another_mix_or_validation_split_tokenises_and_copies_nothing(tmp_path, monkeypatch):
+    first = prepared(tmp_path, labelled_documents())
+    stream = first.path / "tokens.bin"
+    before, fingerprint = (stream.stat(), sorted(first.path.iterdir())), first.report["fingerprint"]
+    monkeypatch.setattr(t, "write_cache", None)  # a call would fail
+    for more in (
+        ["--mix", "ko=0.5,en=0.5"],
+        ["--validation-split", "0.3"],
+        ["--mix", "chat=1", "--validation-split", "0"],
+    ):
+        corpus = prepare(tmp_path, *more)
+        assert corpus.report["fingerprint"] == fingerprint
+        assert corpus.path == first.path
+        assert {Path(part.tokens.filename) for part in (*corpus.domains, corpus.val)} == {stream}
+    lists = [path for path in first.path.iterdir() if path.name.startswith("lists-")]
+    assert (stream.stat(), len(lists)) == (before[0], 4)
+    assert sum(path.stat().st_size for folder in lists for path in folder.iterdir()) < 40_000
+    other_shares = prepare(tmp_path, "--mix", "en=9,ko=1")
+    assert len(list(first.path.glob("lists-*"))) == 4
+    assert list(other_shares.report["domains"]) == ["en", "ko"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_path, workers):
+def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_path, loader_kind):
     corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.7,en=0.3")
-    cfg = config(tmp_path, "--mix", "ko=0.7,en=0.3", "--num-workers", str(workers))
+    cfg = dataclasses.replace(config(tmp_path, "--mix", "ko=0.7,en=0.3"), **loader_kind)
 
     def batches(world_size: int, size: int) -> list[list[list[int]]]:
         here = dataclasses.replace(cfg, batch_size=size)
@@ -703,8 +744,8 @@ def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_pa
 def test_a_run_knows_how_many_epochs_of_each_stream_it_makes(tmp_path):
     corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.25,en=0.75")
     cfg = config(tmp_path, "--mix", "ko=0.25,en=0.75")
-    en, ko = t.stream_rows(corpus.streams, cfg.max_seq_length)
-    found = t.stream_epochs(cfg, corpus, 4000 * cfg.max_seq_length)
+    en, ko = (domain.rows(cfg.max_seq_length) for domain in corpus.domains)
+    found = t.domain_epochs(cfg, corpus, 4000 * cfg.max_seq_length)
     assert found == pytest.approx({"en": 3000 / en, "ko": 1000 / ko})
 
 

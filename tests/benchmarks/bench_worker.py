@@ -24,14 +24,16 @@ def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:
     stream = np.memmap(path, np.uint16, "r")
     held = HELD_OUT_ROWS * cfg.max_seq_length + 1
     report = {"train_tokens": len(stream) - held, "languages": [], "fingerprint": ""}
-    none = np.zeros(1, np.int64)
-    words = Words(cfg.vocab_size)
-    return t.Corpus(path.parent, words, (stream[:-held],), stream[-held:], none, none[:0], none[:0], report)
+    train, none = (t.DocumentList(stream, np.array([[0, size], [0, 0]])) for size in (len(stream) - held, 0))
+    documents = np.zeros(1, t.DOCUMENT)
+    return t.Corpus(path.parent, Words(cfg.vocab_size), documents, (train,), none, np.zeros(0, np.int64), report)
 
 
 def make_turns(cfg: t.TrainConfig, corpus: t.Corpus, model: torch.nn.Module) -> Turns:
     """The conversation with the driver; its last word is the loss on the rows that nobody trained on."""
-    rows = t.PackedRows((corpus.val,), cfg.max_seq_length).read([(0, row) for row in range(HELD_OUT_ROWS)])
+    stream, size = corpus.domains[0].tokens, HELD_OUT_ROWS * cfg.max_seq_length
+    windows = np.lib.stride_tricks.sliding_window_view(stream[-size - 1 :], cfg.max_seq_length + 1)
+    rows = torch.from_numpy(windows[:: cfg.max_seq_length].astype(np.int64))
 
     @torch.no_grad()
     def final_loss() -> float:

@@ -31,16 +31,14 @@ class RowsInOrder(torch.utils.data.Dataset):
     """The rows of our run, in its order, as others read them: labels are the row itself."""
 
     def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, count: int):
-        self.rows, self.order = t.PackedRows(corpus.streams, cfg.max_seq_length), t.row_order(cfg, corpus)
-        self.count = count
+        self.corpus, self.length, self.order, self.count = corpus, cfg.max_seq_length, t.row_order(cfg, corpus), count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """The row at a position, one token longer than its targets: Trainer shifts the labels itself."""
-        place = next(zip(*self.order(np.array([index])), strict=True))
-        row = self.rows.read([place])[0]
+        row = t.read_rows(self.corpus, *self.order(np.array([index])), self.length)[0]
         return {"input_ids": row, "labels": row}
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from common import ROOT, config, corpus_file, provenance, table
 
 sys.path.insert(0, str(ROOT))
@@ -49,7 +50,7 @@ def make_corpus(source: Path, target: Path, size: int) -> None:
 
 def read_documents(source: Path) -> Iterator[tuple[str, str]]:
     """Texts and languages of a corpus."""
-    for chunk in ours.read_line_chunks(source):
+    for chunk in ours.read_line_chunks(source, ours.CHUNK_BYTES):
         documents = ours.parse_chunk(chunk, "text")
         yield from zip(documents.texts, documents.languages, strict=True)
 
@@ -121,10 +122,9 @@ def time_opening(cfg: ours.TrainConfig) -> dict[str, str]:
     start = time.perf_counter()
     corpus = ours.prepare_corpus(cfg)
     found = {"opening the cache": f"{time.perf_counter() - start:.2f} s"}
-    rows = ours.PackedRows(corpus.streams, cfg.max_seq_length)
-    for name, row in (("first", 0), ("last", ours.stream_rows(corpus.streams, cfg.max_seq_length)[0] - 1)):
+    for name, row in (("first", 0), ("last", corpus.rows(cfg.max_seq_length) - 1)):
         start = time.perf_counter()
-        rows.read([(0, row)])
+        ours.read_rows(corpus, np.array([0]), np.array([row]), cfg.max_seq_length)
         found[f"reading the {name} row"] = f"{1000 * (time.perf_counter() - start):.2f} ms"
     return found
 
@@ -134,7 +134,7 @@ def read_an_epoch(cfg: ours.TrainConfig) -> list[tuple[int, int]]:
     corpus = ours.prepare_corpus(cfg)
     steps = corpus.rows(cfg.max_seq_length) // (cfg.batch_size * cfg.gradient_accumulation_steps)
     loader = ours.make_loader(cfg, corpus, ours.rank_positions(cfg, 0, 1, range(steps)))
-    found, every = [resident()], max(1, len(loader) // 10)
+    found, every = [resident()], max(1, steps // 10)
     for number, _ in enumerate(loader, 1):
         if number % every == 0:
             found.append(resident())

@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import ROOT, config, corpus_file, document_batches, median_and_range, provenance, table
 
 SEQUENCE_LENGTH = 2048
@@ -43,11 +44,11 @@ def load_ours() -> Any:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours, whole: reading, scan, tokenising, writing and fsync; it trains a tokenizer where none is given."""
+    """Ours, whole: reading, tokenising, writing and fsync; it trains a tokenizer where none is given."""
     t = load_ours()
     given = [f"--tokenizer={args.tokenizer}"] if args.tokenizer else [f"--vocab-size={args.vocab_size}"]
     cfg = config(t, args.corpus, args.folder, *given)
-    if t.estimated_bytes([args.corpus]) < t.SMALL_CORPUS_BYTES:
+    if t.is_small_corpus([args.corpus]):
         sys.exit(
             f"{args.corpus} is so small that ours would use one process only: give a file of 16 MB of text or more"
         )
@@ -109,20 +110,14 @@ def reopen(args: argparse.Namespace) -> dict[str, Any]:
 
         return call
 
-    for name in ("corpus_key", "open_corpus", "load_tokenizer"):
+    for name in ("corpus_key", "load_tokenizer"):
         setattr(t, name, timed(name))
     start = time.perf_counter()
     t.prepare_corpus(cfg)
     whole = time.perf_counter() - start
-    tokenizer = spent["load_tokenizer"]
-    opening = spent["open_corpus"] - tokenizer
-    return {
-        "import": imported - begin,
-        "whole": whole,
-        "key": spent["corpus_key"],
-        "opening": opening,
-        "tokenizer": tokenizer,
-    }
+    key, tokenizer = spent["corpus_key"], spent["load_tokenizer"]
+    opening = whole - key - tokenizer
+    return {"import": imported - begin, "whole": whole, "key": key, "opening": opening, "tokenizer": tokenizer}
 
 
 def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,18 +126,20 @@ def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config(t, args.corpus, args.folder, f"--tokenizer={args.tokenizer}")
     reference = t.load_tokenizer(args.tokenizer).backend_tokenizer
     reference.encode_special_tokens = True  # ours takes the names of special tokens in a text for text
-    encode, engine = None, ""
+    tokenizer = t.load_tokenizer(args.tokenizer)
+    encode, engine, dtype = None, "", t.token_dtype(tokenizer)
     documents = tokens = 0
     different: list[str] = []
     for batch in document_batches(t, cfg):
         if encode is None:
-            encode, engine = t.make_encoder(t.load_tokenizer(args.tokenizer), batch.texts[:200])
+            encode, engine = t.make_encoder(tokenizer, batch.texts[:200])
         for first in range(0, len(batch.texts), 1000):
             texts = batch.texts[first : first + 1000]
             own = reference.encode_batch_fast(texts, add_special_tokens=False)
             for text, ours, theirs in zip(texts, encode(texts), own, strict=True):
-                documents, tokens = documents + 1, tokens + len(ours)
-                if ours.tolist() != theirs.ids:
+                ids = np.frombuffer(ours, dtype).tolist()
+                documents, tokens = documents + 1, tokens + len(ids)
+                if ids != theirs.ids:
                     different.append(text[:60])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {

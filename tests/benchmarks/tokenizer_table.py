@@ -10,6 +10,7 @@ README.md beside this file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -25,26 +26,25 @@ from common import ROOT, config, corpus_file, document_batches, provenance, tabl
 sys.path.insert(0, str(ROOT))
 import train_h100_dual as t
 
-HELD_OUT_CHARACTERS = 16 << 20  # the most that is kept in memory to measure on
+HELD_OUT_CHARACTERS = 8 << 20  # a language: the most that is measured on
 LANGUAGES = {"ko": "Korean", "en": "English"}
 
 
 def split_corpus(cfg: t.TrainConfig, share: float) -> tuple[list[str], dict[str, list[str]]]:
-    """The training sample, drawn as the preparation draws it, and a language's held-out texts."""
-    sample, held = t.BoundedSample(t.TOKENIZER_SAMPLE_CHARACTERS), t.BoundedSample(HELD_OUT_CHARACTERS)
-    language_of: dict[int, str] = {}
+    """The training sample, in the order of their hashes, and a language's held-out texts."""
+    sample: list[tuple[int, str]] = []
+    held: dict[str, list[str]] = {name: [] for name in LANGUAGES}
     bound = int(share * 2**64)
     for batch in document_batches(t, cfg):
         for text, language in zip(batch.texts, batch.languages, strict=True):
-            first, second, _ = t.content_keys(text)  # equal texts have equal keys, and so fall on one side
-            if first >= bound:
-                sample.add([(second, first, text[: t.LONGEST_SAMPLE_TEXT])])
-            elif language in LANGUAGES:
-                held.add([(second, first, text)])
-                language_of[first] = language
-    texts = [text for _, _, text in t.limit_words(sample.trim(), t.TOKENIZER_SAMPLE_WORDS)]
-    kept = {key: text for _, key, text in held.trim()}
-    return texts, {name: [text for key, text in kept.items() if language_of[key] == name] for name in LANGUAGES}
+            key = t.content_hash(text.encode())  # equal texts have equal ones, and so fall on one side
+            if key >= bound:
+                sample.append((key, text[: t.LONGEST_SAMPLE_TEXT]))
+            elif language in held and sum(map(len, held[language])) < HELD_OUT_CHARACTERS:
+                held[language].append(text)
+    sample.sort()
+    kept = itertools.accumulate(len(text) for _, text in sample)
+    return [text for (_, text), size in zip(sample, kept, strict=True) if size < t.TOKENIZER_SAMPLE_CHARACTERS], held
 
 
 def plain_splitting() -> Any:
@@ -58,11 +58,6 @@ def plain_splitting() -> Any:
 SPLITTINGS: dict[str, Callable[[], Any]] = {"ours": nullcontext, "plain ByteLevel": plain_splitting}
 
 
-def count_tokens(encode: Callable, texts: list[str]) -> int:
-    """Tokens of all texts, a thousand at a time."""
-    return sum(len(ids) for first in range(0, len(texts), 1000) for ids in encode(texts[first : first + 1000]))
-
-
 def measure(
     splitting: str, size: int, sample: list[str], held: dict[str, list[str]]
 ) -> tuple[dict[str, int], list[str]]:
@@ -73,7 +68,7 @@ def measure(
     seconds = time.perf_counter() - start
     encode, engine = t.make_encoder(tokenizer, sample[:200])
     print(f"{splitting}, {size:,}: {seconds:.0f} s to train", file=sys.stderr)
-    tokens = {name: count_tokens(encode, texts) for name, texts in held.items()}
+    tokens = {name: sum(map(len, encode(texts))) // t.token_dtype(tokenizer).itemsize for name, texts in held.items()}
     return tokens, [f"{len(tokenizer):,}", splitting, engine]
 
 
