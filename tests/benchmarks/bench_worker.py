@@ -8,15 +8,17 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
 from common import HELD_OUT_ROWS, Turns, Words
-from compare_trainer import OrderedTrainer, RowsInOrder
+from compare_trainer import RowsInOrder, build_trainer
 
 import train_h100_dual as t
+
+ENOUGH_ROWS = 1 << 30  # the driver ends it earlier
 
 
 def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:
@@ -67,6 +69,13 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         t.train(run, t.TrainState())
 
 
+class OrderedTrainer(transformers.Trainer):
+    """Trainer without its shuffling, so that every contestant reads the same rows."""
+
+    def _get_train_sampler(self, *arguments: Any, **more: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
+
+
 class StepCounter(transformers.TrainerCallback):
     """Counts Trainer's steps."""
 
@@ -81,7 +90,8 @@ def train_trainer(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     """The same model with Trainer: attention through SDPA and the loss through labels, as it comes."""
     model = t.build_model(cfg, corpus.tokenizer)
     model.set_attn_implementation("sdpa")
-    OrderedTrainer(cfg, corpus, cfg.max_steps, model, StepCounter(make_turns(cfg, corpus, model))).train()
+    callback, rows = StepCounter(make_turns(cfg, corpus, model)), RowsInOrder(cfg, corpus, ENOUGH_ROWS)
+    build_trainer(OrderedTrainer, cfg, cfg.max_steps, model, rows, callback).train()
 
 
 def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
@@ -99,7 +109,7 @@ def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         model.compile()
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     positions = t.rank_positions(cfg, rank, world_size, range(cfg.max_steps))
-    rows = RowsInOrder(cfg, corpus, cfg.max_steps * cfg.batch_size * world_size)
+    rows = RowsInOrder(cfg, corpus, ENOUGH_ROWS)
     loader = torch.utils.data.DataLoader(rows, batch_sampler=positions, pin_memory=on_gpu)
     turns = make_turns(cfg, corpus, model.model)
     for step, batch in enumerate(loader, 1):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train the run that the options describe with Hugging Face's Trainer and compare its held-out losses with ours.
 
-Corpus, tokenizer, initial weights, order of rows, optimizer, schedule and evaluation are those of
-``train_h100_dual.py``; the loop and the loss are Trainer's.  See README.md beside this file.
+Corpus, tokenizer, initial weights, tokens per step, optimizer, schedule and evaluation are those of
+``train_h100_dual.py``; the loop, the order of rows and the loss are Trainer's.  See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCHEDULES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}  
 
 
 class RowsInOrder(torch.utils.data.Dataset):
-    """The rows of our run, in its order, as others read them: labels are the row itself."""
+    """The first ``count`` rows of our run, in its order, as others read them: labels are the row itself."""
 
     def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, count: int):
         self.corpus, self.length, self.order, self.count = corpus, cfg.max_seq_length, t.row_order(cfg, corpus), count
@@ -40,20 +40,6 @@ class RowsInOrder(torch.utils.data.Dataset):
         """The row at a position, one token longer than its targets: Trainer shifts the labels itself."""
         row = t.read_rows(self.corpus, *self.order(np.array([index])), self.length)[0]
         return {"input_ids": row, "labels": row}
-
-
-class OrderedTrainer(transformers.Trainer):
-    """Trainer without its shuffling and its printing."""
-
-    def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, steps: int, model: torch.nn.Module, callback: Any):
-        transformers.utils.logging.set_verbosity_error()
-        rows = steps * cfg.tokens_per_step(t.rank_and_world()[1]) // cfg.max_seq_length
-        data, args = RowsInOrder(cfg, corpus, rows), training_arguments(cfg, steps)
-        super().__init__(model=model, args=args, train_dataset=data, callbacks=[callback])
-        self.remove_callback(transformers.PrinterCallback)
-
-    def _get_train_sampler(self, *arguments: Any, **more: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
 
 
 class Evaluator(transformers.TrainerCallback):
@@ -103,6 +89,16 @@ def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingA
     )
 
 
+def build_trainer(
+    kind: type[transformers.Trainer], cfg: t.TrainConfig, steps: int, model: torch.nn.Module, rows: Any, callback: Any
+) -> transformers.Trainer:
+    """A Trainer that prints nothing."""
+    transformers.utils.logging.set_verbosity_error()
+    trainer = kind(model=model, args=training_arguments(cfg, steps), train_dataset=rows, callbacks=[callback])
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
 def comparison(ours: dict[int, dict[str, float]], trainer: dict[int, dict[str, float]]) -> str:
     """The evaluations side by side, and the ratio of the last losses."""
     rows = [
@@ -135,7 +131,8 @@ def main() -> None:
     model = t.build_model(cfg, corpus.tokenizer)
     evaluator = Evaluator(cfg, corpus, model)
     steps = t.total_steps(cfg, corpus.rows(cfg.max_seq_length), cfg.tokens_per_step(world_size))
-    OrderedTrainer(cfg, corpus, steps, model, evaluator).train()
+    rows = RowsInOrder(cfg, corpus, corpus.rows(cfg.max_seq_length))  # an epoch, which Trainer shuffles
+    build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluator).train()
     if rank == 0:
         print(comparison(ours, evaluator.evaluations), provenance("torch", "transformers"), sep="\n\n")
 
