@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Words, corpus_file, median_and_range, provenance, ratio_and_interval, record, table, take_turns
+from common import corpus_file, median_and_range, provenance, ratio_and_interval, record, table, take_turns
 
 import train_h100_dual as t
 
@@ -245,10 +245,9 @@ class Match:
 def speed_table(match: Match) -> str:
     """The table of one setting."""
     setting, ours = match.setting, match.figures["ours"]
-    cfg, _ = t.resolve_config(t.parse_args(setting.options(match.folder)), setting.device)
-    with torch.device("meta"):
-        flops = t.flops_per_token(t.build_model(cfg, Words(setting.vocab_size), "meta"), setting.max_seq_length)
-    peak = t.peak_flops(torch.device(setting.device))
+    preset, length = PRESETS[setting.model], setting.max_seq_length
+    flops = t.training_flops(preset.parameter_count(setting.vocab_size), preset.layers, preset.hidden, length)
+    peak = t.named_peak_flops(torch.cuda.get_device_name()) if setting.device == "cuda" else None
     rows = []
     for name, figures in match.figures.items():
         if figures.problem or not figures.blocks:

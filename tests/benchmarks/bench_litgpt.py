@@ -44,7 +44,7 @@ class CountedBatches:
 
 def build(fabric: Fabric, setting: Any) -> tuple[GPT, Any, Any]:
     """The model of the setting as litgpt describes and initialises it: bare, wrapped, and its AdamW."""
-    layers, hidden, mlp, heads = setting.shape
+    shape = dict(zip(("n_layer", "n_embd", "intermediate_size", "n_head"), setting.shape, strict=True))
     config = Config(
         name="bench",
         block_size=setting.max_seq_length,
@@ -56,15 +56,12 @@ def build(fabric: Fabric, setting: Any) -> tuple[GPT, Any, Any]:
         norm_class_name="RMSNorm",
         norm_eps=1e-5,
         mlp_class_name="LLaMAMLP",
-        n_layer=layers,
-        n_embd=hidden,
-        intermediate_size=mlp,
-        n_head=heads,
+        **shape,
     )
     fabric.seed_everything(42)
     with fabric.init_module(empty_init=True):
         model = GPT(config)
-    pretrain.initialize_weights(fabric, model, layers, hidden)
+    pretrain.initialize_weights(fabric, model, config.n_layer, config.n_embd)
     model.transformer.wte.weight = model.lm_head.weight
     model.max_seq_length = setting.max_seq_length
     wrapped = fabric.setup(torch.compile(model))
@@ -122,7 +119,7 @@ def main() -> None:
             max_seq_length=length,
             tie_embeddings=True,
         ),
-        eval=EvalArgs(interval=10**9, max_iters=1, initial_validation=False, final_validation=False),
+        eval=EvalArgs(interval=10**9, max_iters=1),
     )
 
 

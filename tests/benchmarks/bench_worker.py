@@ -76,22 +76,12 @@ class OrderedTrainer(transformers.Trainer):
         return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
 
 
-class StepCounter(transformers.TrainerCallback):
-    """Counts Trainer's steps."""
-
-    def __init__(self, turns: Turns):
-        self.turns = turns
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.turns.end_step()
-
-
 def train_trainer(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     """The same model with Trainer: attention through SDPA and the loss through labels, as it comes."""
     model = t.build_model(cfg, corpus.tokenizer)
     model.set_attn_implementation("sdpa")
-    callback, rows = StepCounter(make_turns(cfg, corpus, model)), RowsInOrder(cfg, corpus, ENOUGH_ROWS)
-    build_trainer(OrderedTrainer, cfg, cfg.max_steps, model, rows, callback).train()
+    rows, turns = RowsInOrder(cfg, corpus, ENOUGH_ROWS), make_turns(cfg, corpus, model)
+    build_trainer(OrderedTrainer, cfg, cfg.max_steps, model, rows, lambda args, state: turns.end_step()).train()
 
 
 def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:

@@ -85,6 +85,13 @@ def record(title: str, text: str) -> None:
 # --- taking turns ---
 
 
+def seconds(call: Callable[..., Any], *arguments: Any, **more: Any) -> float:
+    """How long a call takes."""
+    begun = time.perf_counter()
+    call(*arguments, **more)
+    return time.perf_counter() - begun
+
+
 def take_turns(calls: dict[str, Callable[[], Any]], turns: int, warm_up: int = 0) -> dict[str, list[Any]]:
     """What each call returned in each turn, ``warm_up`` turns not counted; who begins changes from turn to turn."""
     names, results = list(calls), {name: [] for name in calls}
@@ -153,9 +160,7 @@ def corpus_file(word: str) -> Path:
     """Type of the argument CORPUS: a JSONL file, which every measured reader takes."""
     path = Path(word).expanduser().resolve()
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")) or not path.is_file():
-        raise argparse.ArgumentTypeError(
-            f"{word!r} is no JSONL file: give a .jsonl, .jsonl.gz or .jsonl.zst that exists"
-        )
+        raise argparse.ArgumentTypeError(f"{word!r}: give a .jsonl, .jsonl.gz or .jsonl.zst that exists")
     return path
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,20 +43,14 @@ class RowsInOrder(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-class Evaluator(transformers.TrainerCallback):
-    """Evaluates Trainer's model with the script's own function every ``eval_steps`` and at the end, on all ranks."""
+class AfterStep(transformers.TrainerCallback):
+    """Calls a function with Trainer's arguments and state after each step."""
 
-    def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, model: torch.nn.Module):
-        # What evaluate() asks of a Run; Trainer trains these very weights.
-        self.run = SimpleNamespace(cfg=cfg, corpus=corpus, loss_module=t.LMWithLoss(model), stop=NeverStop())
-        self.run.batch_size = cfg.batch_size
-        self.evaluations: dict[int, dict[str, float]] = {}
+    def __init__(self, call: Callable[[Any, Any], None]):
+        self.call = call
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        step, ranks = state.global_step, {"num_processes": args.world_size, "process_index": args.process_index}
-        if step % self.run.cfg.eval_steps == 0 or step == state.max_steps:
-            self.run.accelerator = SimpleNamespace(device=args.device, **ranks)
-            self.evaluations[step] = t.evaluate(cast(t.Run, self.run))
+        self.call(args, state)
 
 
 def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingArguments:
@@ -90,11 +85,12 @@ def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingA
 
 
 def build_trainer(
-    kind: type[transformers.Trainer], cfg: t.TrainConfig, steps: int, model: torch.nn.Module, rows: Any, callback: Any
+    kind: type[transformers.Trainer], cfg: t.TrainConfig, steps: int, model: torch.nn.Module, rows: Any, call: Callable
 ) -> transformers.Trainer:
     """A Trainer that prints nothing."""
     transformers.utils.logging.set_verbosity_error()
-    trainer = kind(model=model, args=training_arguments(cfg, steps), train_dataset=rows, callbacks=[callback])
+    args = training_arguments(cfg, steps)
+    trainer = kind(model=model, args=args, train_dataset=rows, callbacks=[AfterStep(call)])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -129,12 +125,21 @@ def main() -> None:
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(str(error))
     model = t.build_model(cfg, corpus.tokenizer)
-    evaluator = Evaluator(cfg, corpus, model)
+    # What evaluate() asks of a Run; Trainer trains these very weights.
+    run = SimpleNamespace(cfg=cfg, corpus=corpus, loss_module=t.LMWithLoss(model), stop=NeverStop())
+    run.batch_size, evaluations = cfg.batch_size, {}
+
+    def evaluate(args: Any, state: Any) -> None:
+        if state.global_step % cfg.eval_steps == 0 or state.global_step == state.max_steps:
+            ranks = {"num_processes": args.world_size, "process_index": args.process_index}
+            run.accelerator = SimpleNamespace(device=args.device, **ranks)
+            evaluations[state.global_step] = t.evaluate(cast(t.Run, run))
+
     steps = t.total_steps(cfg, corpus.rows(cfg.max_seq_length), cfg.tokens_per_step(world_size))
     rows = RowsInOrder(cfg, corpus, corpus.rows(cfg.max_seq_length))  # an epoch, which Trainer shuffles
-    build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluator).train()
+    build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluate).train()
     if rank == 0:
-        print(comparison(ours, evaluator.evaluations), provenance("torch", "transformers"), sep="\n\n")
+        print(comparison(ours, evaluations), provenance("torch", "transformers"), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import config, corpus_file, median_and_range, provenance, ratio_and_interval, table, take_turns
+from common import config, corpus_file, median_and_range, provenance, ratio_and_interval, seconds, table, take_turns
 from samples import NeverStop
 
 import train_h100_dual as t
@@ -194,18 +194,16 @@ def report(results: Results) -> None:
 def time_steps(options: argparse.Namespace, size: dict[str, int], turns: int = 20, block: int = 5) -> None:
     """Print what a step of each optimizer takes, in blocks by turns."""
 
-    def milliseconds(run: Any, batches: Iterator[Any]) -> float:
-        begun = time.perf_counter()
+    def steps(run: t.Run, batches: Iterator[Any]) -> None:
         for _ in range(block):
             t.train_step(run, batches, 1e-3)
-        return 1e3 * (time.perf_counter() - begun) / block
 
     with tempfile.TemporaryDirectory() as folder:
         calls = {}
         for name in RATES:
             trial = Trial(name, 1e-3, **{**size, "steps": (turns + 1) * block})
             pair = build(options.corpus, Path(folder) / name, trial)
-            calls[name] = lambda pair=pair: milliseconds(*pair)
+            calls[name] = lambda pair=pair: 1e3 / block * seconds(steps, *pair)
         values = take_turns(calls, turns, warm_up=1)
     rows = [[name, median_and_range(values[name], 1)] for name in RATES]
     rows.append(["muon / adamw (95 %)", ratio_and_interval(values["muon"], values["adamw"])])

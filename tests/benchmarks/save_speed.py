@@ -13,13 +13,11 @@ import json
 import os
 import shutil
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import median_and_range, provenance, table
+from common import median_and_range, provenance, seconds, table
 from samples import tiny_run
 
 import train_h100_dual as t
@@ -36,13 +34,6 @@ def build(folder: Path, layers: int, tokens: int) -> t.Run:
     run = tiny_run(folder, "--model-config", str(folder / "config.json"), *words.split())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return run
-
-
-def seconds(call: Callable[..., Any], *arguments: Any, **more: Any) -> float:
-    """How long a call takes."""
-    begun = time.perf_counter()
-    call(*arguments, **more)
-    return time.perf_counter() - begun
 
 
 def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:

@@ -33,7 +33,7 @@ def rows_of(name: str, preset: t.Preset) -> list[list[str]]:
     """
     parameters, embedding = preset.parameter_count(VOCAB), 4 * VOCAB * preset.hidden
     gradients = 4 * parameters
-    flops = (6 * parameters + 12 * preset.layers * preset.hidden * LENGTH) * BATCH * LENGTH
+    flops = t.training_flops(parameters, preset.layers, preset.hidden, LENGTH) * BATCH * LENGTH
     micro, update = flops / (PEAK * MFU[name]), parameters * UPDATE_BYTES / (MEMORY * EFFICIENCY)
     own = [name, f"{gradients / 1e9:.2f}", f"{embedding / gradients:.0%}", f"{1e3 * micro:.1f}", f"{1e3 * update:.1f}"]
     lines = []
