@@ -22,8 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ NAMES = {"ours": "ours", "trainer": "HF Trainer", "bare": "bare DDP", "litgpt": 
 SPARE_ROWS = 64  # held out of the stream, and more
 MOST_TOKENS = 20_000_000  # of the stream; a longer run reads it again
 ENOUGH_STEPS = "10000000"
+BLOCK_SECONDS = 2  # or one step
+GPU_ROUNDS = 3
 # 30.9 M parameters with a vocabulary of 16,384: no preset is that small.
 PRESETS = {**t.PRESETS, "30m": t.Preset(8, 512, 1152, 64)}
 
@@ -109,18 +110,27 @@ class Gone(RuntimeError):
 
 
 class Contestant:
-    """All ranks of one contestant, started as torchrun would start them, with a pipe to each."""
+    """All ranks of one way to train, started as torchrun would with a pipe to each, and what was measured of them."""
 
     def __init__(self, name: str, setting: Setting, folder: Path, python: str):
-        self.log, tokens, place = folder / f"{name}.log", folder / "tokens.bin", folder / name
-        shutil.rmtree(place, ignore_errors=True)
+        self.setting, self.log, place = setting, folder / f"{name}.log", folder / name
         if name == "litgpt":
-            command = [python, str(HERE / "bench_litgpt.py"), str(tokens), json.dumps(setting.plain())]
+            words = [str(HERE / "bench_litgpt.py"), str(folder / "tokens.bin"), json.dumps(setting.plain())]
         else:
             run = f"--dummy-data --lr-schedule constant --warmup-ratio 0 --learning-rate {setting.learning_rate}"
             run += "".join(f" --{kind}-steps {ENOUGH_STEPS}" for kind in ("max", "eval", "save"))
-            command = [python, str(HERE / "bench_worker.py"), name, str(tokens), str(place)]
-            command += [*setting.options(folder), *run.split()]
+            words = [str(HERE / "bench_worker.py"), name, str(folder / "tokens.bin"), str(place)]
+            words += [*setting.options(folder), *run.split()]
+        self.name, self.place, self.command = name, place, [python, *words]
+        self.blocks: list[dict[str, float]] = []
+        self.first_steps: list[float] = []
+        self.processes: list[subprocess.Popen] = []
+        self.loss = self.problem = None
+
+    def start(self) -> None:
+        """Start the ranks and wait for their first step."""
+        setting = self.setting
+        shutil.rmtree(self.place, ignore_errors=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -129,19 +139,22 @@ class Contestant:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         if setting.device == "cpu":
             environment |= {"OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-        self.orders, self.processes, self.begun = [], [], time.perf_counter()
+        self.orders, self.processes, begun = [], [], time.perf_counter()
         answer_in, answer_out = os.pipe()
         with open(self.log, "wb") as log:
             for rank in map(str, range(setting.ranks)):
                 order_in, order_out = os.pipe()
                 environment |= {"RANK": rank, "LOCAL_RANK": rank}
                 environment |= {"BENCH_IN": str(order_in), "BENCH_OUT": str(answer_out)}
-                fds = (order_in, answer_out)
-                self.processes.append(subprocess.Popen(command, env=environment, pass_fds=fds, stdout=log, stderr=log))
+                given = {"env": environment, "pass_fds": (order_in, answer_out), "stdout": log, "stderr": log}
+                self.processes.append(subprocess.Popen(self.command, **given))
                 os.close(order_in)
                 self.orders.append(open(order_out, "w", encoding="utf-8"))  # noqa: SIM115  (end() closes it)
         os.close(answer_out)
         self.answers = open(answer_in, encoding="utf-8")  # noqa: SIM115
+        self.answer()
+        self.first_steps.append(time.perf_counter() - begun)
+        self.trained = 1
 
     def answer(self) -> dict[str, Any]:
         """Wait for rank 0's next line; a rank that failed alone would leave it waiting in a collective."""
@@ -153,42 +166,28 @@ class Contestant:
             raise Gone(self.log)
         return json.loads(line)
 
-    def first_step(self) -> float:
-        """Seconds from the start of the processes to the end of the first step."""
-        self.answer()
-        return time.perf_counter() - self.begun
-
-    def block(self, steps: int) -> dict[str, float]:
-        """Let it train for some steps: seconds that they took, seconds that rank 0 computed, and peak memory."""
+    def train(self, steps: int) -> dict[str, float]:
+        """Let it train: seconds that the steps took, seconds that rank 0 computed, and peak memory."""
         for order in self.orders:
             print(steps, file=order, flush=True)
+        self.trained, self.last_steps = self.trained + steps, steps
         return self.answer()
 
-    def end(self) -> float:
-        """Tell it to stop; returns its loss on the held-out rows."""
+    def measure(self, steps: int) -> None:
+        """A block that counts."""
+        self.blocks.append(self.train(steps))
+
+    def end(self) -> None:
+        """Tell it to stop, and keep its loss on the held-out rows."""
         for order in self.orders:
             order.close()
-        return self.answer()["loss"]
+        self.loss = self.answer()["loss"]
 
     def kill(self) -> None:
         """End whatever is left of it."""
         for process in self.processes:
             process.kill()
             process.wait()
-
-
-@dataclass
-class Figures:
-    """What was measured of one contestant."""
-
-    blocks: list[dict[str, float]] = field(default_factory=list)
-    first_step: list[float] = field(default_factory=list)
-    loss: float | None = None
-    problem: str | None = None
-
-    def column(self, name: str) -> list[float]:
-        """One figure of all blocks, in the order of the run."""
-        return [block[name] for block in self.blocks]
 
     def attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """What the call returns; None once the contestant has failed, which is noted and said."""
@@ -197,92 +196,80 @@ class Figures:
         except (Gone, BrokenPipeError) as error:
             full = "OutOfMemoryError" in str(error) or "out of memory" in str(error)
             self.problem = "out of memory" if full else "failed"
-            print(self.problem, "" if full else error, file=sys.stderr)
+            print(self.name, self.problem, "" if full else error, file=sys.stderr)
+
+    def column(self, name: str) -> list[float]:
+        """One figure of all blocks, in the order of the run."""
+        return [block[name] for block in self.blocks]
 
 
-class Match:
-    """Contestants that train one setting, measured in blocks that take turns."""
-
-    def __init__(self, setting: Setting, folder: Path, pythons: dict[str, str], seconds: float):
-        self.setting, self.folder, self.pythons, self.seconds = setting, folder, pythons, seconds
-        self.figures = {name: Figures() for name in pythons}
-        self.steps = self.blocks = 0  # steps a block, blocks a life
-        write_tokens(folder / "tokens.bin", setting)
-
-    def warm_up(self, contestant: Contestant, figures: Figures) -> None:
-        """The first step and an uncounted block; the first one to come here decides how long a block is."""
-        figures.first_step.append(contestant.first_step())
-        seconds = contestant.block(2)["seconds"]
-        self.steps = self.steps or max(1, round(self.seconds / (seconds / 2)))
-
-    def play(self, names: Sequence[str]) -> None:
-        """Let these live at the same time and take turns."""
-        with ExitStack() as stack:
-            living: dict[str, Contestant] = {}
-            for name in names:
-                contestant = living[name] = Contestant(name, self.setting, self.folder, self.pythons[name])
-                stack.callback(contestant.kill)
-                self.figures[name].attempt(self.warm_up, contestant, self.figures[name])
-            turns = {
-                name: functools.partial(self.figures[name].attempt, contestant.block, self.steps)
-                for name, contestant in living.items()
-            }
-            for name, blocks in take_turns(turns, self.blocks).items():
-                self.figures[name].blocks += filter(None, blocks)
-                self.figures[name].loss = self.figures[name].attempt(living[name].end)
-
-    def run(self, blocks: int, rounds: int) -> None:
-        """All resident at once or, with several rounds, one at a time anew in each: a GPU holds only one such model."""
-        self.blocks = -(-blocks // rounds)
-        if rounds == 1:
-            self.play(list(self.pythons))
-            return
-        for name in list(self.pythons) * rounds:
-            if not self.figures[name].problem:
-                self.play([name])
+def play(contestants: Sequence[Contestant], blocks: int, steps: int) -> int:
+    """Let these live at the same time and take turns; returns the steps of a block, which the first decides if 0."""
+    try:
+        for one in contestants:
+            one.attempt(one.start)
+            warm = one.attempt(one.train, 2)
+            steps = steps or (max(1, round(2 * BLOCK_SECONDS / warm["seconds"])) if warm else 0)
+        take_turns({one.name: functools.partial(one.attempt, one.measure, steps) for one in contestants}, blocks)
+        for one in contestants:
+            one.attempt(one.end)
+    finally:
+        for one in contestants:
+            one.kill()
+    return steps
 
 
-def speed_table(match: Match) -> str:
+def compete(setting: Setting, folder: Path, pythons: dict[str, str], blocks: int) -> list[Contestant]:
+    """All resident at once on the CPU; on a GPU, which holds only one such model, one at a time anew in each round."""
+    write_tokens(folder / "tokens.bin", setting)
+    contestants, steps = [Contestant(name, setting, folder, python) for name, python in pythons.items()], 0
+    if setting.device == "cpu":
+        play(contestants, blocks, steps)
+        return contestants
+    for one in contestants * GPU_ROUNDS:
+        steps = play([one], -(-blocks // GPU_ROUNDS), steps)
+    return contestants
+
+
+def speed_table(contestants: list[Contestant]) -> str:
     """The table of one setting."""
-    setting, ours = match.setting, match.figures["ours"]
+    ours, setting = contestants[0], contestants[0].setting
     preset, length = PRESETS[setting.model], setting.max_seq_length
     flops = t.training_flops(preset.parameter_count(setting.vocab_size), preset.layers, preset.hidden, length)
     peak = t.named_peak_flops(torch.cuda.get_device_name()) if setting.device == "cuda" else None
-    rows = []
-    for name, figures in match.figures.items():
-        if figures.problem or not figures.blocks:
-            rows.append([NAMES[name], figures.problem or "-", *["-"] * 7])
+    steps, rows = ours.last_steps, []
+    for one in contestants:
+        if one.problem or not one.blocks:
+            rows.append([NAMES[one.name], one.problem or "-", *["-"] * 7])
             continue
-        speeds = sorted(match.steps * setting.step_tokens / seconds for seconds in figures.column("seconds"))
+        speeds = sorted(steps * setting.step_tokens / seconds for seconds in one.column("seconds"))
         quarter, middle = len(speeds) // 4, statistics.median(speeds)
-        ratios = (ratio_and_interval(figures.column(kind), ours.column(kind)) for kind in ("seconds", "cpu_seconds"))
+        ratios = (ratio_and_interval(one.column(kind), ours.column(kind)) for kind in ("seconds", "cpu_seconds"))
         rows.append(
             [
-                NAMES[name],
+                NAMES[one.name],
                 f"{middle:,.0f}",
                 f"{speeds[quarter]:,.0f} to {speeds[-1 - quarter]:,.0f}",
-                *(["-"] * 2 if name == "ours" else ratios),
+                *(["-"] * 2 if one is ours else ratios),
                 f"{middle * flops / (peak * setting.ranks):.1%}" if peak else "-",
-                f"{max(figures.column('memory_mib')):,.0f}",
-                f"{statistics.median(figures.first_step):.1f}",
-                f"{figures.loss:.4f}",
+                f"{max(one.column('memory_mib')):,.0f}",
+                f"{statistics.median(one.first_steps):.1f}",
+                f"{one.loss:.4f}",
             ]
         )
     head = ["", "tokens/s, median", "middle half", "ours / it (95 %)", "the same by processor time", "MFU"]
     head += ["peak memory a rank, MiB", "process start to first step, s"]
-    head += [f"loss after {(3 + match.blocks * match.steps) * setting.step_tokens:,} tokens"]
-    return f"{setting.describe()}; {len(ours.blocks)} blocks of {match.steps} steps each:\n\n{table(head, rows)}"
+    head += [f"loss after {ours.trained * setting.step_tokens:,} tokens"]
+    return f"{setting.describe()}; {len(ours.blocks)} blocks of {steps} steps each:\n\n{table(head, rows)}"
 
 
-def best_batch(setting: Setting, folder: Path, seconds: float) -> Setting:
+def best_batch(setting: Setting, folder: Path) -> Setting:
     """The batch, doubled while it helps by more than 1 %, at which ours is fastest on this machine."""
     best, speed = setting, 0.0
     while True:
         trial = replace(setting, batch_size=2 * best.batch_size if speed else setting.batch_size)
-        match = Match(trial, folder, {"ours": sys.executable}, seconds)
-        match.run(blocks=3, rounds=1)
-        ours = match.figures["ours"]
-        now = 0 if ours.problem else match.steps * trial.step_tokens / statistics.median(ours.column("seconds"))
+        (ours,) = compete(trial, folder, {"ours": sys.executable}, 3)
+        now = 0 if ours.problem else ours.last_steps * trial.step_tokens / statistics.median(ours.column("seconds"))
         print(f"{setting.model}: batch {trial.batch_size}, {now:,.0f} tokens/s", file=sys.stderr)
         if now < 1.01 * speed or ours.problem:
             return best
@@ -292,15 +279,13 @@ def best_batch(setting: Setting, folder: Path, seconds: float) -> Setting:
 # --- start-up ---
 
 
-def seconds_to(marker: Path, command: Sequence[str], environment: dict[str, str]) -> float:
+def seconds_to(marker: Path, command: Sequence[str]) -> float:
     """Seconds from starting a command to ``marker`` having content; then it is left to end by itself."""
     shutil.rmtree(marker.parent.parent, ignore_errors=True)
     marker.parent.mkdir(parents=True)
     log, begun = marker.parent.parent / "log", time.perf_counter()
     with open(log, "wb") as stream:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=stream, stderr=stream, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
     try:
         while not (marker.exists() and marker.stat().st_size):
             if process.poll() is not None:
@@ -324,13 +309,12 @@ def start_commands(setting: Setting, folder: Path, corpus: Path) -> dict[str, Ca
     launcher = [str(HERE.parents[1] / "run_h100_dual.sh"), *ours, f"--tokenizer={tokenizer}", *words.split()]
     first = place / "first"
     given = {**setting.plain(), "data": str(corpus), "tokenizer": tokenizer, "first_step": str(first)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    torchrun += [str(HERE / "trainer_recipe.py"), json.dumps(given)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // setting.ranks))
-    environment = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    threads = max(1, len(os.sched_getaffinity(0)) // setting.ranks)
+    torchrun = f"OMP_NUM_THREADS={threads} HF_HUB_OFFLINE=1 {sys.executable} -m torch.distributed.run --standalone"
+    recipe = [*torchrun.split(), "--nproc-per-node", ranks, str(HERE / "trainer_recipe.py"), json.dumps(given)]
     return {
-        "ours": lambda cache: seconds_to(place / "metrics.jsonl", [*launcher, "--cache-dir", str(cache)], {}),
-        "trainer": lambda cache: seconds_to(first, torchrun, {**environment, "HF_DATASETS_CACHE": str(cache)}),
+        "ours": lambda cache: seconds_to(place / "metrics.jsonl", [*launcher, f"--cache-dir={cache}"]),
+        "trainer": lambda cache: seconds_to(first, ["env", f"HF_DATASETS_CACHE={cache}", *recipe]),
     }
 
 
@@ -369,8 +353,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="litgpt too, in an environment of its own")
     parser.add_argument("--models", nargs="+", choices=PRESETS, help="others than these")
     parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each, 0 for none (default 24)")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="a block lasts about (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="with --gpu (default 3)")
     parser.add_argument("--starts", type=int, default=5, metavar="N", help="rounds of start-up, 0 for none (default 5)")
     parser.add_argument("--corpus", type=corpus_file, metavar="JSONL", help="for start-up (default: generated text)")
     parser.add_argument("--no-record", action="store_true", help="append nothing to RESULTS.md")
@@ -399,13 +381,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         folder = Path(name)
         for setting in args.settings if args.blocks else ():
-            best = best_batch(setting, folder, args.seconds) if args.gpu else setting
+            best = best_batch(setting, folder) if args.gpu else setting
             for variant in dict.fromkeys((setting, best)):
-                match = Match(variant, folder, pythons, args.seconds)
-                match.run(args.blocks, args.rounds if args.gpu else 1)
-                if match.figures["ours"].problem:
+                contestants = compete(variant, folder, pythons, args.blocks)
+                if contestants[0].problem:
                     sys.exit("ours failed: nothing to compare with")
-                parts.append(speed_table(match))
+                parts.append(speed_table(contestants))
                 print(f"\n{parts[-1]}", flush=True)
         if args.starts:
             parts.append(measure_start(args.settings[-1 if args.gpu else 0], folder, args.corpus, args.starts))

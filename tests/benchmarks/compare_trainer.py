@@ -68,9 +68,7 @@ def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingA
         lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"} if cfg.lr_schedule == "wsd" else None,
         warmup_steps=cfg.warmup_ratio,  # below 1 it is a share of all steps
         weight_decay=cfg.weight_decay,
-        adam_beta1=0.9,
         adam_beta2=0.95,
-        adam_epsilon=1e-8,
         max_grad_norm=cfg.max_grad_norm,
         bf16=cfg.precision == "bf16",
         torch_compile=cfg.compile,
