@@ -94,7 +94,7 @@ def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         torch.set_float32_matmul_precision("high")
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     model = t.LMWithLoss(t.build_model(cfg, corpus.tokenizer, device))
-    optimizer = t.build_optimizer(model, cfg)
+    optimizer = t.build_optimizer(model.model, cfg)
     if cfg.compile:
         model.compile()
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
