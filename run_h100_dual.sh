@@ -411,7 +411,7 @@ show_foreground() {
   # On a terminal the run writes to the log alone, and a process beside it shows the log with a progress bar.
   local follower code=0
   : >>"$console_log"
-  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 9>&- &
+  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 9>&- &
   follower=$!
   exec >>"$console_log" 2>&1
   supervise || code=$?
@@ -563,7 +563,7 @@ follow_run() {
     log "실행 중인 학습이 없습니다"
     status_run
   fi
-  exec "$plain_python" "$TRAIN_SCRIPT" internal:follow "$pid" follow "${script_args[@]}"
+  exec "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$pid" follow "${script_args[@]}"
 }
 
 stop_run() {
@@ -576,7 +576,7 @@ stop_run() {
   fi
   log "🛑 중단 요청을 보냅니다 (PID $pid). 현재 스텝을 마치고 저장합니다..."
   # It sends the signal itself, once it has the log open at its end, and shows how the save goes.
-  "$plain_python" "$TRAIN_SCRIPT" internal:follow "$pid" stop "${script_args[@]}" || code=$?
+  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$pid" stop "${script_args[@]}" || code=$?
   pid_is_ours "$pid" || "$plain_python" "$TRAIN_SCRIPT" internal:status false "$as_json" "${script_args[@]}"
   ((code == 130)) || exit "$code" # stopped is what was asked for
 }

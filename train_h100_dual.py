@@ -1720,391 +1720,221 @@ def fp8_problem(capability: tuple[int, int]) -> str | None:
     return None
 
 
-# --- watching a run: --status, --follow, and the bar of --foreground ---
+# --- watching a run: --status, --follow, training_curves.png ---
+
+STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
+WARNING_NAMES = {"restarts": "자동 재시작", "failed_saves": "실패한 저장", "skipped_steps": "건너뛴 스텝"}
+STATUS_FIGURES = {  # the last of each in metrics.jsonl: its label and format
+    "loss": ("손실", "{:.4f}"),
+    "val_bits_per_byte": ("검증 bits/byte", "{:.4f}"),
+    "val_bits_per_byte_ko": ("   한국어", "{:.4f}"),
+    "val_bits_per_byte_en": ("   영어", "{:.4f}"),
+    "tokens_per_second": ("속도", "{:,.0f} 토큰/s"),
+    "mfu": ("MFU", "{:.1%}"),
+    "memory_gb": ("메모리", "{:.1f} GB"),
+}
+FOLLOW_CODES = {"finished": 0, "stopped": STOPPED}  # by the run's last state; else ENVIRONMENT_ERROR
+LAST_LINES = 10  # of the log that --follow shows before what is new
+VALIDATION_CURVES = {"val_bits_per_byte": "all", "val_bits_per_byte_ko": "ko", "val_bits_per_byte_en": "en"}
+CURVES = (  # title, unit, and the figures with their labels
+    ("Training loss", "Cross entropy (nats/token)", {"loss": "moving average"}),
+    ("Validation", "Bits per byte of text", VALIDATION_CURVES),
+    ("Learning rate", "Learning rate of a step", {"learning_rate": "learning rate"}),
+    ("Speed", "Tokens/s (all ranks)", {"tokens_per_second": "tokens/s"}),
+)
 
 
 def recent_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The newest lines of ``metrics.jsonl``, oldest first, without one that is being written."""
-    path, found = output_dir / "metrics.jsonl", []
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, path.stat().st_size - RECENT_METRICS_BYTES))
-            lines = stream.read().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        with suppress(ValueError):  # cut off by where we began to read, or not whole yet
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict)]
+    """The last lines of ``metrics.jsonl``, at most ``RECENT_METRICS_BYTES``, oldest first."""
+    records = []
+    with suppress(FileNotFoundError), open(output_dir / "metrics.jsonl", "rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - RECENT_METRICS_BYTES))
+        for line in stream.read().splitlines():
+            with suppress(ValueError):  # cut off by where we began to read, or half-written
+                records.append(json.loads(line))
+    return records
 
 
-def seconds_left(records: list[dict[str, Any]], step: int | None, total_steps: int | None) -> float | None:
-    """Time to the end at the pace of the last logged steps, evaluations and saves included; None if unknown."""
+def seconds_left(records: Iterable[dict[str, Any]], total_steps: int | None) -> float | None:
+    """Time to the end at the pace of the last 100 logged steps, evaluations and saves included; None if unknown."""
     logged = [record for record in records if "loss" in record][-100:]
-    if len(logged) < 2 or step is None or total_steps is None:
+    if len(logged) < 2 or total_steps is None:
         return None
     first, last = logged[0], logged[-1]
-    pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    return max(0.0, (total_steps - step) * pace)
+    return (total_steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 
-def this_runs_info(output_dir: Path, pid: str | None) -> dict[str, Any]:
-    """``run_info.json``; empty if it is an earlier run's while the one of the supervisor ``pid`` hasn't got there."""
+def this_runs_info(output_dir: Path, pid: str) -> dict[str, Any]:
+    """``run_info.json`` of the run whose supervisor is ``pid``; empty while the file is an earlier run's."""
     info = read_json(output_dir / "run_info.json")
-    return info if pid is None or str(info.get("run_id")).partition("-")[0] == pid else {}
-
-
-STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
-WARNING_NAMES = {"skipped_steps": "건너뛴 스텝", "restarts": "자동 재시작", "failed_saves": "실패한 저장"}
+    return info if str(info.get("run_id")).partition("-")[0] == pid else {}
 
 
 def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
     """How a run stands, as ``--status --json`` prints it; ``alive`` says whether the launcher found its process."""
-    pid = read_text(log_path(cfg.logs_dir, "training.pid")).strip() if alive else None
-    info = this_runs_info(cfg.output_dir, pid)
-    records = [] if alive and not info else recent_metrics(cfg.output_dir)
-    metrics = {name: value for record in records for name, value in record.items()}
-    state = info.get("state")
-    if alive:
-        state = "running"
-    elif state == "running":
-        state = "failed"
-    gpus, gpu_problem = [], None
+    pid = read_text(log_path(cfg.logs_dir, "training.pid")).strip() if alive else ""
+    info = this_runs_info(cfg.output_dir, pid) if alive else read_json(cfg.output_dir / "run_info.json")
+    records = recent_metrics(cfg.output_dir) if info or not alive else []
+    latest = {name: value for record in records for name, value in record.items()}
+    state = "running" if alive else info.get("state")
+    gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
     if alive and info.get("options", {}).get("device") == "cuda":
-        try:
-            visible = info["machine"].get("visible_devices")
+        visible = info["machine"].get("visible_devices")
+        with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
             gpus = query_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})[: info["world_size"]]
-        except EnvironmentProblem as error:
-            gpu_problem = str(error)
-    latest = list_checkpoints(cfg.output_dir)
-    figures = ("loss", "val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")
-    figures += ("tokens_per_second", "mfu", "memory_gb")
-    total = info.get("total_steps")
     return {
-        "state": state,
+        "state": "failed" if state == "running" and not alive else state,
+        "stopping": bool(alive and info.get("stop_requested")),
         "pid": int(pid) if pid else None,
         "started": info.get("started"),
         # The last logged one while it runs, or died; one that ended by itself has said which was its last.
-        "step": (state in EXIT_CODES and info.get("step")) or metrics.get("step"),
-        "total_steps": total,
-        **{name: metrics.get(name) for name in figures},
-        "seconds_left": seconds_left(records, metrics.get("step"), total) if alive else None,
+        "step": (state in FOLLOW_CODES and info.get("step")) or latest.get("step"),
+        "total_steps": info.get("total_steps"),
+        **{name: latest.get(name) for name in STATUS_FIGURES},
+        "seconds_left": seconds_left(records, info.get("total_steps")) if alive else None,
         "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
-        "gpu_problem": gpu_problem,
-        "last_checkpoint": str(latest[-1]) if latest else None,
+        "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
         "warnings": {name: info.get(name, 0) for name in WARNING_NAMES},
         "error": info.get("error"),
     }
 
 
-def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> int:
-    """Print how a run stands."""
+def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> None:
     status = run_status(cfg, alive)
     if as_json:
         print(json.dumps(status, ensure_ascii=False))
         return
-    state = STATE_NAMES.get(status["state"], "기록 없음")
+    lines, step, total = [], status["step"], status["total_steps"]
+    if step is not None:
+        lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
+    elif status["pid"]:
+        log = read_text(log_path(cfg.logs_dir, "training_console.log")).strip()
+        lines.append(("지금", fit_width(log.splitlines()[-1].strip() if log else "시작하는 중", 55)))
+    if status["seconds_left"] is not None:
+        lines.append(("남은 시간", format_duration(status["seconds_left"])))
+    known = [(label, form, status[name]) for name, (label, form) in STATUS_FIGURES.items()]
+    known += [(label, "{:,}번", status["warnings"][name] or None) for name, label in WARNING_NAMES.items()]
+    lines += [(label, form.format(value)) for label, form, value in known if value is not None]
+    for index, gpu in enumerate(status["gpus"]):
+        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
+        lines.append((f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"))
+    if status["last_checkpoint"]:
+        path = Path(status["last_checkpoint"])
+        lines.append(("마지막 체크포인트", f"{path.name} ({format_duration(time.time() - path.stat().st_mtime)} 전)"))
+    if status["error"]:
+        lines.append(("오류", status["error"]))
+    state = "멈추는 중" if status["stopping"] else STATE_NAMES.get(status["state"], "기록 없음")
     print(f"📊 상태: {state}" + (f" (PID {status['pid']})" if status["pid"] else ""))
-    for label, text in status_lines(cfg, status):
+    for label, text in lines:
         print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
 
 
-def status_lines(cfg: TrainConfig, status: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is known of a run: a label and a text each."""
-    if status["step"] is not None:
-        total = status["total_steps"]
-        yield "스텝", f"{status['step']:,}" + (f" / {total:,} ({status['step'] / total:.1%})" if total else "")
-    elif status["pid"]:
-        lines = read_text(log_path(cfg.logs_dir, "training_console.log")).split("\n")
-        yield "지금", fit_width(next((line.strip() for line in reversed(lines) if line.strip()), "시작하는 중"), 55)
-    if status["seconds_left"] is not None:
-        yield "남은 시간", format_duration(status["seconds_left"])
-    if status["loss"] is not None:
-        yield "손실", f"{status['loss']:.4f}"
-    if status["val_bits_per_byte"] is not None:
-        parts = {name: status[f"val_bits_per_byte_{name}"] for name in ("ko", "en")}
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items() if value is not None)
-        yield "검증 bits/byte", f"{status['val_bits_per_byte']:.4f}" + (f" ({shown})" if shown else "")
-    if status["tokens_per_second"] is not None:
-        mfu = f", MFU {status['mfu']:.1%}" if status["mfu"] is not None else ""
-        yield "속도", f"{status['tokens_per_second']:,.0f} 토큰/s{mfu}"
-    if status["memory_gb"] is not None:
-        yield "메모리", f"{status['memory_gb']:.1f} GB"
-    for index, gpu in enumerate(status["gpus"]):
-        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
-        yield f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"
-    if status["gpu_problem"]:
-        yield "GPU", status["gpu_problem"]
-    if status["last_checkpoint"]:
-        path = Path(status["last_checkpoint"])
-        shown = display_path(path) if display_width(display_path(path)) <= 40 else path.name
-        yield "마지막 체크포인트", f"{shown} ({format_duration(time.time() - path.stat().st_mtime)} 전)"
-    warnings = [f"{name} {status['warnings'][key]:,}" for key, name in WARNING_NAMES.items() if status["warnings"][key]]
-    if warnings:
-        yield "경고", ", ".join(warnings)
-    if status["error"]:
-        yield "오류", status["error"]
+def follow_log(cfg: TrainConfig, pid: str, stream: Any, ended: list[bool]) -> None:
+    """Show the log from where ``stream`` stands while the supervisor ``pid`` runs and nothing has ``ended``.
 
-
-def stage_line(title: str, share: float, left: float | None) -> str:
-    """What the log says of a long stage before training; the follower of the log makes a bar of it."""
-    return f"   {title}: {share:.0%}, 남은 시간 {'-' if left is None else format_duration(left)}"
-
-
-def waiting_line(title: str, seconds: float) -> str:
-    """What the log says of a call that can't tell how far it is."""
-    return f"   {title}... {format_duration(seconds)} 지남"
-
-
-STAGE_LINE = re.compile(
-    r"   (?:(?P<title>[^:]+): (?P<percent>\d+)%, 남은 시간 (?P<left>\S.*)|(?P<waiting>.+\.\.\. .+ 지남))"
-)
-
-
-def progress_bar(share: float, text: str, columns: int) -> str:
-    """A bar with a text behind it, in at most ``columns`` of a terminal; the text alone where a bar has no room.
-
-    ASCII: block characters are two columns wide on some Korean terminals.
+    On a terminal a bar stands below it, set to the last line of metrics.jsonl whenever the log grows.
     """
-    room = min(30, columns - display_width(text) - 8)
-    if room < 6:
-        return fit_width(text, columns)
-    filled = int(room * share)
-    return f"[{'=' * filled}{'-' * (room - filled)}] {int(100 * share):3}% {text}"
-
-
-def short_number(value: float) -> str:
-    """A number in a few characters: 9,876 or 98.8k or 1.23M."""
-    if value < 10_000:
-        return f"{value:,.0f}"
-    return f"{value / 1e3:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
-
-
-class LogFollower:
-    """Shows the console log as it grows, and on a terminal a line below it that tells how far the run is.
-
-    The workers write lines to the log and nothing else, so that it stays free of bars.
-    """
-
-    def __init__(self, cfg: TrainConfig, pid: str):
-        self.cfg, self.pid = cfg, pid
-        self.lock = cfg.logs_dir / f".{log_path(cfg.logs_dir, 'training.lock').name}"
-        self.live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self.ended = self.stopping = False  # set from outside
-        self.unfinished = b""  # the begin of a line
-        self.stage: re.Match | None = None
-        self.begun = time.monotonic()
-        self.metrics_stamp: tuple[int, int] | None = None
-        self.records: list[dict[str, Any]] = []
-
-    def is_running(self) -> bool:
-        """Whether the supervisor lives: it holds the lock of the logs on descriptor 9."""
-        try:
-            return not self.ended and os.path.samefile(f"/proc/{self.pid}/fd/9", self.lock)
-        except OSError:
-            return False
-
-    def follow(self, stream: Any) -> None:
-        """Show what ``stream``, the log, holds from where it stands, and what comes, until the run ends."""
-        running = True
-        while running:
-            running = self.is_running()  # asked first, so that the last lines are not missed
-            self.show(stream.read())
-            if running:
-                self.draw(self.progress())
+    tqdm = bar = None
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with suppress(ImportError):  # it comes with the packages, which this Python may lack
+            from tqdm import tqdm
+    alive, unfinished = True, b""
+    try:
+        while alive:
+            # Its lock of the logs; asked before reading, so that the last lines are not missed.
+            alive = not ended and os.path.exists(f"/proc/{pid}/fd/9")
+            *lines, unfinished = (unfinished + stream.read()).split(b"\n")
+            text = b"".join(line + b"\n" for line in lines).decode("utf-8", "replace")
+            if tqdm and lines:
+                tqdm.write(text, end="")
+                bar = draw_bar(tqdm, bar, cfg.output_dir, pid)
+            elif lines:
+                print(text, end="", flush=True)
+            if alive:
                 time.sleep(0.3)
-        self.show(b"\n" if self.unfinished else b"")
-        self.draw("")
-
-    def show(self, content: bytes) -> None:
-        """Print the whole lines of what was added to the log; on a terminal a stage's go into the bar."""
-        *lines, self.unfinished = (self.unfinished + content).split(b"\n")
-        shown = []
-        for line in (line.decode("utf-8", "replace") for line in lines):
-            self.stage = STAGE_LINE.fullmatch(line) if self.live else None
-            if self.stage is None:
-                shown.append(line + "\n")
-        if shown:
-            self.draw("")
-            print("".join(shown), end="", flush=True)
-
-    def draw(self, text: str) -> None:
-        """Replace the line at the bottom."""
-        if self.live:
-            print(f"\r\x1b[K{text}", end="", flush=True)
-
-    def progress(self) -> str:
-        """How far the run is, in one line of the terminal."""
-        columns = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
-        step, total = self.trained()
-        if total and not self.stopping:
-            logged = next((record for record in reversed(self.records) if "loss" in record), None)
-            parts = [f"{step:,}/{total:,}"]
-            if logged is not None:
-                loss = "-" if logged["loss"] is None else f"{logged['loss']:.4f}"
-                parts += [f"손실 {loss}", f"{short_number(logged['tokens_per_second'])} 토큰/s"]
-            left = seconds_left(self.records, step, total)
-            parts += [f"{format_duration(left)} 남음"] if left is not None else []
-            return progress_bar(step / total, "  ".join(parts), columns)
-        if self.stage is not None and self.stage["title"]:
-            text = f"{self.stage['title']}  {self.stage['left']} 남음"
-            return progress_bar(int(self.stage["percent"]) / 100, text, columns)
-        waiting = self.stage["waiting"] if self.stage else None
-        elapsed = time.monotonic() - self.begun
-        text = waiting or f"{'멈추는' if self.stopping else '준비하는'} 중... {format_duration(elapsed)} 지남"
-        return fit_width(f"{'|/-'[int(elapsed / 0.3) % 3]} {text}", columns)
-
-    def trained(self) -> tuple[int, int]:
-        """The last step and the steps of the whole run; both 0 before training."""
-        output = self.cfg.output_dir
-        info = this_runs_info(output, self.pid)
-        if info.get("state") != "running" or "first_step" not in info:
-            return 0, 0
-        with suppress(FileNotFoundError):
-            found = (output / "metrics.jsonl").stat()
-            if self.metrics_stamp != (found.st_mtime_ns, found.st_size):
-                self.metrics_stamp = found.st_mtime_ns, found.st_size
-                self.records = recent_metrics(output)
-        step = next((record["step"] for record in reversed(self.records) if "loss" in record), info["first_step"])
-        return step, info["total_steps"]
+    finally:
+        if bar is not None:
+            bar.close()
 
 
-STOP_HEARD = "🛑 중단 요청: ".encode()  # the launcher's line at the first signal, in this run's own log
-LAST_LINES = 10  # of the log that --follow shows before what is new
-EXIT_CODES = {"finished": 0, "stopped": STOPPED}
+def draw_bar(tqdm: Any, bar: Any, output_dir: Path, pid: str) -> Any:
+    """Set the bar to the last logged step; returns it, None until there is one."""
+    info, records = this_runs_info(output_dir, pid), recent_metrics(output_dir)
+    logged = next((record for record in reversed(records) if "loss" in record), None)
+    if logged is None or not info.get("total_steps"):
+        return bar
+    if bar is None:  # in ASCII: block characters are two columns wide on some Korean terminals
+        form = "[{bar}] {percentage:5.1f}% {desc}"
+        bar = tqdm(total=info["total_steps"], bar_format=form, ascii="-=", leave=False, file=sys.stdout)
+    bar.ncols = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
+    bar.n, left = logged["step"], seconds_left(records, bar.total)
+    rest = "멈추는 중" if info.get("stop_requested") else f"{'-' if left is None else format_duration(left)} 남음"
+    loss = "-" if logged["loss"] is None else f"{logged['loss']:.4f}"
+    bar.set_description_str(f"{bar.n:,}/{bar.total:,}  손실 {loss}  {logged['tokens_per_second']:,.0f} 토큰/s  {rest}")
+    return bar
 
 
-def follow_run(cfg: TrainConfig, pid: str, how: str) -> int:
+def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
     """Follow a run's log to the run's end; returns the exit code of how it stood then.
 
-    ``how``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the
+    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the
     run to stop first; "foreground" shows all and ends with SIGTERM, by the launcher that runs it.
     """
-    follower = LogFollower(cfg, pid)
-    if how == "foreground":
+    ended: list[bool] = []
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this has seen enough, as in --follow | head
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if mode == "foreground":
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the run: the launcher passes it on
-        signal.signal(signal.SIGTERM, lambda *_: setattr(follower, "ended", True))
-    else:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with open(log_path(cfg.logs_dir, "training_console.log"), "rb") as stream:
-            if how == "follow":
-                lines = stream.read().splitlines(keepends=True)
-                stream.seek(-sum(map(len, lines[-LAST_LINES:])), os.SEEK_END)
-            elif how == "stop":
-                if STOP_HEARD in stream.read():  # a second signal would end it without the save
-                    print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})")
-                else:
-                    os.kill(int(pid), signal.SIGTERM)
-                follower.stopping = True
-            follower.follow(stream)
-    except KeyboardInterrupt:
-        follower.draw("")
-        if how == "stop":
-            print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요")
-        else:
-            print(f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요")
-        return 0
-    except BrokenPipeError:  # whoever read this has seen enough, as in --follow | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return EXIT_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
+        signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+    with open(log_path(cfg.logs_dir, "training_console.log"), "rb") as stream:
+        if mode == "follow":
+            lines = stream.read().splitlines(keepends=True)
+            stream.seek(-sum(map(len, lines[-LAST_LINES:])), os.SEEK_END)
+        elif mode == "stop":
+            stream.seek(0, os.SEEK_END)
+            if this_runs_info(cfg.output_dir, pid).get("stop_requested"):  # a second signal would end it unsaved
+                print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})", flush=True)
+            else:
+                os.kill(int(pid), signal.SIGTERM)
+        try:
+            follow_log(cfg, pid, stream, ended)
+        except KeyboardInterrupt:
+            again = f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요"
+            print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요" if mode == "stop" else again)
+            return 0
+    return FOLLOW_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
 
 
-def draw_curves(output_dir: Path) -> int:
+def draw_curves(output_dir: Path) -> None:
     """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
+    os.nice(10)
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    import numpy as np
     from matplotlib.figure import Figure
 
-    os.nice(10)
     matplotlib.rcdefaults()
     matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     info = read_json(output_dir / "run_info.json")
     figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
-    model = info.get("options", {}).get("model_size") or "model"
-    figure.suptitle(f"{model}, step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
-    panels = figure.subplots(2, 2).flat
-    for panel, plot in zip(panels, (plot_loss, plot_validation, plot_learning_rate, plot_speed), strict=True):
-        panel.set_xlabel("Step")
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        panel.locator_params(axis="x", nbins=5, integer=True)
-        plot(panel, records)
-    temporary = output_dir / f".training_curves.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as stream:
-            FigureCanvasAgg(figure).print_png(stream)
-        os.replace(temporary, output_dir / "training_curves.png")
-    finally:
-        temporary.unlink(missing_ok=True)  # half of it would take room on a full disk
-
-
-def series(records: list[dict[str, Any]], name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
-    """Steps and values of one figure, where it is known."""
-    known = [(record["step"], factor * record[name]) for record in records if record.get(name) is not None]
-    return [step for step, _ in known], [value for _, value in known]
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a sixtieth of the values, without the pull of its first value."""
-    keep = 1 - 2 / (max(4, len(values) // 60) + 1)
-    total = weight = 0.0
-    means = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        means.append(total / weight)
-    return means
-
-
-def plot_loss(panel: Any, records: list[dict[str, Any]]) -> None:
-    """Training loss, raw and smoothed."""
-    steps, losses = series(records, "loss")
-    panel.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="raw")
-    panel.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.5, label="smoothed")
-    panel.set(title="Training loss", ylabel="Cross entropy (nats/token)")
-    panel.legend()
-
-
-def plot_validation(panel: Any, records: list[dict[str, Any]]) -> None:
-    """Bits per byte of the held-out documents: all, Korean, English."""
-    for suffix, label in (("", "all"), ("_ko", "ko"), ("_en", "en")):
-        steps, values = series(records, f"val_bits_per_byte{suffix}")
-        if steps:
-            panel.plot(steps, values, marker="o", markersize=3, label=label)
-    panel.set(title="Validation", ylabel="Bits per byte of text")
-    if panel.lines:
-        panel.margins(y=0.25)  # room for the legend above the curves
-        panel.legend(loc="upper right", ncols=3)
-    else:
-        panel.text(0.5, 0.5, "no evaluation yet", transform=panel.transAxes, ha="center")
-
-
-def plot_learning_rate(panel: Any, records: list[dict[str, Any]]) -> None:
-    """Learning rate of each step."""
-    panel.plot(*series(records, "learning_rate"), color="tab:green")
-    panel.set(title="Learning rate", ylabel="Learning rate of a step")
-    panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    panel.set_ylim(bottom=0)
-
-
-def plot_speed(panel: Any, records: list[dict[str, Any]]) -> None:
-    """Tokens a second over all ranks, and MFU on an axis of its own where it is known."""
-    lines = panel.plot(*series(records, "tokens_per_second"), color="tab:blue", linewidth=1, label="tokens/s")
-    panel.set(title="Speed", ylabel="Tokens/s (all ranks)")
-    panel.yaxis.set_major_formatter(lambda value, _: short_number(value))
-    panel.set_ylim(bottom=0)
-    steps, shares = series(records, "mfu", 100)
-    if steps:
-        right = panel.twinx()
-        lines += right.plot(steps, shares, color="tab:orange", linewidth=1, linestyle="--", label="MFU")
-        right.set_ylabel("MFU (%)")
-        right.set_ylim(0, 100)
-        right.grid(False)
-    panel.legend(handles=lines, loc="lower right", ncols=2)
-    if not steps:
-        panel.set_title("Speed (MFU is not known here)")
+    figure.suptitle(f"Step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
+    for axes, (title, unit, names) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        for name, label in names.items():
+            known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            steps, values = np.array(known).reshape(-1, 2).T
+            if name == "loss":
+                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label="each")
+                end, sums = np.arange(1, len(values) + 1), np.cumsum([0.0, *values])
+                begin = np.maximum(0, end - max(4, len(values) // 60))
+                values = (sums[end] - sums[begin]) / (end - begin)
+            if known:
+                axes.plot(steps, values, marker="o" if names is VALIDATION_CURVES else "", markersize=3, label=label)
+        axes.set(title=title, xlabel="Step", ylabel=unit)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(output_dir / "training_curves.png")
 
 
 def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, offset: str) -> None:
@@ -2184,6 +2014,7 @@ import logging
 import multiprocessing
 import pickle
 import random
+import resource
 import unicodedata
 import zlib
 from collections import deque
@@ -2239,8 +2070,6 @@ MOST_NAMES_SHOWN = 20
 LOADER_THREADS = 2
 BATCHES_AHEAD = 4  # that each thread of the loader reads before the step asks
 TRACKER_PROJECT = "h100_dual"
-DRAWING_INTERVAL = 30.0  # seconds between two drawings of the curves at least
-DRAWING_SECONDS = 60.0  # that one may take
 # What is completed while training, where --prompt names nothing else.
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")
 SAMPLE_TOKENS = 64
@@ -4500,29 +4329,21 @@ class DelayedStats:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
         self.waiting: deque = deque()
         self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
 
     def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
-        """Hand in a step's figures (4 float32 on the device); returns the step before it, if any.
-
-        A step is returned as its number, the time by which it had ended, and its figures.
-        """
-        work = dist.all_reduce(stats, async_op=True) if dist.is_initialized() else None
-        event = None
+        """Hand in a step's figures (4 float32 on the device); returns the step before it, if any, as ``pop`` does."""
+        # NCCL holds up the stream and not the host.
+        work, event = dist.all_reduce(stats, async_op=not self.pinned) if dist.is_initialized() else None, None
         if self.pinned:
-            if work:
-                work.wait()  # orders the streams; the host goes on
-            host = self.pinned[step % 2]
-            host.copy_(stats, non_blocking=True)
-            stats, work, event = host, None, torch.cuda.Event()
+            stats, event = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event()
             event.record()
         self.waiting.append((step, time.monotonic(), stats, work, event))
         return self.pop() if len(self.waiting) > 1 else None
 
     def pop(self) -> tuple[int, float, list[float]] | None:
-        """Wait for the oldest step's figures and return them; None if none is waiting."""
+        """The oldest waiting step's number, the time by which it had ended, and its figures; None if none waits."""
         if not self.waiting:
             return None
         step, moment, stats, work, event = self.waiting.popleft()
@@ -4535,189 +4356,120 @@ class DelayedStats:
 
 
 class StepLog:
-    """Turns the figures of a step into the console's line and a line of ``metrics.jsonl``."""
+    """Turns the figures of a step into the console's lines, a line of ``metrics.jsonl`` and the trackers' figures."""
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state = run, state
         self.peak = peak_flops(run.accelerator.device)
         self.flops = flops_per_token(run.model, run.cfg.max_seq_length)
-        self.path = run.cfg.output_dir / "metrics.jsonl"
+        self.recent: deque[dict[str, Any]] = deque(maxlen=100)
         self.unwritten = b""
-        self.first_step = self.marked_step = state.step
-        self.marked = time.monotonic()
-        self.begun = self.marked - state.elapsed_seconds
-        self.paused = self.all_paused = 0.0
+        self.begun = time.monotonic() - state.elapsed_seconds
+        self.restart_clock()
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave evaluation and saving out of the speed."""
-        start = time.monotonic()
-        yield
-        self.paused += time.monotonic() - start
-        self.all_paused += time.monotonic() - start
+    def restart_clock(self) -> None:
+        """Measure the speed from here on: evaluation and saving are no part of it."""
+        self.marked, self.marked_step = time.monotonic(), self.state.step
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
         """Note a step that had ended by ``moment``; write a line every ``logging_steps``, the first and the last.
 
-        The line's loss is the mean over the steps since the last line.
+        The line's loss is the mean over the steps since the last line; memory is the peak, on a CPU the process's.
         """
-        run, state = self.run, self.state
-        logger.debug(f"step {step}: loss {loss:.6f}, grad_norm {grad_norm:.4f}, memory {memory_gb(run):.2f} GB")
-        state.loss_window.append(loss)
+        run, losses = self.run, self.state.loss_window
+        if run.cfg.device == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        logger.debug(f"step {step}: loss {loss:.6f}, grad_norm {grad_norm:.4f}, memory {memory:.2f} GB")
+        losses.append(loss)
         if step % run.cfg.logging_steps and step not in (1, run.total_steps):
             return
-        speed = (step - self.marked_step) * run.step_tokens / (moment - self.marked - self.paused)
-        self.marked, self.marked_step, self.paused = moment, step, 0.0
+        speed = (step - self.marked_step) * run.step_tokens / (moment - self.marked)
+        self.marked, self.marked_step = moment, step
         record = {
             "step": step,
-            "loss": sum(state.loss_window) / len(state.loss_window),
+            "loss": sum(losses) / len(losses),
             "learning_rate": learning_rate_at(step - 1, run.total_steps, run.cfg),
             "grad_norm": grad_norm,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / (self.peak * run.accelerator.num_processes) if self.peak else None,
-            "memory_gb": memory_gb(run),
+            "memory_gb": memory,
             "seconds": moment - self.begun,
         }
-        state.loss_window.clear()
+        losses.clear()
+        self.recent.append(record)
         self.write(record)
-        for line in self.lines(record):
-            logger.info(line)
-
-    def lines(self, record: dict[str, Any]) -> list[str]:
-        """The console's lines for a record, two, so that a terminal of 80 columns wraps neither.
-
-        The time left allows for evaluations and saves as they have been.
-        """
-        step, speed = record["step"], record["tokens_per_second"]
-        pauses = self.all_paused / max(1, step - self.first_step)
-        left = (self.run.total_steps - step) * (self.run.step_tokens / speed + pauses)
-        mfu = f"{record['mfu']:.1%}" if self.peak else "-"
-        return [
-            f"스텝 {step:,}/{self.run.total_steps:,} | 손실 {record['loss']:.4f} | "
-            f"학습률 {record['learning_rate']:.2e} | 기울기 {record['grad_norm']:.3f}",
-            f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {record['memory_gb']:.1f} GB | "
-            f"남은 시간 {format_duration(left)}",
-        ]
+        left, mfu = seconds_left(self.recent, run.total_steps), f"{record['mfu']:.1%}" if self.peak else "-"
+        # Two lines, so that a terminal of 80 columns wraps neither.
+        logger.info(
+            f"스텝 {step:,}/{run.total_steps:,} | 손실 {record['loss']:.4f} | "
+            f"학습률 {record['learning_rate']:.2e} | 기울기 {grad_norm:.3f}"
+        )
+        left = "-" if left is None else format_duration(left)
+        logger.info(f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {memory:.1f} GB | 남은 시간 {left}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``; what a full disk doesn't take is kept for the next line."""
         if not self.run.is_main:
             return
-        self.unwritten += json.dumps(known_numbers(record)).encode() + b"\n"
-        with open(self.path, "ab", buffering=0) as stream:
-            whole = stream.tell()
-            try:
-                written = stream.write(self.unwritten)
-            except OSError as error:
-                written = 0
-                logger.warning(f"⚠️  {display_path(self.path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {error}")
-            if written == len(self.unwritten):
-                self.unwritten = b""
-            else:
-                stream.truncate(whole)
-        figures = {
-            f"validation/{name[4:]}" if name.startswith("val_") else f"train/{name}": value
-            for name, value in known_numbers(record).items()
-            if name not in ("step", "seconds") and value is not None
-        }
-        track(self.run, figures, record["step"])
+        record, path = known_numbers(record), self.run.cfg.output_dir / "metrics.jsonl"
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            with open(path, "ab", buffering=0) as stream:
+                end = stream.tell()
+                if stream.write(self.unwritten) < len(self.unwritten):
+                    stream.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b""
+        except OSError as error:
+            logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {save_problem(error)}")
+        group = "validation" if "val_loss" in record else "train"
+        figures = {f"{group}/{name.removeprefix('val_')}": value for name, value in record.items() if value is not None}
+        with tracking(self.run):
+            self.run.accelerator.log(figures, step=record["step"])
 
 
-def start_trackers(run: Run, state: TrainState, fresh: bool) -> None:
-    """Open rank 0's trackers; in TensorBoard what a resumed run writes again replaces what it wrote before.
+@contextmanager
+def tracking(run: Run) -> Iterator[None]:
+    """What fails with a tracker (network, account, room) ends tracking, said once, and never training."""
+    try:
+        yield
+    except Exception as error:
+        run.accelerator.trackers.clear()
+        logging.getLogger("traceback").error("tracking failed", exc_info=error)
+        logger.warning(f"⚠️  --report-to 기록에 실패해 더 보내지 않습니다: {save_problem(error)}. 학습은 계속합니다")
 
-    A ``fresh`` run's curves don't go on from those of an earlier one in the same logs: these are set aside.
-    """
-    if not run.is_main or not run.accelerator.log_with:
-        return
+
+def start_trackers(run: Run, state: TrainState) -> None:
+    """Open rank 0's trackers; in TensorBoard a resumed run's points replace those it wrote before from there on."""
     folder = run.cfg.logs_dir / "tensorboard" / TRACKER_PROJECT
-    if fresh and folder.exists():
-        folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
     settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
-    wanted, started = run.accelerator.log_with, []
-    for tracker in wanted:  # one by one: what one of them lacks is no reason to do without the others
-        run.accelerator.log_with = [tracker]
-        try:
+    with tracking(run):
+        if run.is_main and state.step == 0 and folder.exists():  # an earlier run's curves are kept apart
+            folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        if run.is_main:
             run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
-            started += run.accelerator.trackers
-        except Exception as error:  # no network, no account, no room: none of it forbids training
-            report_tracker(str(tracker), error)
-    run.accelerator.log_with, run.accelerator.trackers = wanted, started
-
-
-def track(run: Run, values: dict[str, Any], step: int) -> None:
-    """Hand figures and texts to the trackers."""
-    each_tracker(run, lambda tracker: tracker.log(values, step=step))
-
-
-def each_tracker(run: Run, call: Callable[[Any], None]) -> None:
-    """Do something with every tracker; one that fails is left out from then on, and said."""
-    for tracker in list(run.accelerator.trackers):
-        try:
-            call(tracker)
-        except Exception as error:
-            run.accelerator.trackers.remove(tracker)
-            report_tracker(tracker.name, error)
-
-
-def report_tracker(name: str, error: Exception) -> None:
-    """Say that a tracker failed; training goes on without it."""
-    logging.getLogger("traceback").error("a tracker failed", exc_info=error)
-    logger.warning(f"⚠️  {name} 기록에 실패해 더 보내지 않습니다: {save_problem(error)}. 학습은 계속합니다")
-
-
-def finish_trackers(run: Run) -> None:
-    """Close the trackers."""
-    each_tracker(run, lambda tracker: tracker.finish())
-    run.accelerator.trackers.clear()
 
 
 class CurvePainter:
-    """Has ``training_curves.png`` drawn by a process of its own, one at a time: a step doesn't wait for it.
-
-    A thread would take the GIL from the loop for as long as a second.
-    """
+    """Has ``training_curves.png`` drawn by a process of its own: a thread would hold the loop's GIL for a second."""
 
     def __init__(self) -> None:
         self.installed = importlib.util.find_spec("matplotlib") is not None
         self.process: subprocess.Popen | None = None
-        self.begun = -math.inf
 
-    def start(self, cfg: TrainConfig) -> None:
-        """Begin to draw what ``metrics.jsonl`` holds now, unless that was done a moment ago."""
-        busy = self.process is not None and self.process.poll() is None
-        if not self.installed or busy or time.monotonic() - self.begun < DRAWING_INTERVAL:
-            return
-        self.finish(cfg)  # says how the last one ended
-        self.begun = time.monotonic()
-        command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(cfg.output_dir)]
-        with open(cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def finish(self, cfg: TrainConfig, last: bool = False) -> None:
-        """Wait for the drawing that was begun; with ``last``, for one of everything that is there now."""
-        if self.process is not None:
-            try:
-                code = self.process.wait(DRAWING_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                code = self.process.wait()
-            self.process = None
-            if code:
-                logs = f"{display_path(cfg.logs_dir)}/training_detail_rank_0.log"
-                logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다 (코드 {code}). 자세한 내용: {logs}")
-        if last:
-            self.begun = -math.inf
-            self.start(cfg)
-            self.finish(cfg)
-
-
-def memory_gb(run: Run) -> float:
-    """Memory of this rank in GB: the peak on a GPU, what the process holds now on a CPU."""
-    if run.cfg.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    def draw(self, cfg: TrainConfig, wait: bool = False) -> None:
+        """Begin to draw what there is, unless one is being drawn; with ``wait`` draw all, and say if that fails."""
+        if wait and self.process is not None:
+            self.process.wait()
+        if self.installed and (self.process is None or self.process.poll() is not None):
+            command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(cfg.output_dir)]
+            with open(cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
+                self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if wait and self.process is not None and self.process.wait():
+            log = display_path(cfg.logs_dir / "training_detail_rank_0.log")
+            logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {log}")
 
 
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
@@ -4937,7 +4689,8 @@ def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
             stream.write("\n".join([f"## 스텝 {step:,}\n", *quoted, ""]))
     except OSError as error:
         logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
-    track(run, {f"samples/{number}": text for number, text in enumerate(quoted, 1)}, step)
+    with tracking(run):
+        run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, step)
 
 
 def cut_samples(path: Path, step: int) -> None:
@@ -5226,8 +4979,8 @@ def train(run: Run, state: TrainState) -> str:
     profile = start_profile(run, len(steps))
     stopping = False
     if state.step and state.step % cfg.eval_steps == 0 and state.evaluation_step != state.step:
-        with log.pause():
-            evaluate_and_log(run, state, log)  # a stop had no time for it
+        evaluate_and_log(run, state, log)  # a stop had no time for it
+        log.restart_clock()
     while state.step < run.total_steps and not stopping:
         step_start = time.monotonic()
         with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and state.step == steps.start else nullcontext():
@@ -5253,16 +5006,16 @@ def train(run: Run, state: TrainState) -> str:
         run.stop.heartbeat()
         if stopping or evaluates or samples or saves:
             stopping = note_step(run, state, log, reader.pop()) or stopping
-            with log.pause():
-                if evaluates and (last or not stopping):
-                    evaluate_and_log(run, state, log)
-                if samples and (last or not stopping):
-                    generate_samples(run, state)
-                if saves or stopping:
-                    save_checkpoint(run, state, last=last or stopping)
-                    run.stop.heartbeat()
-                    if run.is_main and not last and not stopping:
-                        run.painter.start(cfg)
+            if evaluates and (last or not stopping):
+                evaluate_and_log(run, state, log)
+            if samples and (last or not stopping):
+                generate_samples(run, state)
+            if saves or stopping:
+                save_checkpoint(run, state, last=last or stopping)
+                run.stop.heartbeat()
+                if run.is_main and not last and not stopping:
+                    run.painter.draw(cfg)
+            log.restart_clock()
         if state.step % 500 == 0:
             gc.collect()
     return "finished" if state.step >= run.total_steps else "stopped"
@@ -5463,13 +5216,13 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         if checkpoint is None and cfg.save_initial:
             save_initial_model(run)
         done = state.step >= run.total_steps
-        ended = "finished" if done else train_quietly(run, state, fresh=checkpoint is None)
+        ended = "finished" if done else train_quietly(run, state)
     stop.finish()
-    finish_trackers(run)
-    run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
+    with tracking(run):
+        run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
         if not done:
-            run.painter.finish(cfg, last=True)
+            run.painter.draw(cfg, wait=True)
         finish_saving(run, state)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
         if done:
@@ -5498,9 +5251,9 @@ def begin_at(run: Run, state: TrainState) -> None:
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
 
 
-def train_quietly(run: Run, state: TrainState, fresh: bool) -> str:
-    """``train`` without Python's garbage collector; ``fresh`` says that the run has no earlier part."""
-    start_trackers(run, state, fresh=fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0")
+def train_quietly(run: Run, state: TrainState) -> str:
+    """``train`` without Python's garbage collector."""
+    start_trackers(run, state)
     log_start(run)
     gc.collect()
     gc.freeze()

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -46,11 +47,16 @@ def write_run(folder: Path, lines: list[dict], **info: object) -> t.TrainConfig:
     cfg = config(folder)
     cfg.output_dir.mkdir(parents=True)
     cfg.logs_dir.mkdir(parents=True)
-    (cfg.output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    add_lines(cfg.output_dir / "metrics.jsonl", *map(json.dumps, lines))
     known = {"state": "running", "total_steps": 1000, "first_step": 0, "run_id": "77-1", "world_size": 1}
     (cfg.output_dir / "run_info.json").write_text(json.dumps({**known, "machine": {}, **info}))
     (cfg.logs_dir / "training.pid").write_text("77\n")
     return cfg
+
+
+def add_lines(path: Path, *lines: str) -> None:
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write("".join(line + "\n" for line in lines))
 
 
 # --- widths: Hangul takes two columns, and nothing wraps at 80 ---
@@ -61,17 +67,6 @@ def test_wrapped_lines_fit_and_lose_nothing(text, columns):
     lines = t.wrap_width(text, columns)
     assert all(t.display_width(line) <= columns for line in lines)
     assert "".join("".join(lines).split()) == "".join(text.split())
-
-
-@given(st.floats(0, 1), st.text(alphabet="가a1 ", max_size=100), st.integers(10, 200))
-def test_a_progress_bar_fits_its_terminal(share, text, columns):
-    assert t.display_width(t.progress_bar(share, text, columns)) <= columns
-
-
-def test_a_progress_bar_grows_and_is_full_only_at_the_end():
-    bars = [t.progress_bar(done / 1000, "x", 79) for done in (0, 400, 999, 1000)]
-    assert [bar.count("=") for bar in bars] == [0, 12, 29, 30]
-    assert ["100%" in bar for bar in bars] == [False, False, False, True]
 
 
 def test_a_duration_is_told_in_korean_days():
@@ -93,19 +88,39 @@ def trained(tmp_path_factory, build) -> SimpleNamespace:
     run = build(folder, "--sample-steps", "2", "--eval-steps", "2", "--save-steps", "100")
     t.set_up_logging(run.cfg, 0)
     state = t.TrainState()
-    t.start_trackers(run, state, fresh=True)
+    t.start_trackers(run, state)
     t.train(run, state)
+    run.accelerator.trackers[0].finish()
     run.saver.wait()
     return SimpleNamespace(folder=folder, run=run, log=(folder / "logs/training_rank_0.log").read_text())
 
 
-def test_the_lines_of_a_step_fit_80_columns_also_with_large_numbers(trained, monkeypatch):
+def test_the_lines_of_a_step_fit_80_columns_also_with_large_numbers(trained, monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO")
     monkeypatch.setattr(trained.run, "total_steps", 1_234_567)
+    monkeypatch.setattr(trained.run, "cfg", config(tmp_path))
+    trained.run.cfg.output_dir.mkdir()
+    log = t.StepLog(trained.run, t.TrainState(step=1_199_990))
+    log.peak = 1e3
+    log.recent.append({**RECORD, "step": 1, "seconds": -9e6})
+    log.handle(1_200_000, time.monotonic() + 1e-3, 12.3456, 1234.5)
+    assert len(caplog.messages) == 2
+    assert re.search(r"남은 시간 [\d,]+일 ", caplog.messages[1])
+    assert all(t.display_width(line) <= 80 for line in caplog.messages)
+
+
+def test_what_a_full_disk_does_not_take_is_written_with_the_next_line(trained, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(trained.run, "cfg", config(tmp_path))
+    path = tmp_path / "outputs" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.symlink_to("/dev/full")
     log = t.StepLog(trained.run, t.TrainState())
-    monkeypatch.setattr(log, "peak", 1e15)
-    lines = log.lines({**RECORD, "step": 1_200_000, "loss": 12.3456, "grad_norm": 1234.5, "tokens_per_second": 1.5e6})
-    assert len(lines) == 2
-    assert all(t.display_width(line) <= 80 for line in lines)
+    log.write({"step": 1, "loss": 3.0})
+    assert "다음에 다시 씁니다" in caplog.text
+    path.unlink()
+    log.write({"step": 2, "loss": float("nan")})
+    log.write({"step": 3, "loss": 1.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 3.0), (2, None), (3, 1.0)]
 
 
 def test_every_line_of_a_run_fits_80_columns(trained):
@@ -118,10 +133,10 @@ def test_every_line_of_a_run_fits_80_columns(trained):
 
 
 def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
-    assert t.seconds_left(records(10, 20, 30), 30, 100) == pytest.approx(35)
-    assert t.seconds_left(records(10), 10, 100) is None, "one record has no pace"
-    assert t.seconds_left([{"step": 10, "val_loss": 1.0}, *records(20)], 20, 100) is None
-    assert t.seconds_left(records(10, 20), 20, None) is None
+    assert t.seconds_left(records(10, 20, 30), 100) == pytest.approx(35)
+    assert t.seconds_left(records(10), 100) is None, "one record has no pace"
+    assert t.seconds_left([{"step": 10, "val_loss": 1.0}, *records(20)], 100) is None
+    assert t.seconds_left(records(10, 20), None) is None
 
 
 def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
@@ -145,7 +160,7 @@ def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
         "options": {"device": "cuda"},
         "world_size": 2,
         "machine": {"visible_devices": "1,0"},
-        "restarts": [5],
+        "restarts": 1,
         "skipped_steps": 3,
         "failed_saves": 2,
     }
@@ -162,12 +177,19 @@ def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
     assert status["warnings"] == {"skipped_steps": 3, "restarts": 1, "failed_saves": 2}
     t.print_status(cfg, alive=True, as_json=False)
     shown = capsys.readouterr().out
-    phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s, MFU 45", "61.2 GB"]
-    phrases += ["GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%", "checkpoint-90", "건너뛴 스텝 3"]
-    assert_in_order(shown, [*phrases, "재시작 1", "실패한 저장 2"])
+    phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s", "45.0%", "61.2 GB"]
+    phrases += ["재시작: +1번", "저장: +2번", "스텝: +3번", "GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%"]
+    assert_in_order(shown, [*phrases, r"checkpoint-90 \(0:00:0\d 전\)"])
     values = [re.match(r"   • [^:]+: +", line)[0] for line in shown.splitlines()[1:]]
     assert len({t.display_width(head) for head in values}) == 1, "the values stand below each other"
     assert max(map(t.display_width, shown.splitlines())) <= 80
+
+
+def test_a_stop_that_is_under_way_is_told(tmp_path, capsys):
+    cfg = write_run(tmp_path, records(10), stop_requested="2026-01-01T00:00:00+0900")
+    t.print_status(cfg, alive=True, as_json=False)
+    assert "상태: 멈추는 중 (PID 77)" in capsys.readouterr().out
+    assert not t.run_status(cfg, alive=False)["stopping"], "it died of it"
 
 
 def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_path):
@@ -182,7 +204,7 @@ def test_a_run_that_died_without_a_word_is_told_as_failed(tmp_path):
 
 def test_a_skipped_step_and_a_failed_save_are_counted_for_the_status(build, tmp_path):
     run = build(tmp_path)
-    t.write_run_info(run.cfg, 1, state="running")
+    t.update_run_info(run.cfg.output_dir, state="running")
     state = t.TrainState(step=7, skipped_steps=4)
     t.report_skip(run, state, 7)
     run.saver.step, run.saver.error = 7, OSError(28, "No space left on device")
@@ -194,59 +216,75 @@ def test_a_skipped_step_and_a_failed_save_are_counted_for_the_status(build, tmp_
 # --- the followed log ---
 
 
-class Screen(io.StringIO):
-    """A terminal's side of a follower."""
+@pytest.fixture
+def supervised(place: Place) -> Iterator[SimpleNamespace]:
+    """What a run at step 100 leaves, with a process that holds the logs' lock in its supervisor's place."""
+    place.environment["TERM"] = "xterm"
+    place.logs.mkdir()
+    lock, heard = place.logs / ".training.lock", place.folder / "signals"
+    body = 'trap "echo TERM >>\'$1\'" TERM; exec 9>>"$0"; while echo ready; do read -rt 60; done'
+    command = ["bash", "-c", body, str(lock), str(heard)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        cfg = write_run(place.folder / "run", records(90, 100), run_id=f"{process.pid}-1")
+        shutil.copytree(cfg.output_dir, place.outputs)
+        place.pid_file.write_text(f"{process.pid}\n")
+        add_lines(place.console_log, "first", *map(str, range(9)), "스텝 100/1,000 | 손실 3.2500")
+        yield SimpleNamespace(place=place, process=process, heard=heard, info=place.info())
+        process.kill()
 
-    def isatty(self) -> bool:
-        return True
+
+def test_a_terminal_shows_the_log_with_a_bar_below_it(supervised):
+    place = supervised.place
+    terminal = Terminal(place, "--follow")
+    terminal.wait_for_text("]  10.0% 100/1,000  손실 3.2500  98,512 토큰/s  0:07:30 남음")
+    assert "first" not in terminal.text, "ten lines are enough to know where it is"
+    add_lines(place.outputs / "metrics.jsonl", json.dumps({**RECORD, "loss": None, "step": 200, "seconds": 100}))
+    with open(place.console_log, "a") as log:
+        log.write("half a ")
+        log.flush()
+        time.sleep(0.5)
+        assert "half" not in terminal.text
+        log.write("line\n")
+    terminal.wait_for_text("]  20.0% 200/1,000  손실 -  98,512 토큰/s  0:06:40 남음")
+    t.update_run_info(place.outputs, stop_requested="now")
+    add_lines(place.console_log, "🛑 중단 요청")
+    terminal.wait_for_text("멈추는 중")
+    t.update_run_info(place.outputs, state="stopped")
+    supervised.process.kill()
+    supervised.process.wait()
+    assert terminal.wait_for_exit(20) == 130
+    assert re.search(r"\r *\r스텝 100/1,000 \| 손실 3.2500\n.*\r *\rhalf a line\n", terminal.text, re.S)
+    assert re.search(r"\r +\r$", terminal.text), "the bar goes"
+    assert max(map(t.display_width, re.split(r"[\n\r]", terminal.text))) <= 80
 
 
-def followed(cfg: t.TrainConfig, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> t.LogFollower:
-    monkeypatch.setattr(sys, "stdout", screen)
+def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised):
+    place = supervised.place
+    t.update_run_info(place.outputs, stop_requested="now")
+    stop = place.start("--stop")
+    place.wait("the message", lambda: "이미 멈추는 중입니다" in stop.stdout.readline())
+    t.update_run_info(place.outputs, state="stopped")
+    supervised.process.kill()
+    supervised.process.wait()
+    assert "중단됨" in place.finish(stop, 20)[0]
+    assert stop.returncode == 0
+    assert not supervised.heard.exists()
+
+
+def test_no_bar_stands_for_an_earlier_run_or_without_tqdm(tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    cfg = write_run(tmp_path, records(90, 100), run_id="66-1")
     monkeypatch.setenv("TERM", "xterm")
-    return t.LogFollower(cfg, "77")
-
-
-def test_a_stage_becomes_a_bar_on_a_terminal_and_stays_a_line_elsewhere(tmp_path, monkeypatch):
-    cfg = write_run(tmp_path, [], state="starting")
-    line = t.stage_line("토큰화하는 중", 0.43, 125)
-    for screen in (Screen(), io.StringIO()):
-        follower = followed(cfg, screen, monkeypatch)
-        follower.show(f"📚 데이터 준비 중...\n{line}\n".encode())
-        if follower.live:
-            assert "토큰화" not in screen.getvalue()
-            assert re.fullmatch(r"\[=+-+\]  43% 토큰화하는 중  0:02:05 남음", follower.progress())
-            follower.show("✅ 데이터 준비 완료\n".encode())
-            assert "토큰화" not in follower.progress()
-        else:
-            assert screen.getvalue() == f"📚 데이터 준비 중...\n{line}\n"
-
-
-def test_a_wait_without_a_known_end_is_shown_as_it_is_logged(tmp_path, monkeypatch):
-    follower = followed(write_run(tmp_path, [], state="starting"), Screen(), monkeypatch)
-    follower.show((t.waiting_line("토크나이저 학습 중", 70) + "\n").encode())
-    assert "토크나이저 학습 중... 0:01:10 지남" in follower.progress()
-
-
-def test_the_bar_follows_each_step_with_loss_speed_and_time_left(tmp_path, monkeypatch):
-    cfg = write_run(tmp_path, records(90, 100))
-    follower = followed(cfg, Screen(), monkeypatch)
-    (cfg.output_dir / ".progress").write_text("         104")
-    assert re.fullmatch(r"\[=+-+\]  10% 104/1,000  손실 3\.2500  98\.5k 토큰/s  0:07:28 남음", follower.progress())
-    (cfg.output_dir / ".progress").write_text("        1000")
-    assert "100% 1,000/1,000" in follower.progress()
-    (cfg.output_dir / "run_info.json").write_text('{"state": "running", "run_id": "66-1"}')
-    assert "1,000" not in follower.progress(), "an earlier run's"
-
-
-def test_a_line_is_shown_once_it_is_whole(tmp_path, monkeypatch):
-    screen = io.StringIO()
-    follower = followed(write_run(tmp_path, []), screen, monkeypatch)
-    content = "스텝 1/10 | 손실 6.6\n".encode()
-    follower.show(content[:5])
-    assert screen.getvalue() == ""
-    follower.show(content[5:])
-    assert screen.getvalue() == content.decode()
+    for missing in (False, True):
+        monkeypatch.setattr(sys, "stdout", Screen())
+        if missing:
+            monkeypatch.setitem(sys.modules, "tqdm", None)
+        t.follow_log(cfg, "66" if missing else "77", io.BytesIO("가\n나\n".encode()), [])
+        assert sys.stdout.getvalue() == "가\n나\n"
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +296,6 @@ def session(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Itera
         seen.start = place.run(*LONG_RUN.split())
         piped = place.start("--follow")
         terminal = Terminal(place, "--follow")
-        terminal.wait_for_text("토큰/s | MFU")
         terminal.wait_for_text("남음")
         terminal.press("\x03")
         seen.left = terminal.wait_for_exit(20)
@@ -278,32 +315,12 @@ def test_following_where_nothing_runs_says_so(session):
     assert "실행 중인 학습이 없습니다" in session.before.out
 
 
-def test_a_terminal_shows_the_log_with_a_bar_below_it(session):
-    assert re.search(r"\r\x1b\[K\[-+\] +0% [\d,]+/100,000  손실 \d", session.shown)
-    assert re.search(r"(?:\x1b\[K|\n)스텝 \d+/100,000 \| 손실 .*\n   [\d,]+ 토큰/s", session.shown)
-    lines = re.split(r"\r\x1b\[K|\n|\r", session.shown)
-    assert max(map(t.display_width, lines)) <= 80
-
-
 def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
     assert session.left == 0
     assert re.search(r"학습은 계속됩니다 \(PID \d+\)", session.shown)
     assert "Traceback" not in session.shown
     assert session.alive.code == 0
     assert json.loads(session.alive.out)["state"] == "running"
-
-
-@pytest.mark.parametrize(("rank", "lock"), [("0", ".training.lock"), ("1", ".training_node_1.lock")])
-def test_each_machines_run_is_known_by_its_own_lock(tmp_path, monkeypatch, rank, lock):
-    monkeypatch.setenv("GROUP_RANK", rank)
-    command = ["bash", "-c", 'exec 9>>"$0"; echo ready; exec sleep 60', str(tmp_path / lock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
-        assert supervisor.stdout.readline() == b"ready\n"
-        follower = t.LogFollower(config(tmp_path, "--logs-dir", str(tmp_path)), str(supervisor.pid))
-        assert follower.is_running()
-        supervisor.kill()
-        supervisor.wait()
-        assert not follower.is_running()
 
 
 def test_stop_waits_and_shows_the_save(session):
@@ -338,11 +355,10 @@ def test_the_foreground_draws_a_bar_on_the_terminal_and_none_in_the_log(place: P
     place.environment["TERM"] = "xterm"
     terminal = Terminal(place, *LONG_RUN.split(), "--foreground", "--max-steps", "60")
     assert terminal.wait_for_exit(120) == 0, terminal.text + place.report()
-    assert re.search(r"\r\x1b\[K\[=*-*\] +\d+% [\d,]+/60  손실 \d", terminal.text)
-    console = place.console()
-    assert not CONTROL.search(console)
-    shown = re.sub(r"\r\x1b\[K[^\n\r]*(?=\r\x1b\[K)", "", terminal.text).replace("\r\x1b[K", "")
-    assert shown[shown.index("🎯 학습 시작!\n") :].removeprefix("🎯 학습 시작!\n") == console
+    assert re.search(r"\r\[=*-*\] +[\d.]+% [\d,]+/60  손실 \d", terminal.text)
+    assert not CONTROL.search(place.console())
+    shown = re.sub(r"\r[^\n\r]*(?=\r)", "", terminal.text).replace("\r", "")
+    assert shown[shown.index("🎯 학습 시작!\n") :].removeprefix("🎯 학습 시작!\n") == place.console()
 
 
 # --- curves ---
@@ -363,36 +379,27 @@ def test_curves_are_drawn_of_whatever_is_known(tmp_path):
     for number, lines in enumerate(([RECORD], [{**RECORD, **unknown}], [*records(*range(1, 200)), validation])):
         cfg = write_run(tmp_path / str(number), lines, options={"model_size": "tiny"})
         pictures.append(draw(cfg.output_dir))
-        assert not list(cfg.output_dir.glob(".*.tmp"))
     assert len(set(pictures)) == 3
     size = [int.from_bytes(pictures[0][at : at + 4], "big") for at in (16, 20)]
     assert size == [1600, 1200]
 
 
-def test_the_smoothed_loss_is_a_mean_and_not_pulled_to_its_first_value():
-    assert t.smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
-    falling = t.smoothed([10.0 - step / 100 for step in range(900)])
-    assert falling[-1] == pytest.approx(10 - 8.99, abs=0.2)
-    assert t.smoothed([0.0, 1.0])[1] > 0.5
-
-
 def test_the_run_draws_its_curves_without_waiting(tmp_path):
     cfg = write_run(tmp_path, records(*range(1, 50)))
     painter = t.CurvePainter()
-    begun = time.monotonic()
-    painter.start(cfg)
-    assert time.monotonic() - begun < 0.3
+    painter.draw(cfg)
     first = painter.process
-    painter.start(cfg)
-    assert painter.process is first, "one at a time, and not one after the other without a pause"
-    painter.finish(cfg, last=True)
+    painter.draw(cfg)
+    assert painter.process is first, "one at a time"
+    assert first.poll() is None
+    painter.draw(cfg, wait=True)
+    assert painter.process is not first
     assert (cfg.output_dir / "training_curves.png").stat().st_size > 10_000
 
 
 def test_a_drawing_that_fails_is_said_and_training_goes_on(tmp_path, caplog):
     cfg = write_run(tmp_path, [])
-    painter = t.CurvePainter()
-    painter.finish(cfg, last=True)
+    t.CurvePainter().draw(cfg, wait=True)
     assert "학습 곡선을 그리지 못했습니다" in caplog.text
     assert "Traceback" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
 
@@ -430,53 +437,49 @@ def test_tensorboard_holds_the_figures_of_the_metrics_and_the_samples(trained):
 def test_a_resumed_run_writes_no_point_twice(build, tmp_path):
     run = build(tmp_path)
     for first, last in ((1, 6), (4, 8)):  # a run that is killed after step 6 and goes on from step 3
-        t.start_trackers(run, t.TrainState(step=first - 1), fresh=first == 1)
+        t.start_trackers(run, t.TrainState(step=first - 1))
         for step in range(first, last + 1):
-            t.track(run, {"train/loss": float(step + 10 * first)}, step)
-        t.finish_trackers(run)
+            run.accelerator.log({"train/loss": float(step + 10 * first)}, step)
+        run.accelerator.end_training()
+        run.accelerator.trackers.clear()
     (values,) = tensorboard_events(tmp_path / "logs/tensorboard/h100_dual").values()
     assert values == [(step, step + 10.0 * (1 if step < 4 else 4)) for step in range(1, 9)]
 
 
 def test_a_new_run_does_not_go_on_with_an_earlier_ones_curves(build, tmp_path):
-    run = build(tmp_path)
     for _ in range(2):
-        t.start_trackers(run, t.TrainState(), fresh=True)
-        t.track(run, {"train/loss": 1.0}, 1)
-        t.finish_trackers(run)
+        run = build(tmp_path)
+        t.start_trackers(run, t.TrainState())
+        run.accelerator.log({"train/loss": 1.0}, 1)
+        run.accelerator.end_training()
     names = sorted(path.name for path in (tmp_path / "logs/tensorboard").iterdir())
     assert [re.sub(r"\d{8}-\d{6}", "TIME", name) for name in names] == ["before-TIME", "h100_dual"]
 
 
-def test_a_tracker_that_fails_is_left_out_and_said(build, tmp_path, caplog):
+def test_a_tracker_that_fails_ends_tracking_and_is_said_once(build, tmp_path, caplog):
     run = build(tmp_path)
-    t.start_trackers(run, t.TrainState(), fresh=True)
+    t.start_trackers(run, t.TrainState())
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     run.accelerator.trackers[0].log = fail
-    t.track(run, {"train/loss": 1.0}, 1)
-    t.track(run, {"train/loss": 1.0}, 2)
-    assert caplog.text.count("tensorboard 기록에 실패해") == 1
-    assert run.accelerator.trackers == []
+    log = t.StepLog(run, t.TrainState())
+    for step in (1, 2):
+        log.write({"step": step, "loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 2
+    assert caplog.text.count("--report-to 기록에 실패해") == 1
 
 
-def test_a_tracker_that_does_not_start_leaves_the_others_alone(tmp_path, caplog):
-    class Accelerator:
-        log_with = ("wandb", "tensorboard")
-        trackers: list[str]
+def test_a_tracker_that_does_not_start_ends_no_run(build, tmp_path, caplog, monkeypatch):
+    run = build(tmp_path)
 
-        def init_trackers(self, name: str, init_kwargs: object) -> None:
-            self.trackers = list(self.log_with)
-            if self.log_with == ["wandb"]:
-                raise RuntimeError("no key")
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no key")
 
-    run = SimpleNamespace(is_main=True, cfg=config(tmp_path), accelerator=Accelerator())
-    t.start_trackers(run, t.TrainState(), fresh=True)
-    assert run.accelerator.trackers == ["tensorboard"]
-    assert "wandb 기록에 실패해 더 보내지 않습니다: RuntimeError: no key" in caplog.text
-    assert "tensorboard" not in caplog.text
+    monkeypatch.setattr(run.accelerator, "init_trackers", fail)
+    t.start_trackers(run, t.TrainState())
+    assert "더 보내지 않습니다: RuntimeError: no key" in caplog.text
 
 
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
