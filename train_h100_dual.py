@@ -1863,14 +1863,16 @@ def draw_bar(tqdm: Any, bar: Any, output_dir: Path, pid: str) -> Any:
     logged = next((record for record in reversed(records) if "loss" in record), None)
     if logged is None or not info.get("total_steps"):
         return bar
-    if bar is None:  # in ASCII: block characters are two columns wide on some Korean terminals
-        form = "[{bar}] {percentage:5.1f}% {desc}"
-        bar = tqdm(total=info["total_steps"], bar_format=form, ascii="-=", leave=False, file=sys.stdout)
-    bar.ncols = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
-    bar.n, left = logged["step"], seconds_left(records, bar.total)
+    step, total, left = logged["step"], info["total_steps"], seconds_left(records, info["total_steps"])
     rest = "멈추는 중" if info.get("stop_requested") else f"{'-' if left is None else format_duration(left)} 남음"
     loss = "-" if logged["loss"] is None else f"{logged['loss']:.4f}"
-    bar.set_description_str(f"{bar.n:,}/{bar.total:,}  손실 {loss}  {logged['tokens_per_second']:,.0f} 토큰/s  {rest}")
+    text = f"{step:,}/{total:,}  손실 {loss}  {logged['tokens_per_second']:,.0f} 토큰/s  {rest}"
+    columns = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
+    if bar is None:  # in ASCII: block characters are two columns wide on some Korean terminals
+        style = {"bar_format": "[{bar}] {percentage:5.1f}% {desc}", "ascii": "-=", "leave": False, "nrows": 24}
+        bar = tqdm(total=total, initial=step, desc=text, ncols=columns, file=sys.stdout, **style)
+    bar.n, bar.ncols = step, columns
+    bar.set_description_str(text)
     return bar
 
 
