@@ -2454,7 +2454,7 @@ def log_waiting(title: str, every: float = 10.0) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(every):
-            logger.info(waiting_line(title, time.monotonic() - start))
+            logger.info(f"   {title}... {format_duration(time.monotonic() - start)} 지남")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -2478,7 +2478,8 @@ class Progress:
         if now - self.last >= 5:
             self.last, share = now, min(1.0, done / max(1, self.whole))
             left = (now - self.start) * (1 / share - 1) if share > 0.001 else None
-            logger.info(stage_line(self.title, share, left))
+            left = "-" if left is None else format_duration(left)
+            logger.info(f"   {self.title}: {share:.0%}, 남은 시간 {left}")
 
 
 # --- tokenizer ---
