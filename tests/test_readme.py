@@ -173,9 +173,9 @@ def check_options(arguments: list[str]) -> None:
 def test_the_launcher_takes_its_own_options_as_they_are_shown(place):
     # With --status it reads every option and starts nothing: 3 says that it understood them, 2 that it didn't.
     own = launcher_options() - {"--help"}
-    shown = [arguments for arguments in arguments_of("run_h100_dual.sh") if own & {*arguments}]
+    shown = {frozenset(own & {*arguments}): arguments for arguments in arguments_of("run_h100_dual.sh")}
     assert len(shown) > 5
-    for arguments in [*shown, ["--python", sys.executable], ["--no-install", "--notify", "true"]]:
+    for arguments in [*shown.values(), ["--python", sys.executable], ["--no-install", "--notify", "true"]]:
         answer = place.run(*arguments, "--status")
         assert answer.code == 3, answer.text
 
