@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import corpus_file, median_and_range, provenance, ratio_and_interval, record, table, take_turns
+from common import corpus_file, median_and_range, model_options, provenance, ratios, record, table, take_turns
 
 import train_h100_dual as t
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"ours": "ours", "trainer": "HF Trainer", "bare": "bare DDP", "litgpt": "litgpt"}
 SPARE_ROWS = 64  # held out of the stream, and more
 MOST_TOKENS = 20_000_000  # of the stream; a longer run reads it again
 ENOUGH_STEPS = "10000000"
@@ -78,11 +77,8 @@ class Setting:
         """The options of train_h100_dual.py that stand for it; ``folder`` takes the config of what is no preset."""
         model = ["--model-size", self.model]
         if self.model not in t.PRESETS:
-            layers, hidden, mlp, heads = self.plain()["shape"]
-            shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp}
-            shape |= {"num_attention_heads": heads, "model_type": "llama", "tie_word_embeddings": True}
-            (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **shape}))
-            model = ["--model-config", str(folder / "config.json")]
+            names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+            model = model_options(folder, **dict(zip(names, self.plain()["shape"], strict=True)))
         batch = f"--batch-size {self.batch_size} --max-seq-length {self.max_seq_length} --gradient-accumulation-steps 1"
         return [*f"--train --device {self.device} --vocab-size {self.vocab_size} {batch}".split(), *model]
 
@@ -240,17 +236,17 @@ def speed_table(contestants: list[Contestant]) -> str:
     steps, rows = ours.last_steps, []
     for one in contestants:
         if one.problem or not one.blocks:
-            rows.append([NAMES[one.name], one.problem or "-", *["-"] * 7])
+            rows.append([one.name, one.problem or "-", *["-"] * 7])
             continue
         speeds = sorted(steps * setting.step_tokens / seconds for seconds in one.column("seconds"))
         quarter, middle = len(speeds) // 4, statistics.median(speeds)
-        ratios = (ratio_and_interval(one.column(kind), ours.column(kind)) for kind in ("seconds", "cpu_seconds"))
+        compared = (ratios(one.column(kind), ours.column(kind)) for kind in ("seconds", "cpu_seconds"))
         rows.append(
             [
-                NAMES[one.name],
+                one.name,
                 f"{middle:,.0f}",
                 f"{speeds[quarter]:,.0f} to {speeds[-1 - quarter]:,.0f}",
-                *(["-"] * 2 if one is ours else ratios),
+                *(["-"] * 2 if one is ours else compared),
                 f"{middle * flops / (peak * setting.ranks):.1%}" if peak else "-",
                 f"{max(one.column('memory_mib')):,.0f}",
                 f"{statistics.median(one.first_steps):.1f}",
@@ -333,7 +329,7 @@ def measure_start(setting: Setting, folder: Path, corpus: Path | None, rounds: i
     rows = []
     states = ("not prepared", "prepared")
     for state, *pair in zip(states, *(zip(*results[name], strict=True) for name in starts), strict=True):
-        rows.append([state, *map(median_and_range, pair), ratio_and_interval(*pair, 2)])
+        rows.append([state, *map(median_and_range, pair), ratios(*pair, 2)])
     head = f"Command to the end of the first step, {setting.describe()}; {rounds} rounds"
     text = table(["corpus", "ours, s", "HF Trainer, s", "ours / Trainer (95 %)"], rows)
     return f"{head}; {corpus.name} ({corpus.stat().st_size / 1e6:.1f} MB):\n\n{text}"
@@ -374,7 +370,7 @@ def main() -> None:
     """Measure what the options ask for; print, and record."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left with the GPUs
-    pythons = dict.fromkeys(("ours", "trainer", "bare"), sys.executable)
+    pythons = dict.fromkeys(("ours", "HF Trainer", "bare DDP"), sys.executable)
     if args.peers:
         pythons["litgpt"] = os.environ["LITGPT_PYTHON"]
     parts = []

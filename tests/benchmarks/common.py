@@ -41,13 +41,13 @@ def median_and_range(values: Sequence[float], places: int = 2) -> str:
     return f"{statistics.median(values):.{places}f} ({min(values):.{places}f} to {max(values):.{places}f})"
 
 
-def ratio_and_interval(values: Sequence[float], others: Sequence[float], places: int = 3) -> str:
+def ratios(values: Sequence[float], others: Sequence[float], places: int = 3) -> str:
     """Median of values / others, turn by turn, and its 95 % interval by bootstrap (10,000 resamples, percentiles)."""
-    ratios, draw = [one / other for one, other in zip(values, others, strict=False)], random.Random(0)
-    if not ratios:
+    quotients, draw = [one / other for one, other in zip(values, others, strict=False)], random.Random(0)
+    if not quotients:
         return "-"
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(10_000))
-    return f"{statistics.median(ratios):.{places}f} ({medians[249]:.{places}f} to {medians[9749]:.{places}f})"
+    medians = sorted(statistics.median(draw.choices(quotients, k=len(quotients))) for _ in range(10_000))
+    return f"{statistics.median(quotients):.{places}f} ({medians[249]:.{places}f} to {medians[9749]:.{places}f})"
 
 
 def git_commit() -> str:
@@ -153,7 +153,7 @@ class Turns:
         self.left, self.begun, self.cpu_begun = int(order), time.perf_counter(), time.process_time()
 
 
-# --- corpora ---
+# --- runs ---
 
 
 def corpus_file(word: str) -> Path:
@@ -171,6 +171,13 @@ def config(t: Any, corpus: Path, folder: Path, *more: str) -> Any:
     cfg, _ = t.resolve_config(t.parse_args(words), "cpu")
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
     return cfg
+
+
+def model_options(folder: Path, **shape: Any) -> list[str]:
+    """The options for a model of this shape, whose config is written to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **shape}))
+    return ["--model-config", str(folder / "config.json")]
 
 
 def document_batches(t: Any, cfg: Any) -> Iterator[Any]:

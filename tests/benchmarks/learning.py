@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import config, corpus_file, median_and_range, provenance, ratio_and_interval, seconds, table, take_turns
+from common import config, corpus_file, median_and_range, model_options, provenance, ratios, seconds, table, take_turns
 from samples import NeverStop
 
 import train_h100_dual as t
@@ -35,16 +35,8 @@ RATES = {"adamw": (5e-3, 2e-3, 1e-2, 1e-4, 2e-2, 1e-3), "muon": (1e-2, 5e-3, 1e-
 SCHEDULES = ("cosine", "wsd")
 DEFAULT_RATE = 1e-4
 CACHE = Path(tempfile.gettempdir()) / "learning_cache"
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
+SHAPE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -117,19 +109,15 @@ class Results(dict[Trial, dict[str, Any]]):
 def build(corpus: Path, folder: Path, trial: Trial) -> tuple[t.Run, Iterator[Any]]:
     """A run of the script's own with the model that the trial asks for, and its batches."""
     torch.set_num_threads(1)
-    shape = {"model_type": "qwen3" if trial.qk_norm else "llama", "tie_word_embeddings": trial.tied, **SHAPE}
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape))
-    cfg = config(
-        t,
-        corpus,
-        folder,
-        *f"--cache-dir {CACHE} --vocab-size {trial.vocab_size} --model-config {folder / 'config.json'}".split(),
-        *f"--max-seq-length 256 --batch-size {trial.batch_size} --max-steps {trial.steps}".split(),
-        "--gradient-accumulation-steps=1",
-        *f"--validation-split 0.002 --seed {trial.seed} --lr-schedule {trial.schedule}".split(),
-        *f"--optimizer {trial.optimizer} --learning-rate {trial.learning_rate}".split(),
+    kind = "qwen3" if trial.qk_norm else "llama"
+    words = (
+        f"--cache-dir {CACHE} --validation-split 0.002 --vocab-size {trial.vocab_size} --seed {trial.seed} "
+        f"--max-seq-length 256 --batch-size {trial.batch_size} --gradient-accumulation-steps 1 "
+        f"--max-steps {trial.steps} --lr-schedule {trial.schedule} --optimizer {trial.optimizer} "
+        f"--learning-rate {trial.learning_rate}"
     )
+    model = model_options(folder, model_type=kind, **{**SHAPE, "tie_word_embeddings": trial.tied})
+    cfg = config(t, corpus, folder, *words.split(), *model)
     run = t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
     t.shrink_residual_projections(run.model)  # as a preset's are; --model-config leaves the model's own
     positions = t.rank_positions(run.cfg, 0, 1, range(trial.steps))
@@ -206,7 +194,7 @@ def time_steps(options: argparse.Namespace, size: dict[str, int], turns: int = 2
             calls[name] = lambda pair=pair: 1e3 / block * seconds(steps, *pair)
         values = take_turns(calls, turns, warm_up=1)
     rows = [[name, median_and_range(values[name], 1)] for name in RATES]
-    rows.append(["muon / adamw (95 %)", ratio_and_interval(values["muon"], values["adamw"])])
+    rows.append(["muon / adamw (95 %)", ratios(values["muon"], values["adamw"])])
     print(table(["", "step, ms"], rows))
 
 

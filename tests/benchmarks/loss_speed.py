@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Words, median_and_range, provenance, ratio_and_interval, table, take_turns
+from common import Words, median_and_range, provenance, ratios, table, take_turns
 
 import train_h100_dual as t
 
@@ -57,7 +57,7 @@ def compare(name: str, blocks: int, steps: int) -> list[Any]:
         side = (kind(model), t.build_optimizer(model, cfg), rows)
         calls[kind] = lambda side=side: statistics.mean(step(*side) for _ in range(steps))
     before, now = take_turns(calls, blocks, warm_up=1).values()
-    return [name, median_and_range(before, 0), median_and_range(now, 0), ratio_and_interval(before, now, 2)]
+    return [name, median_and_range(before, 0), median_and_range(now, 0), ratios(before, now, 2)]
 
 
 def main() -> None:

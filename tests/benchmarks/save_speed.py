@@ -9,7 +9,6 @@ the 125m preset with more layers, as the generated text supports but a small voc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import median_and_range, provenance, seconds, table
+from common import median_and_range, model_options, provenance, seconds, table
 from samples import tiny_run
 
 import train_h100_dual as t
@@ -26,12 +25,10 @@ import train_h100_dual as t
 def build(folder: Path, layers: int, tokens: int) -> t.Run:
     """A run of one row a step that saves only where it is told to."""
     preset = t.PRESETS["125m"]
-    shape = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": layers}
-    shape |= {"num_attention_heads": preset.hidden // preset.head, "tie_word_embeddings": True, "model_type": "llama"}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(shape))
+    heads = preset.hidden // preset.head
+    shape = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_attention_heads": heads}
     words = f"--max-seq-length {tokens} --batch-size 1 --max-steps 1000000 --save-total-limit 1"
-    run = tiny_run(folder, "--model-config", str(folder / "config.json"), *words.split())
+    run = tiny_run(folder, *model_options(folder, num_hidden_layers=layers, **shape), *words.split())
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return run
 
