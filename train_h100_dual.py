@@ -3191,9 +3191,9 @@ def attention_kernels(attention: str) -> Any:
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    flash, efficient, math = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": math}
-    return sdpa_kernel(named.get(attention, [flash, efficient, math]), set_priority=True)
+    flash, efficient, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": plain}
+    return sdpa_kernel(named.get(attention, [flash, efficient, plain]), set_priority=True)
 
 
 def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> str:
@@ -3391,24 +3391,19 @@ class HeadLoss(torch.autograd.Function):
 def has_plain_head(model: nn.Module) -> bool:
     """Whether a model's logits are its last hidden states times one matrix: not softcapped, scaled or shifted.
 
-    Found out by watching it on a few tokens, as each architecture has its own names for what it does there.
+    Tried on a few tokens, as each architecture has its own names for what it does there: in a kernel's
+    own precision and through the one kernel that takes anything, whatever the run uses.
     """
-    head, seen = model.get_output_embeddings(), {}
-    if type(head) is not nn.Linear or head.bias is not None:
+    head, base, training = model.get_output_embeddings(), model.base_model, model.training
+    if type(head) is not nn.Linear or head.bias is not None or base is model:
         return False
-    hooks = [
-        model.base_model.register_forward_hook(lambda module, args, output: seen.update(last=output[0])),
-        head.register_forward_hook(lambda module, args, output: seen.update(input=args[0], output=output)),
-    ]
-    training, device = model.training, head.weight.device
-    # In a kernel's own precision and through the one kernel that takes anything, whatever the run uses.
+    device = head.weight.device
+    tokens = {"input_ids": torch.arange(8, device=device)[None], "use_cache": False}
+    model.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), attention_kernels("math"):
-        logits = model.eval()(input_ids=torch.arange(8, device=device)[None], use_cache=False).logits
+        plain = torch.equal(model(**tokens).logits, head(base(**tokens)[0]))
     model.train(training)
-    for hook in hooks:
-        hook.remove()
-    # Some models have no base model of their own that is called.
-    return "last" in seen and logits is seen.get("output") and torch.equal(seen["last"], seen["input"])
+    return plain
 
 
 class LMWithLoss(nn.Module):
@@ -3465,16 +3460,10 @@ def convert_to_fp8(model: nn.Module) -> None:
     through ``prepare``: its default recipe, made for FSDP2, wraps the weights in a tensor of its own,
     after the optimizer has taken them.  So the weights stay the same fp32 parameters, with their names.
     """
-    from accelerate.utils.ao import convert_model_to_fp8_ao, filter_linear_layers, find_first_last_linear_layers
+    from accelerate.utils.ao import convert_model_to_fp8_ao
     from torchao.float8 import Float8LinearConfig
 
-    head = model.get_output_embeddings()
-    kept = [*find_first_last_linear_layers(model), *(name for name, module in model.named_modules() if module is head)]
-    convert_model_to_fp8_ao(
-        model,
-        config=Float8LinearConfig(pad_inner_dim=True),
-        module_filter_func=lambda module, name: filter_linear_layers(module, name, kept),
-    )
+    convert_model_to_fp8_ao(model, config=Float8LinearConfig(pad_inner_dim=True))
 
 
 def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> LMWithLoss:
@@ -3570,7 +3559,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Update every weight from its gradient, which is used up."""
         groups, found_inf = self.param_groups, getattr(self, "found_inf", None)
-        weights, learning_rate = groups[0]["params"], groups[0]["lr"]
+        weights, decay = groups[0]["params"], groups[0]["lr"] * groups[0]["weight_decay"]
         kept = 1.0 if found_inf is None else 1 - found_inf
         gradients, momenta = [weight.grad for weight in weights], []
         for weight in weights:
@@ -3580,19 +3569,20 @@ class Muon(torch.optim.AdamW):
         for gradient, momentum in zip(gradients, momenta, strict=True) if found_inf is not None else ():
             torch.where(found_inf.bool(), momentum, gradient, out=gradient)  # a NaN times 0 would stay one
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        torch._foreach_mul_(weights, 1 - kept * learning_rate * groups[0]["weight_decay"])
-        waiting = None
+        torch._foreach_mul_(weights, 1 - kept * decay)
+        waiting: Iterator[None] = iter(())
         for number, chunk in enumerate(self.chunks):
-            sent = self.orthogonalise(chunk, self.gathered[number % 2])
-            self.apply(waiting, kept, learning_rate)
+            sent = self.update(chunk, self.gathered[number % 2], kept)
+            next(sent)
+            next(waiting, None)
             waiting = sent
         self.param_groups = groups[1:]
         super().step()
         self.param_groups = groups
-        self.apply(waiting, kept, learning_rate)
+        next(waiting, None)
 
-    def orthogonalise(self, chunk: list[nn.Parameter], buffer: torch.Tensor) -> tuple[Any, ...]:
-        """Compute this rank's share of a chunk's updates and send it; returns what ``apply`` takes."""
+    def update(self, chunk: list[nn.Parameter], buffer: torch.Tensor, kept: torch.Tensor | float) -> Iterator[None]:
+        """Compute this rank's share of a chunk's updates and send it; resumed, wait for all of them and apply them."""
         shape = to_wide(chunk[0]).shape
         share = -(-len(chunk) // self.ranks)
         mine = chunk[self.rank * share : (self.rank + 1) * share]
@@ -3606,18 +3596,12 @@ class Muon(torch.optim.AdamW):
         scratch[len(mine) :].zero_()
         newton_schulz(scratch, part)
         work = dist.all_gather_into_tensor(updates, part, async_op=True) if self.ranks > 1 else None
-        return chunk, updates, work
-
-    @staticmethod
-    def apply(sent: tuple[Any, ...] | None, kept: torch.Tensor | float, learning_rate: float) -> None:
-        """Wait for a chunk's updates of all ranks and apply them."""
-        if sent is None:
-            return
-        chunk, updates, work = sent
+        yield
         if work:
             work.wait()  # on a GPU its stream waits, not the host
-        alpha = -0.2 * updates.shape[-1] ** 0.5 * learning_rate
+        alpha = -0.2 * shape[1] ** 0.5 * self.param_groups[0]["lr"]
         torch._foreach_add_(list(map(to_wide, chunk)), list(updates.mul_(kept)[: len(chunk)]), alpha=alpha)
+        yield
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
@@ -3665,8 +3649,8 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
 
 def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
     """Whether two steps run on every rank within ``MEMORY_TO_USE`` of its GPU; leaves the memory as it was."""
-    fits = torch.ones((), device=accelerator.device)
-    if cfg.device == "cuda":
+    fits, on_gpu = torch.ones((), device=accelerator.device), cfg.device == "cuda"
+    if on_gpu:
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
     try:
         try_steps(cfg, size, tokenizer, accelerator)
@@ -3676,7 +3660,7 @@ def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Acceler
         fits.zero_()
     torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
     accelerator.free_memory()  # it keeps the models that it prepared
-    if cfg.device == "cuda":
+    if on_gpu:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.reset_peak_memory_stats()
     if dist.is_initialized():
@@ -3687,16 +3671,16 @@ def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Acceler
 def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
     """Two steps on a new model without any collective, as one rank may fail alone.
 
-    Beside others DDP's buckets are there from the beginning, as the gradients that they are and,
-    as DDP makes them anew in the second forward pass and NCCL may keep the first ones, once more.
+    Beside others DDP's buckets are there from the beginning: as the gradients, which lie in them, and
+    once more, as DDP makes them anew in the second forward pass while NCCL may still hold the first ones.
     """
     loss_module = build_loss(cfg, tokenizer, accelerator.device)
     optimizer = build_optimizer(loss_module.model, cfg, alone=True)
     model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-    rows, buckets = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device), []
+    rows, first_buckets = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device), []
     for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
         weight.grad = torch.zeros_like(weight)
-        buckets.append(torch.empty_like(weight))
+        first_buckets.append(torch.empty_like(weight))
     for _ in range(2):
         model(rows).backward()
         optimizer.step()
@@ -4570,11 +4554,11 @@ def evaluate(run: Run) -> dict[str, float | None]:
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     run.loss_module.eval()
     for first in range(rank * size, len(rows), world_size * size):
-        missing = max(0, first + size - len(rows))  # one shape for every batch: nothing recompiles
-        batch = np.pad(rows[first : first + size], ((0, missing), (0, 0)), mode="edge")
-        tag = np.pad(tags[first : first + size], ((0, missing), (0, 0)), constant_values=-1)
-        batch = torch.from_numpy(batch).to(sums.device)
-        tag = torch.from_numpy(tag).to(sums.device).flatten() + 1  # column 0 takes the filling
+        # One shape for every batch, so that nothing recompiles; column 0 of the sums takes the filling.
+        numbers = np.arange(first, first + size)
+        filling, numbers = numbers >= len(rows), numbers.clip(max=len(rows) - 1)
+        batch = torch.from_numpy(rows[numbers]).to(sums.device)
+        tag = torch.from_numpy(np.where(filling[:, None], 0, tags[numbers] + 1)).to(sums.device).flatten()
         loss = run.loss_module(batch, reduction="none").double()
         is_text = (batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id).double()
         for line, value in zip(sums, (loss, torch.ones_like(loss), loss * is_text), strict=True):
@@ -4680,13 +4664,11 @@ def printable(text: str) -> str:
 def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
     """Show completions by prompt in the log, and add them to ``samples.md`` and to the trackers."""
     logger.info(f"📝 샘플 (스텝 {step:,}, {run.sample_seconds:.1f}초)")
-    quoted = []
+    quoted, path = [], run.cfg.output_dir / "samples.md"
     for prompt, text in texts.items():
-        logger.info(f"   [{prompt}]")
-        for line in wrap_width(" ".join(text.split()), 74):
-            logger.info(f"     {line}")
+        lines = "\n     ".join(wrap_width(" ".join(text.split()), 74))
+        logger.info(f"   [{prompt}]\n     {lines}")
         quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
-    path = run.cfg.output_dir / "samples.md"
     try:
         with open(path, "a", encoding="utf-8") as stream:
             stream.write("\n".join([f"## 스텝 {step:,}\n", *quoted, ""]))
