@@ -1734,13 +1734,11 @@ STATUS_FIGURES = {  # the last of each in metrics.jsonl: its label and format
     "memory_gb": ("메모리", "{:.1f} GB"),
 }
 FOLLOW_CODES = {"finished": 0, "stopped": STOPPED}  # by the run's last state; else ENVIRONMENT_ERROR
-LAST_LINES = 10  # of the log that --follow shows before what is new
-VALIDATION_CURVES = {"val_bits_per_byte": "all", "val_bits_per_byte_ko": "ko", "val_bits_per_byte_en": "en"}
-CURVES = (  # title, unit, and the figures with their labels
-    ("Training loss", "Cross entropy (nats/token)", {"loss": "moving average"}),
-    ("Validation", "Bits per byte of text", VALIDATION_CURVES),
-    ("Learning rate", "Learning rate of a step", {"learning_rate": "learning rate"}),
-    ("Speed", "Tokens/s (all ranks)", {"tokens_per_second": "tokens/s"}),
+CURVES = (  # title, unit, and the figures of metrics.jsonl
+    ("Training loss", "Cross entropy (nats/token)", ("loss",)),
+    ("Validation", "Bits per byte of text", ("val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")),
+    ("Learning rate", "Learning rate of a step", ("learning_rate",)),
+    ("Speed", "Tokens/s (all ranks)", ("tokens_per_second",)),
 )
 
 
@@ -1891,7 +1889,7 @@ def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
     with open(log_path(cfg.logs_dir, "training_console.log"), "rb") as stream:
         if mode == "follow":
             lines = stream.read().splitlines(keepends=True)
-            stream.seek(-sum(map(len, lines[-LAST_LINES:])), os.SEEK_END)
+            stream.seek(-sum(map(len, lines[-10:])), os.SEEK_END)
         elif mode == "stop":
             stream.seek(0, os.SEEK_END)
             if this_runs_info(cfg.output_dir, pid).get("stop_requested"):  # a second signal would end it unsaved
@@ -1921,16 +1919,16 @@ def draw_curves(output_dir: Path) -> None:
     figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
     figure.suptitle(f"Step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
     for axes, (title, unit, names) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
-        for name, label in names.items():
+        for name in names:
             known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = np.array(known).reshape(-1, 2).T
             if name == "loss":
-                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label="each")
+                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label="of the logged steps")
                 end, sums = np.arange(1, len(values) + 1), np.cumsum([0.0, *values])
                 begin = np.maximum(0, end - max(4, len(values) // 60))
                 values = (sums[end] - sums[begin]) / (end - begin)
             if known:
-                axes.plot(steps, values, marker="o" if names is VALIDATION_CURVES else "", markersize=3, label=label)
+                axes.plot(steps, values, marker="o" if "val" in name else "", markersize=3, label=name)
         axes.set(title=title, xlabel="Step", ylabel=unit)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params(axis="x", nbins=5, integer=True)
@@ -4291,23 +4289,6 @@ def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 # ======================================================================================
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a GPU; None where it isn't known."""
-    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def flops_per_token(decoder: nn.Module, max_seq_length: int) -> float:
-    """Training FLOPs of a token: 6 N + 12 layers hidden T, N without an untied input embedding.
-
-    Source: Chowdhery et al., "PaLM" (2022), appendix B.
-    """
-    config = decoder.config.get_text_config()
-    parameters = sum(weight.numel() for weight in decoder.parameters())
-    if not config.tie_word_embeddings:
-        parameters -= decoder.get_input_embeddings().weight.numel()
-    return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * max_seq_length
-
-
 class DelayedStats:
     """Adds up each step's figures over the ranks and reads them one step late.
 
@@ -4347,8 +4328,11 @@ class StepLog:
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state = run, state
-        self.peak = peak_flops(run.accelerator.device)
-        self.flops = flops_per_token(run.model, run.cfg.max_seq_length)
+        config, device = run.model.config.get_text_config(), run.accelerator.device
+        self.peak = named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        unused = 0 if config.tie_word_embeddings else run.model.get_input_embeddings().weight.numel()
+        weights = sum(weight.numel() for weight in run.model.parameters()) - unused
+        self.flops = training_flops(weights, config.num_hidden_layers, config.hidden_size, run.cfg.max_seq_length)
         self.recent: deque[dict[str, Any]] = deque(maxlen=100)
         self.unwritten = b""
         self.begun = time.monotonic() - state.elapsed_seconds
@@ -4364,10 +4348,8 @@ class StepLog:
         The line's loss is the mean over the steps since the last line; memory is the peak, on a CPU the process's.
         """
         run, losses = self.run, self.state.loss_window
-        if run.cfg.device == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (torch.cuda.max_memory_allocated() if run.cfg.device == "cuda" else resident) / 1e9
         logger.debug(f"step {step}: loss {loss:.6f}, grad_norm {grad_norm:.4f}, memory {memory:.2f} GB")
         losses.append(loss)
         if step % run.cfg.logging_steps and step not in (1, run.total_steps):
