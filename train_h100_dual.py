@@ -102,6 +102,7 @@ TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_t
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
+LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
 
 
 @dataclass(frozen=True)
@@ -688,14 +689,12 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0]
-    return sorted(found, key=checkpoint_step)
+    return sorted((path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0), key=checkpoint_step)
 
 
 def saved_models(output_dir: Path) -> list[Path]:
     """All that a run saved of its model: what a new one clears away where a test has run."""
-    initial = output_dir / "initial_model"
-    return [*list_checkpoints(output_dir), *([initial] if initial.exists() else [])]
+    return [*list_checkpoints(output_dir), *output_dir.glob("initial_model")]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -744,16 +743,6 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make_manifest(folder: Path) -> dict[str, Any]:
-    """Size in bytes and checksum of every file below ``folder``, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_checksum(path)}
-        for path in files
-    }
-    return {"files": entries}
-
-
 def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     """What is wrong with a checkpoint, as a Korean phrase; None if it is as its manifest says.
 
@@ -777,101 +766,110 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     return None
 
 
-def find_latest_checkpoint(output_dir: Path, thorough: bool = False, tell: Callable = lambda text: None) -> Path | None:
-    """The newest whole checkpoint that a run can go on from, or None; ``tell`` hears of each damaged one after it.
+def newest_checkpoint(output_dir: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that a run can go on from, and a phrase on each damaged one after it.
 
     Older ones hold only the model: the run itself took their training state away.
     """
+    damaged = []
     for path in reversed(list_checkpoints(output_dir)):
-        if not (path / "training_state").is_dir():
-            continue
-        damage = checkpoint_damage(path, thorough)
-        if damage is None:
-            return path
-        tell(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
-    return None
+        if (path / "training_state").is_dir():
+            damage = checkpoint_damage(path, thorough)
+            if damage is None:
+                return path, damaged
+            damaged.append(f"{display_path(path)} ({damage})")
+    return None, damaged
 
 
-def resume_checkpoint(cfg: TrainConfig, thorough: bool = False, tell: Callable = lambda text: None) -> Path | None:
-    """The checkpoint from which ``--resume`` goes on; None without ``--resume``.
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run begins: decided in ``find_resume_point`` only."""
+
+    accumulation: int
+    checkpoint: Path | None = None  # None: at its first step
+    info: dict[str, Any] = field(default_factory=dict)  # the checkpoint's training_info.json
+    notes: tuple[str, ...] = ()  # Korean, to be told
+
+
+def find_resume_point(
+    cfg: TrainConfig, world_size: int, fingerprint: str | None = None, thorough: bool = False
+) -> ResumePoint:
+    """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did.
+
+    The plan asks before the start, rank 0 asks again with the corpus's ``fingerprint`` and, if
+    ``thorough``, the files' checksums.  The other machines, which may not have the checkpoints, don't.
 
     Raises:
-        FileNotFoundError: there is none, it holds no training state, or it is damaged.
+        EnvironmentProblem: there is nothing whole to go on from, or it doesn't fit the options or the corpus.
     """
-    if cfg.resume is None:
-        return None
+    if cfg.resume is None or node_rank():
+        return ResumePoint(cfg.gradient_accumulation_steps)
     if cfg.resume == "auto":
-        found = find_latest_checkpoint(cfg.output_dir, thorough, tell)
-        begun = (
-            not list_checkpoints(cfg.output_dir) and read_json(cfg.output_dir / "run_info.json").get("mode") == "train"
-        )
-        if found is None and begun:  # it ended before its first checkpoint: all there is to resume is its start
-            tell("아직 체크포인트가 없어 처음부터 시작합니다")
-            return None
-        if found is None:
-            raise FileNotFoundError(
-                f"이어서 학습할 체크포인트가 없습니다: {cfg.output_dir} "
-                "(--resume 없이 시작하거나 --output-dir 를 확인하세요)"
+        checkpoint, damaged = newest_checkpoint(cfg.output_dir, thorough)
+    else:
+        checkpoint, damaged = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser())), []
+        if not (checkpoint / "training_state").is_dir():
+            raise EnvironmentProblem(
+                f"학습 상태가 없는 체크포인트입니다: {checkpoint} "
+                "(training_state/ 가 있는 것을 주거나 --init-from 을 쓰세요)"
             )
-        return found
-    path = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
-    if not (path / "training_state").is_dir():
-        raise FileNotFoundError(
-            f"학습 상태가 없는 체크포인트입니다: {path} (training_state/ 가 있는 것을 주거나 --init-from 을 쓰세요)"
+        damage = checkpoint_damage(checkpoint, thorough)
+        if damage:
+            text = f"손상된 체크포인트입니다: {checkpoint} ({damage}). --resume auto 는 온전한 것을 찾습니다"
+            raise EnvironmentProblem(text)
+    if checkpoint is None:
+        begun = read_json(cfg.output_dir / "run_info.json").get("mode") == "train"
+        if begun and not list_checkpoints(cfg.output_dir):  # all there is to resume is its start
+            return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
+        advice = "--resume 없이 시작하거나 --output-dir 를 확인하세요"
+        problems = [f"이어서 학습할 체크포인트가 없습니다: {cfg.output_dir} ({advice})"]
+        raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
+    notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
+    info = read_json(checkpoint / "training_info.json")
+    problems = resume_problems(cfg, checkpoint, info, fingerprint)
+    if problems:
+        raise EnvironmentProblem(problems)
+    tokens, rows = info["tokens_seen"] // info["step"], cfg.batch_size * world_size
+    accumulation, rest = divmod(tokens, rows * cfg.max_seq_length)
+    if rest or not accumulation:
+        raise EnvironmentProblem(
+            f"체크포인트의 스텝당 토큰({tokens:,})을 프로세스 {world_size}개 x --batch-size {cfg.batch_size} x "
+            f"길이 {cfg.max_seq_length:,}(으)로 나눌 수 없습니다. --batch-size 나 GPU 수를 바꾸세요"
         )
-    damage = checkpoint_damage(path, thorough)
-    if damage is not None:
-        raise FileNotFoundError(f"손상된 체크포인트입니다: {path} ({damage}). --resume auto 는 온전한 것을 찾습니다")
-    return path
+    if accumulation != cfg.gradient_accumulation_steps:
+        notes.append(
+            f"스텝당 토큰({tokens:,})을 체크포인트와 같게 두려고 기울기 누적을 {cfg.gradient_accumulation_steps} → "
+            f"{accumulation} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
+        )
+    return ResumePoint(accumulation, checkpoint, info, tuple(notes))
 
 
-def match_global_batch(cfg: TrainConfig, world_size: int, info: dict[str, Any]) -> tuple[int, str | None]:
-    """The accumulation with which a step reads as many tokens as it did in the checkpoint of ``info``.
-
-    So other ranks or another batch size give the same global batches.  Returns a Korean line on
-    what was changed; without one, nothing was, and ``resume_problems`` tells what doesn't fit.
-    """
-    wanted = info["tokens_seen"] // max(1, info["step"])
-    steps, rest = divmod(wanted, replace(cfg, gradient_accumulation_steps=1).tokens_per_step(world_size))
-    typed = any(word.partition("=")[0] == "--gradient-accumulation-steps" for word in sys.argv)
-    if typed or rest or steps in (0, cfg.gradient_accumulation_steps):
-        return cfg.gradient_accumulation_steps, None
-    note = (
-        f"스텝당 토큰({wanted:,})을 체크포인트와 같게 두려고 기울기 누적을 "
-        f"{cfg.gradient_accumulation_steps} → {steps} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
-    )
-    return steps, note
-
-
-def resume_problems(cfg: TrainConfig, world_size: int, info: dict[str, Any], fingerprint: str | None) -> list[str]:
+def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str | None) -> list[str]:
     """What keeps a run from going on from a checkpoint with this ``training_info.json``, one sentence each.
 
     Other rows than those that an undisturbed run would read next are never read in silence.
-    ``fingerprint`` is the corpus's, where it is known.
     """
+    if info.get("layout_version") != LAYOUT_VERSION:
+        return [
+            f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint} "
+            "(행의 순서와 학습 상태의 형식이 다릅니다). "
+            f"가중치만 이어받아 새로 시작하려면 --resume 대신 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요"
+        ]
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
-    problems = []
-    before_options = {"optimizer": "adamw", **info["options"]}  # checkpoints from before there was a choice
+    problems, before = [], info["options"]
     fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
-    sources = [name for name in ("init_from", "tokenizer") if getattr(cfg, name) or before_options.get(name)]
+    sources = [name for name in ("init_from", "tokenizer") if getattr(cfg, name) or before[name]]
     # Another path may name the same files; whether there is one has to stay.
-    fixed += [name for name in sources if not (getattr(cfg, name) and before_options.get(name))]
+    fixed += [name for name in sources if not (getattr(cfg, name) and before[name])]
     fixed += [] if sources else ["vocab_size"]
-    if "init_from" not in sources and not cfg.model_config and not before_options.get("model_config"):
+    if "init_from" not in sources and not cfg.model_config and not before["model_config"]:
         fixed.append("model_size")
     for name in fixed:
-        value, typed = before_options.get(name), as_typed(name)
+        value, typed = before[name], as_typed(name)
         if str(getattr(cfg, name)) != str(value):
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
-    before, steps = info["tokens_seen"] // max(1, info["step"]), match_global_batch(cfg, world_size, info)[0]
-    after = steps * cfg.batch_size * world_size * cfg.max_seq_length
-    if before != after and not problems:
-        problems.append(
-            f"스텝당 토큰이 체크포인트({before:,})와 다릅니다({after:,}). "
-            "GPU 수 x --batch-size x --gradient-accumulation-steps 가 같아야 합니다"
-        )
     if fingerprint not in (None, info["data_fingerprint"]):
         problems.append(
             "체크포인트와 데이터의 내용이 다릅니다. 같은 데이터와 토크나이저로 이어서 학습하거나, "
@@ -1390,7 +1388,6 @@ def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     """What keeps a run from starting on this machine's files, one Korean sentence each."""
     problems = file_problems(lambda: output_problems(cfg))
     problems += file_problems(lambda: corpus_files(cfg) and [])
-    problems += file_problems(lambda: planned_resume(cfg, world_size)[1])
     problems += file_problems(lambda: source_problems(cfg))
     if (cfg.max_tokens or math.inf) < cfg.tokens_per_step(world_size):
         one = f"{cfg.tokens_per_step(world_size):,}"
@@ -1443,22 +1440,16 @@ def too_many_words(words: int, have: int) -> str:
     return f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {have:,}개보다 큽니다. 모델의 토크나이저를 쓰세요"
 
 
-def planned_resume(cfg: TrainConfig, world_size: int) -> tuple[dict[str, Any], list[str]]:
-    """The ``training_info.json`` that a run goes on from, if it does, and what doesn't fit to it.
-
-    As far as that can be told before the corpus is opened; on other machines than the first, which
-    may not have the checkpoint, it can't.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint to go on from.
-    """
-    checkpoint = None if node_rank() else resume_checkpoint(cfg)
-    if checkpoint is None:
-        return {}, []
-    files = corpus_files(cfg)
-    report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
-    info = read_json(checkpoint / "training_info.json")
-    return info, resume_problems(cfg, world_size, info, report.get("fingerprint"))
+def planned_resume(cfg: TrainConfig, world_size: int) -> tuple[ResumePoint, list[str]]:
+    """Where a run will begin, as far as it can be told before the corpus is opened, or why it can't."""
+    try:
+        files = corpus_files(cfg) if cfg.resume else []
+        report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
+        return find_resume_point(cfg, world_size, report.get("fingerprint")), []
+    except EnvironmentProblem as error:
+        return ResumePoint(cfg.gradient_accumulation_steps), error.problems
+    except OSError:  # of the corpus, whose own rule tells it
+        return ResumePoint(cfg.gradient_accumulation_steps), []
 
 
 def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
@@ -1519,15 +1510,13 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     if wrong:
         raise UsageProblem(wrong)
     world_size, gpus = node_count() * processes, gpus[:processes]
-    problems += plan_problems(cfg, world_size)
+    point, refused = planned_resume(cfg, world_size)
+    problems += plan_problems(cfg, world_size) + refused
     if problems:
         raise EnvironmentProblem(problems)
-    info, _ = planned_resume(cfg, world_size)
-    step_tokens, done = cfg.tokens_per_step(world_size), info.get("step", 0)
-    if info:
-        accumulation, note = match_global_batch(cfg, world_size, info)
-        step_tokens = step_tokens // cfg.gradient_accumulation_steps * accumulation
-        notes += [note] if note else []
+    step_tokens, done = cfg.tokens_per_step(world_size), point.info.get("step", 0)
+    step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
+    notes += point.notes
     tokens, exact = estimate_tokens(cfg, corpus_files(cfg))
     steps, left, exact = None, None, exact or bool(cfg.max_steps)
     if cfg.max_steps or tokens is not None:
@@ -3781,12 +3770,11 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights (on the CPU), configuration and tokenizer as a Hugging Face model."""
+def write_model(folder: Path, run: Run) -> None:
+    """Write what makes weights a Hugging Face model: configuration and tokenizer."""
     from transformers import GenerationConfig
 
     decoder, tokenizer = run.model, run.corpus.tokenizer
-    write_tensors(folder / "pytorch_model.bin", weights)
     config = decoder.config.to_dict()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
@@ -3814,33 +3802,31 @@ def write_rope_as_before(path: Path) -> None:
     write_json(path, config)
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """``torch.save`` through a Python file, which tells a full disk from other errors."""
-    with open(path, "wb") as stream:
-        torch.save(content, stream)
+def write_tensors(path: Path, content: dict[str, Any]) -> str:
+    """``torch.save``; returns the file's SHA-256, taken while its bytes pass."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as stream:  # a Python file tells a full disk from other errors
+
+        def write(data: bytes) -> int:
+            digest.update(data)
+            return stream.write(data)
+
+        torch.save(content, SimpleNamespace(write=write, flush=stream.flush))
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read what ``write_tensors`` wrote, to the CPU; nothing in it is ever executed.
+    """Map what ``write_tensors`` wrote into host memory; nothing in it is ever executed.
 
     Raises:
         RuntimeError: it holds something other than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise RuntimeError(
             f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)"
         ) from error
-
-
-def dedupe_tied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give tied weights one tensor object, so that they are moved and written once."""
-    first: dict[tuple, torch.Tensor] = {}
-    return {
-        name: first.setdefault((value.data_ptr(), value.shape) if value.numel() else name, value)
-        for name, value in weights.items()
-    }
 
 
 @contextmanager
@@ -3876,11 +3862,12 @@ def save_initial_model(run: Run) -> None:
     begun = time.monotonic()
     if run.is_main:
         logger.info("🚀 초기 모델 저장 중...")
-        weights = {name: value.cpu() for name, value in dedupe_tied(run.model.state_dict()).items()}
+        weights = run.saver.copy_weights(run.model)
         try:
-            check_room(run.cfg.output_dir, tensor_bytes(weights))
+            check_room(run)
             with atomic_dir(folder) as temporary:
-                write_model(temporary, run, weights)
+                write_tensors(temporary / "pytorch_model.bin", weights)
+                write_model(temporary, run)
                 write_json(temporary / "model_info.json", model_info(run))
             logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
         except OSError as error:
@@ -3916,24 +3903,23 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
-    batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
-    world_size = run.accelerator.num_processes
     rows = run.corpus.rows(run.cfg.max_seq_length)
+    batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
     return {
+        "layout_version": LAYOUT_VERSION,
         "step": state.step,
         "total_steps": run.total_steps,
         "epoch": state.tokens_seen / (rows * run.cfg.max_seq_length),
         "stream_epochs": domain_epochs(run.cfg, run.corpus, state.tokens_seen),
         "tokens_seen": state.tokens_seen,
         "loss": state.loss,
-        **dict.fromkeys(evaluation_figures(np.zeros((3, 0)), np.zeros(0), [])),
         **state.evaluation,
         "evaluation_step": state.evaluation_step,
         "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
         "elapsed_seconds": state.elapsed_seconds,
         "tokens_per_second": state.tokens_seen / state.elapsed_seconds if state.elapsed_seconds else None,
         "skipped_steps": state.skipped_steps,
-        "world_size": world_size,
+        "world_size": run.accelerator.num_processes,
         "mode": run.cfg.mode,
         "data_fingerprint": run.corpus.report["fingerprint"],
         "tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer),
@@ -3946,28 +3932,19 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     }
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of the generators that a model with dropout draws from on this rank."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
 class Saver:
     """Writes checkpoints in a thread of rank 0 beside training, one at a time.
 
-    The loop waits only for the copy to host memory; its buffers are allocated at the first save and
-    serve every later one.  A failure is kept until the loop asks how the save ended.
+    The loop waits only for the copy to host memory; its buffers are allocated once and serve every
+    save.  A failure is kept until the loop asks how the save ended.
     """
 
-    def __init__(self, stop: StopFlag):
-        self.stop = stop
+    def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
         self.thread: threading.Thread | None = None
         self.step = -1
         self.error: Exception | None = None
-        self.begun = self.seconds = 0.0
+        self.seconds = 0.0
 
     @property
     def busy(self) -> bool:
@@ -3976,49 +3953,63 @@ class Saver:
 
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        if name not in self.buffers:
             try:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             except RuntimeError as error:  # the host has too little memory that can't be swapped out
                 logger.debug(f"{name} is copied to ordinary memory: {error}")
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self.buffers[name] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+                self.buffers[name] = torch.empty_like(tensor, device="cpu")
+        return self.buffers[name].copy_(tensor, non_blocking=True)
 
-    def start(self, step: int, write: Callable[[], None]) -> None:
-        """Let ``write`` run in the thread; none may be running."""
-        assert self.thread is None
-        self.step, self.error, self.begun = step, None, time.monotonic()
-        self.thread = threading.Thread(target=self.work, args=(write,), name="saver", daemon=True)
+    def copy_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Copy a model's weights, tied ones into one buffer, and wait for this and the copies before it."""
+        first: dict[tuple, str] = {}
+        weights = {
+            name: self.copy(first.setdefault((value.data_ptr(), value.shape), name), value)
+            for name, value in model.state_dict().items()
+        }
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
+        return weights
+
+    def start(self, step: int, write: Callable[..., None], *arguments: Any) -> None:
+        """Call ``write`` in the thread; none may be running."""
+
+        def work() -> None:
+            begun = time.monotonic()
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on a CPU, training needs the same cores
+            try:
+                write(*arguments)
+            except Exception as error:  # reported at the next step
+                self.error = error
+            self.seconds = time.monotonic() - begun
+
+        self.step, self.error = step, None
+        self.thread = threading.Thread(target=work, name="saver", daemon=True)
         self.thread.start()
 
-    def work(self, write: Callable[[], None]) -> None:
-        """The thread: on a CPU it gives way to training, which needs the same cores."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        try:
-            write()
-        except Exception as error:  # reported at the next step
-            self.error = error
-        self.seconds = time.monotonic() - self.begun
 
-    def wait(self, seconds: float = math.inf) -> bool:
-        """Wait for the save that is being written; returns whether it ended in that time."""
-        deadline = time.monotonic() + seconds
-        while self.busy and time.monotonic() < deadline:
-            self.thread.join(min(1, deadline - time.monotonic()))
-            self.stop.heartbeat()
-        return not self.busy
+def wait_for_saver(run: Run) -> None:
+    """Wait on every rank until rank 0 writes no checkpoint any more, which then says how that ended.
 
-
-def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Size of tensors as they are written, tied ones once."""
-    return sum(value.numel() * value.element_size() for value in {id(item): item for item in tensors.values()}.values())
+    A loop of short collectives, so that no rank's hang timer takes a slow disk for a hang.
+    """
+    busy = torch.ones((), device=run.accelerator.device)
+    with log_waiting("앞선 체크포인트의 저장을 기다리는 중"):
+        while busy:
+            if run.saver.busy:
+                run.saver.thread.join(1.0)
+            busy.fill_(run.saver.busy)  # other ranks have none
+            if dist.is_initialized():
+                dist.broadcast(busy, src=0)
+            run.stop.heartbeat()
+    report_save(run)
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise OSError (ENOSPC) unless a disk has room for ``size`` bytes and what lies beside tensors."""
-    needed, free = size + (16 << 20), shutil.disk_usage(folder).free
+def check_room(run: Run) -> None:
+    """Raise OSError (ENOSPC) unless the disk has room for what was copied and the small files beside it."""
+    needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
+    free = shutil.disk_usage(run.cfg.output_dir).free
     if free < needed:
         text = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
         raise OSError(errno.ENOSPC, text)
@@ -4032,133 +4023,106 @@ def save_problem(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
-def save_checkpoint(run: Run, state: TrainState, last: bool = False) -> None:
-    """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there.
+def save_checkpoint(run: Run, state: TrainState) -> None:
+    """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there; all ranks call it.
 
-    The directory is whole or not there at all, also when killed while writing.  After the ``last``
-    one no rank waits for another any more.
+    The directory is whole or not there at all, also when killed while writing.
     """
-    generators = [rng_state(run.accelerator.device)] * run.accelerator.num_processes
+    wait_for_saver(run)
+    device = run.accelerator.device
+    generators = {"cpu": torch.get_rng_state()}  # that a model with dropout draws from
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    gathered = [generators] * run.accelerator.num_processes
     if dist.is_initialized():
-        dist.all_gather_object(generators, generators[0])
-    if last:
-        run.stop.finish()
-    if not run.is_main:
-        return
-    # The other ranks wait in the next step meanwhile: longer, and their watchdogs would call it a hang.
-    if not last and not run.saver.wait(30 * run.cfg.hang_timeout):
-        logger.warning(
-            f"⚠️  스텝 {run.saver.step:,}의 저장이 아직 끝나지 않아 스텝 {state.step:,}은(는) 저장하지 않습니다. "
-            "디스크가 느리면 --save-steps 를 늘리세요"
-        )
-        return
-    report_save(run, wait=True)
-    logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
-    try:
-        check_room(run.cfg.output_dir, checkpoint_bytes(run))
-        weights, content = snapshot(run, state, generators)
-    except OSError as error:
-        run.saver.step, run.saver.error = state.step, error
-        report_failed_save(run)
-        return
-    info = training_info(run, state)
-    run.saver.start(state.step, lambda: write_checkpoint(run, state.step, weights, content, info))
-
-
-def checkpoint_bytes(run: Run) -> int:
-    """Size of the tensors of a checkpoint."""
-    moments = [item for values in run.optimizer.state.values() for item in values.values() if torch.is_tensor(item)]
-    return tensor_bytes(dedupe_tied(run.model.state_dict())) + tensor_bytes(dict(enumerate(moments)))
+        dist.all_gather_object(gathered, generators)
+    if run.is_main:
+        logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
+        weights, content = snapshot(run, state, gathered)
+        run.saver.start(state.step, write_checkpoint, run, weights, content, training_info(run, state))
 
 
 def snapshot(run: Run, state: TrainState, generators: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights, and everything else that going on needs, in host memory that the next steps don't touch."""
-    copies: dict[int, torch.Tensor] = {}
-    weights = dedupe_tied(run.model.state_dict())
-    for name, value in weights.items():
-        if id(value) not in copies:
-            copies[id(value)] = run.saver.copy(name, value)
-    optimizer = run.optimizer.state_dict()
-    optimizer["state"] = {
-        index: {
-            name: run.saver.copy(f"{index}.{name}", value) if torch.is_tensor(value) else value
-            for name, value in values.items()
-        }
-        for index, values in optimizer["state"].items()
+    moments = {
+        name: {kind: run.saver.copy(f"{name} {kind}", value) for kind, value in run.optimizer.state[weight].items()}
+        for name, weight in run.model.named_parameters()
+        if weight in run.optimizer.state
     }
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
     content = {
-        "optimizer": optimizer,
+        "optimizer": moments,
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "generators": generators,
         "progress": asdict(state),
     }
-    return {name: copies[id(value)] for name, value in weights.items()}, content
+    return run.saver.copy_weights(run.model), content
 
 
-def write_checkpoint(
-    run: Run, step: int, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]
-) -> None:
-    """Write a checkpoint from host memory; what it replaces goes only once it is there."""
-    with atomic_dir(run.cfg.output_dir / f"checkpoint-{step}") as temporary:
-        write_model(temporary, run, weights)
-        write_json(temporary / "training_info.json", info)
+def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
+    """Write a checkpoint from host memory, in the saver's thread; what it replaces goes only once it is there."""
+    check_room(run)
+    with atomic_dir(run.cfg.output_dir / f"checkpoint-{info['step']}") as temporary:
         (temporary / "training_state").mkdir()
-        write_tensors(temporary / "training_state" / "state.pt", content)
-        write_json(temporary / MANIFEST, make_manifest(temporary))
+        hashes = {
+            name: write_tensors(temporary / name, tensors)
+            for name, tensors in (("pytorch_model.bin", weights), ("training_state/state.pt", content))
+        }
+        write_model(temporary, run)
+        write_json(temporary / "training_info.json", info)
+        paths = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
+        files = {
+            name: {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_checksum(path)}
+            for name, path in sorted(paths.items())
+        }
+        write_json(temporary / MANIFEST, {"files": files})
     remove_old_checkpoints(run.cfg)
 
 
-def report_save(run: Run, wait: bool = False) -> None:
-    """Tell how the save ended that was being written, if it has ended; with ``wait``, once it has."""
+def report_save(run: Run) -> None:
+    """Tell, once, how the save ended that was being written; after a failure the next interval tries again."""
     saver = run.saver
-    if wait:
-        saver.wait()
     if saver.thread is None or saver.busy:
         return
     saver.thread = None
     run.save_seconds = saver.seconds
-    if saver.error is not None:
-        report_failed_save(run)
+    if saver.error is None:
+        folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
+        logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({saver.seconds:.1f}초)")
         return
-    folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
-    logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({saver.seconds:.1f}초)")
-
-
-def report_failed_save(run: Run) -> None:
-    """Tell that a save failed and what is left; the next interval tries again."""
     note_count(run, "failed_saves", read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1)
-    error, last = run.saver.error, find_latest_checkpoint(run.cfg.output_dir)
-    logging.getLogger("traceback").error("a save failed", exc_info=error)
+    logging.getLogger("traceback").error("a save failed", exc_info=saver.error)
     logger.warning(
-        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {run.saver.step:,}): {save_problem(error)}. "
-        f"다음 저장 때 다시 시도합니다. 마지막 체크포인트: {display_path(last) if last else '없음'}"
+        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {save_problem(saver.error)}. "
+        f"다음 저장 때 다시 시도합니다. {last_checkpoint(run.cfg)}"
     )
 
 
+def last_checkpoint(cfg: TrainConfig) -> str:
+    """What is left after a failure, in Korean."""
+    newest, _ = newest_checkpoint(cfg.output_dir)
+    return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
+
+
 def note_count(run: Run, name: str, count: int) -> None:
-    """Keep in ``run_info.json`` how often something went wrong, for ``--status``."""
-    if not run.is_main:
-        return
-    try:
-        update_run_info(run.cfg.output_dir, **{name: count})
-    except OSError as error:  # a full disk, of which the log has told
-        logger.debug(f"{name} was not kept: {error}")
+    """Keep in ``run_info.json`` how often something went wrong, for ``--status``; not on a full disk."""
+    if run.is_main:
+        with suppress(OSError):
+            update_run_info(run.cfg.output_dir, **{name: count})
 
 
 def finish_saving(run: Run, state: TrainState) -> None:
-    """Wait for the last save.
+    """Wait, on rank 0 alone, for the last save.
 
     Raises:
         RuntimeError: the last step could not be saved.
     """
-    report_save(run, wait=True)
+    if run.saver.thread is not None:
+        run.saver.thread.join()
+    report_save(run)
     if run.saver.step == state.step and run.saver.error is not None:
-        last = find_latest_checkpoint(run.cfg.output_dir)
         raise RuntimeError(
-            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {save_problem(run.saver.error)}. 공간을 비우고 "
-            f"--train --resume 으로 이어서 하세요. 마지막 체크포인트: {display_path(last) if last else '없음'}"
+            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {save_problem(run.saver.error)}. "
+            f"공간을 비우고 --train --resume 으로 이어서 하세요. {last_checkpoint(run.cfg)}"
         ) from run.saver.error
 
 
@@ -4177,29 +4141,23 @@ def remove_old_checkpoints(cfg: TrainConfig) -> None:
             remove_directory(path / "training_state")
 
 
-def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> tuple[int, Path | None]:
-    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank starts.
-
-    Returns the accumulation, adapted to the ranks, and the checkpoint.
+def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> ResumePoint:
+    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank begins.
 
     Raises:
-        FileNotFoundError: there is no checkpoint to go on from.
+        EnvironmentProblem: as ``find_resume_point``.
         RuntimeError: the ranks have different corpora.
     """
-    decided: list[Any] = [None, cfg.gradient_accumulation_steps, fingerprint]
+    decided: list[Any] = [None, fingerprint]
     if accelerator.is_main_process:
-        checkpoint = resume_checkpoint(cfg, thorough=True, tell=lambda text: logger.warning(f"⚠️  {text}"))
-        if checkpoint is not None:
-            info = read_json(checkpoint / "training_info.json")
-            decided[1], note = match_global_batch(cfg, accelerator.num_processes, info)
-            if note:
-                logger.info(f"⚠️  {note}")
-        decided[0] = checkpoint and str(checkpoint)
+        decided[0] = find_resume_point(cfg, accelerator.num_processes, fingerprint, thorough=True)
+        for note in decided[0].notes:
+            logger.info(f"⚠️  {note}")
     if dist.is_initialized():
         dist.broadcast_object_list(decided, src=0)
-    if decided[2] != fingerprint:
+    if decided[1] != fingerprint:
         raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
-    return decided[1], decided[0] and Path(decided[0])
+    return decided[0]
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
@@ -4208,9 +4166,9 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     Rank 0 reads it; the others, which may be on other machines, get all of it from there.
 
     Raises:
-        EnvironmentProblem: the run it belongs to read other data or had another number of tokens a step.
+        EnvironmentProblem: its weights don't fit the model, or the run would end before its step.
     """
-    content = broadcast_checkpoint(run, read_checkpoint(run, folder) if run.is_main else None)
+    content = broadcast_checkpoint(run, read_checkpoint(run, folder) if run.is_main else {})
     info = content["info"]
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
@@ -4234,9 +4192,6 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
 def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
     """Read a checkpoint, put its weights into the model, and return the rest; EnvironmentProblem if it doesn't fit."""
     info = read_json(folder / "training_info.json")
-    problems = resume_problems(run.cfg, run.accelerator.num_processes, info, run.corpus.report["fingerprint"])
-    if problems:
-        raise EnvironmentProblem(problems)
     refuse_too_few_steps(run.total_steps, info["step"])
     weights = read_tensors(folder / "pytorch_model.bin")
     try:
@@ -4247,35 +4202,34 @@ def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
     return {**read_tensors(folder / "training_state" / "state.pt"), "info": info}
 
 
-def broadcast_checkpoint(run: Run, content: dict[str, Any] | None) -> dict[str, Any]:
-    """Give every rank the weights and the optimizer's state of rank 0; returns the rest of the content."""
+def broadcast_checkpoint(run: Run, content: dict[str, Any]) -> dict[str, Any]:
+    """Give every rank the weights of rank 0's model and, a tensor at a time, the optimizer's state in ``content``.
 
-    def map_state(content: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        optimizer = content["optimizer"]
-        state = {
-            index: {name: change(value) if torch.is_tensor(value) else value for name, value in values.items()}
-            for index, values in optimizer["state"].items()
+    Returns rank 0's content, of which the others have only the shapes of the optimizer's tensors.
+    """
+    if dist.is_initialized():
+        shapes = {
+            name: {kind: value.to("meta") for kind, value in moments.items()}
+            for name, moments in content.get("optimizer", {}).items()
         }
-        return {**content, "optimizer": {**optimizer, "state": state}}
-
-    if dist.is_initialized():
-        box = [content and map_state(content, lambda value: value.to("meta"))]
+        box = [{**content, "optimizer": shapes}]
         dist.broadcast_object_list(box, src=0)
-        content = content or map_state(box[0], lambda value: torch.zeros_like(value, device="cpu"))
-    decay = [group["weight_decay"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(content["optimizer"])
-    for group, value in zip(run.optimizer.param_groups, decay, strict=True):
-        group["weight_decay"] = value  # this run's option, not the saved one
-    if dist.is_initialized():
-        loaded = run.optimizer.state_dict()["state"]
-        moments = [item for index in sorted(loaded) for item in loaded[index].values() if torch.is_tensor(item)]
-        for tensor in [*dedupe_tied(run.model.state_dict()).values(), *moments]:
-            dist.broadcast(tensor.detach(), src=0)
+        content = content or box[0]
+        for weight in run.model.state_dict().values():
+            dist.broadcast(weight, src=0)
+    for name, weight in run.model.named_parameters():
+        for kind, value in content["optimizer"].get(name, {}).items():
+            moment = torch.empty_like(value, device=weight.device)
+            if run.is_main:
+                moment.copy_(value)
+            if dist.is_initialized():
+                dist.broadcast(moment, src=0)
+            run.optimizer.state[weight][kind] = moment
     return content
 
 
-FREE_TO_CHANGE = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "num_workers"}
-FREE_TO_CHANGE |= {"prompt", "report_to", "sample_steps"}
+FREE_TO_CHANGE = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "prompt", "report_to"}
+FREE_TO_CHANGE |= {"sample_steps"}
 
 
 def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -4899,15 +4853,11 @@ def stop_if_skipping(run: Run, state: TrainState) -> None:
     scaler, often = run.accelerator.scaler, len(state.skipped_recently)
     if (scaler is not None and scaler.get_scale() >= 1) or (state.skipped_in_a_row < 5 and often <= 10):
         return
-    if run.is_main:
-        report_save(run, wait=True)
-    run.accelerator.wait_for_everyone()  # only then all ranks see the same checkpoints
-    last = find_latest_checkpoint(run.cfg.output_dir)
+    wait_for_saver(run)  # only then all ranks see the same checkpoints
     count = "다섯 스텝 연속으로" if state.skipped_in_a_row >= 5 else f"최근 1,000스텝 가운데 {often}스텝에서"
     raise RuntimeError(
         f"{count} 손실이나 기울기가 유한하지 않아(NaN/Inf) 학습을 중단합니다. --learning-rate 를 낮추거나, 어텐션 커널"
-        f"({run.backend})이 원인인지 --attention flash 로 확인하세요. "
-        f"마지막 체크포인트: {display_path(last) if last else '없음'}"
+        f"({run.backend})이 원인인지 --attention flash 로 확인하세요. {last_checkpoint(run.cfg)}"
     )
 
 
@@ -4978,7 +4928,7 @@ def train(run: Run, state: TrainState) -> str:
             if samples and (last or not stopping):
                 generate_samples(run, state)
             if saves or stopping:
-                save_checkpoint(run, state, last=last or stopping)
+                save_checkpoint(run, state)
                 run.stop.heartbeat()
                 if run.is_main and not last and not stopping:
                     run.painter.draw(cfg)
@@ -5133,7 +5083,7 @@ def build_run(
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     backend = attention_backend(decoder, cfg, size)
     return Run(
-        cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver(stop)
+        cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver()
     )
 
 
@@ -5175,12 +5125,12 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     log_report(corpus.report, corpus.path)
     with attention_kernels(cfg.attention):
         accelerator = build_accelerator(cfg)
-        accumulation, checkpoint = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
-        run = build_run(cfg, corpus, stop, accelerator, accumulation)
-        state = load_checkpoint(run, checkpoint) if checkpoint else TrainState()
+        point = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
+        run = build_run(cfg, corpus, stop, accelerator, point.accumulation)
+        state = load_checkpoint(run, point.checkpoint) if point.checkpoint else TrainState()
         stop.defer()
         begin_at(run, state)
-        if checkpoint is None and cfg.save_initial:
+        if point.checkpoint is None and cfg.save_initial:
             save_initial_model(run)
         done = state.step >= run.total_steps
         ended = "finished" if done else train_quietly(run, state)
@@ -5228,7 +5178,9 @@ def train_quietly(run: Run, state: TrainState) -> str:
     try:
         return train(run, state)
     except Exception as error:
-        run.saver.wait()  # a save that has begun is not lost
+        while run.saver.busy:  # a save that has begun is not lost
+            run.saver.thread.join(1.0)
+            run.stop.heartbeat()
         if is_out_of_memory(error):
             raise out_of_memory(run.batch_size) from error
         raise

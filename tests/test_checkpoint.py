@@ -10,17 +10,19 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import wait_for
-from samples import WILD_TEXTS, config, tiny_run, write_corpus
+from conftest import LAUNCHER, SCRIPT, wait_for
+from samples import ROOT, WILD_TEXTS, config, options, tiny_run, write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train_h100_dual as t
 
+OLD = ROOT / "tests" / "fixtures" / "checkpoint-4-of-f50eeef"
 (OTHER_OPTIMIZER,) = set(t.OPTIMIZERS) - {t.TrainConfig().optimizer}
 
 
@@ -177,6 +179,17 @@ def test_the_manifest_is_what_sha256sum_says_of_every_file(trained):
         assert entry["sha256"] == said.split()[0]
 
 
+def sign(folder: Path) -> None:
+    """Make the manifest fit a checkpoint that was changed."""
+    (folder / t.MANIFEST).unlink()
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": t.file_checksum(path)}
+        for path in paths
+    }
+    t.write_json(folder / t.MANIFEST, {"files": files})
+
+
 def flip_bit(path: Path, place: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 4
@@ -202,20 +215,30 @@ def test_a_file_cut_off_or_lost_is_damage_at_the_first_look(trained, tmp_path):
         assert name in t.checkpoint_damage(folder, thorough=False)
         (folder / name).unlink()
         assert name in t.checkpoint_damage(folder, thorough=False)
-        assert t.find_latest_checkpoint(folder.parent) is None
+        assert t.newest_checkpoint(folder.parent)[0] is None
 
 
-def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_after_it_are_named(trained, tmp_path):
+def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(trained, tmp_path):
+    run, _, output = trained
     for step in (4, 8, 12, 16):
-        shutil.copytree(trained[2] / "checkpoint-4", tmp_path / f"checkpoint-{step}")
+        shutil.copytree(output / "checkpoint-4", tmp_path / f"checkpoint-{step}")
     flip_bit(tmp_path / "checkpoint-12" / "pytorch_model.bin")
     (tmp_path / "checkpoint-16" / "config.json").unlink()
-    told = []
-    assert t.find_latest_checkpoint(tmp_path, thorough=True, tell=told.append) == tmp_path / "checkpoint-8"
-    assert ["checkpoint-16" in told[0], "checkpoint-12" in told[1], len(told)] == [True, True, 2]
-    cfg = t.replace(trained[0].cfg, resume=str(tmp_path / "checkpoint-12"))
-    with pytest.raises(FileNotFoundError, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
-        t.resume_checkpoint(cfg, thorough=True)
+    cfg = t.replace(run.cfg, output_dir=tmp_path, resume="auto")
+    point = t.find_resume_point(cfg, 1, thorough=True)
+    assert point.checkpoint == tmp_path / "checkpoint-8"
+    assert len(point.notes) == 2
+    assert "checkpoint-16 (config.json 파일이 없습니다)" in point.notes[0]
+    assert "checkpoint-12 (pytorch_model.bin 파일의 내용이" in point.notes[1]
+    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
+        t.find_resume_point(t.replace(cfg, resume=str(tmp_path / "checkpoint-12")), 1, thorough=True)
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}" / "config.json").unlink()
+    with pytest.raises(t.EnvironmentProblem) as refused:
+        t.find_resume_point(cfg, 1, thorough=True)
+    assert [
+        f"checkpoint-{step} (" in text for step, text in zip((16, 12, 8, 4), refused.value.problems[1:], strict=True)
+    ]
 
 
 class Killed:
@@ -273,7 +296,7 @@ class Torn:
 
 def save_and_die(run, state, boundary: int) -> bool:
     """Save in a child process that is killed at one of its writes; returns whether it got that far."""
-    weights, content = t.snapshot(run, state, [t.rng_state(run.accelerator.device)])
+    weights, content = t.snapshot(run, state, [{"cpu": torch.get_rng_state()}])
     info = t.training_info(run, state)
     child = os.fork()
     if child == 0:
@@ -282,7 +305,7 @@ def save_and_die(run, state, boundary: int) -> bool:
             setattr(os, name, killed.wrap(getattr(os, name)))
         builtins.open = io.open = killed.open(open)
         try:
-            t.write_checkpoint(run, state.step, weights, content, info)
+            t.write_checkpoint(run, weights, content, info)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -342,9 +365,7 @@ def test_a_checkpoint_whose_pickle_would_run_code_is_refused(trained, tmp_path, 
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(output / "checkpoint-4", folder)
     torch.save({"weight": torch.zeros(2), "more": Bomb(tmp_path / "was here")}, folder / name)
-    t.write_json(folder / t.MANIFEST, {"files": {}})
-    (folder / t.MANIFEST).unlink()
-    t.write_json(folder / t.MANIFEST, t.make_manifest(folder))
+    sign(folder)
     assert t.checkpoint_damage(folder, thorough=True) is None
     with pytest.raises(RuntimeError, match="열지 않습니다"):
         t.load_checkpoint(run, folder)
@@ -372,12 +393,12 @@ def test_the_buffers_of_a_save_are_allocated_once(tmp_path):
     seen = []
     write = t.write_checkpoint
 
-    def watch(run, step, weights, content, info):
-        moments = [item for values in content["optimizer"]["state"].values() for item in values.values()]
+    def watch(run, weights, content, info):
+        moments = [item for values in content["optimizer"].values() for item in values.values()]
         seen.append([tensor.data_ptr() for tensor in (*weights.values(), *moments)])
         live = [weight.data_ptr() for weight in run.model.parameters()]
         assert not set(seen[-1]) & set(live)
-        write(run, step, weights, content, info)
+        write(run, weights, content, info)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "write_checkpoint", watch)
@@ -392,11 +413,11 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_writt
     run = tiny_run(tmp_path, "--max-steps", "8", "--save-steps", "4", "--eval-steps", "100")
     state, at_four, write = t.TrainState(), {}, t.write_checkpoint
 
-    def slowly(run, step, weights, content, info):
-        if step == 4:
+    def slowly(run, weights, content, info):
+        if info["step"] == 4:
             at_four.update({name: value.clone() for name, value in weights.items()})
             wait_for("the next step", lambda: state.step > 5)
-        write(run, step, weights, content, info)
+        write(run, weights, content, info)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "write_checkpoint", slowly)
@@ -409,33 +430,14 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_writt
     assert not all(torch.equal(saved[name], now[name]) for name in now)
 
 
-def test_a_save_that_others_would_wait_for_too_long_is_left_out_and_said(tmp_path, caplog):
-    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
-    run.cfg = t.replace(run.cfg, hang_timeout=0.01)
-    state, write = t.TrainState(), t.write_checkpoint
-
-    def slowly(run, step, weights, content, info):
-        if step == 2:
-            wait_for("the step after the next save", lambda: state.step > 4)
-        write(run, step, weights, content, info)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "write_checkpoint", slowly)
-        assert t.train(run, state) == "finished"
-        t.finish_saving(run, state)
-    (line,) = [text for text in caplog.messages if "저장하지 않습니다" in text]
-    assert "스텝 2의 저장이 아직 끝나지 않아 스텝 4" in line
-    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
-
-
 def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_path, caplog):
     run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
     state, write = t.TrainState(), t.write_checkpoint
 
-    def broken(run, step, weights, content, info):
-        if step == 4:
+    def broken(run, weights, content, info):
+        if info["step"] == 4:
             raise OSError(errno.EIO, "Input/output error")
-        write(run, step, weights, content, info)
+        write(run, weights, content, info)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "write_checkpoint", broken)
@@ -448,43 +450,65 @@ def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_pat
     assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
 
 
+def refusal(cfg, world_size=1, fingerprint=None):
+    """What keeps a run from going on."""
+    with pytest.raises(t.EnvironmentProblem) as refused:
+        t.find_resume_point(cfg, world_size, fingerprint)
+    return refused.value.problems
+
+
 def test_what_would_change_the_rows_is_refused_on_resume(trained):
     run, _, output = trained
-    info = json.loads((output / "checkpoint-4" / "training_info.json").read_text())
-    known = run.corpus.report["fingerprint"]
-    assert t.resume_problems(run.cfg, 1, info, known) == []
-    assert t.resume_problems(run.cfg, 1, info, None) == []
-    for change, world_size, named in (
-        ({"options": {**info["options"], "seed": 1}}, 1, "--seed 1"),
-        ({"options": {**info["options"], "max_seq_length": 16}}, 1, "--max-seq-length 16"),
-        ({"options": {**info["options"], "optimizer": OTHER_OPTIMIZER}}, 1, f"--optimizer {OTHER_OPTIMIZER}"),
-        ({"data_fingerprint": "other"}, 1, "데이터"),
-        ({"tokens_seen": info["tokens_seen"] // 2}, 1, "스텝당 토큰"),
+    cfg, known = t.replace(run.cfg, resume=str(output / "checkpoint-4")), run.corpus.report["fingerprint"]
+    point = t.find_resume_point(cfg, 1, known)
+    assert (point.checkpoint, point.info["step"], point.notes) == (output / "checkpoint-4", 4, ())
+    for change, named in (
+        ({"seed": 1}, "--seed 7"),
+        ({"max_seq_length": 16}, "--max-seq-length 32"),
+        ({"optimizer": OTHER_OPTIMIZER}, f"--optimizer {run.cfg.optimizer}"),
+        ({"mix": "ko=1"}, "--mix 없이"),
+        ({"batch_size": 3}, "스텝당 토큰(64)"),
     ):
-        problems = t.resume_problems(run.cfg, world_size, {**info, **change}, known)
-        assert len(problems) == 1
-        assert named in problems[0]
+        (problem,) = refusal(t.replace(cfg, **change), 1, known)
+        assert named in problem
+    assert "데이터의 내용" in refusal(cfg, 1, "other")[0]
+    assert len(refusal(t.replace(cfg, seed=1, max_seq_length=16), 1, "other")) == 3
+    (problem,) = t.resume_problems(cfg, point.checkpoint, {**point.info, "mode": "test"}, known)
+    assert "테스트 모드의 체크포인트" in problem
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_of_optimizer_was_trained_with_adamw(trained):
+def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained, tmp_path):
     run, _, output = trained
-    info = json.loads((output / "checkpoint-4" / "training_info.json").read_text())
-    del info["options"]["optimizer"]
-    for optimizer, problems in (("adamw", 0), ("muon", 1)):
-        assert len(t.resume_problems(t.replace(run.cfg, optimizer=optimizer), 1, info, None)) == problems
-
-
-def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained, monkeypatch):
-    cfg = t.replace(trained[0].cfg, batch_size=4, gradient_accumulation_steps=6)
-    info = {"step": 10, "tokens_seen": 10 * cfg.tokens_per_step(2), "world_size": 2}
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(output / "checkpoint-4", folder)
+    info = t.read_json(folder / "training_info.json")
+    tokens = 10 * 48 * run.cfg.max_seq_length
+    (folder / "training_info.json").write_text(json.dumps({**info, "step": 10, "tokens_seen": tokens, "world_size": 2}))
+    sign(folder)
+    cfg = t.replace(run.cfg, resume=str(folder), gradient_accumulation_steps=6)
     for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
-        steps, note = t.match_global_batch(t.replace(cfg, batch_size=batch_size), world_size, info)
-        assert steps == expected
-        assert (note is None) == (expected == 6)
-    assert t.match_global_batch(cfg, 5, info) == (6, None)
-    assert t.match_global_batch(t.replace(cfg, batch_size=96), 1, info)[1] is None
-    monkeypatch.setattr(t.sys, "argv", ["train", "--gradient-accumulation-steps=6"])
-    assert t.match_global_batch(cfg, 1, info) == (6, None)
+        point = t.find_resume_point(t.replace(cfg, batch_size=batch_size), world_size)
+        assert point.accumulation == expected
+        assert [f"6 → {expected}" in note for note in point.notes] == [True] * (expected != 6)
+    for world_size, batch_size in ((5, 4), (1, 96)):
+        assert "스텝당 토큰(1,536)" in refusal(t.replace(cfg, batch_size=batch_size), world_size)[0]
+
+
+def test_a_checkpoint_of_the_layout_before_is_refused_and_begins_a_new_run(place, tmp_path):
+    """The fixture is whole as f50eeef wrote it: 1 layer of 16, 384 tokens, 4 steps of dummy data on one CPU process."""
+    command = place.command(*options(tmp_path, "--dummy-data", "--vocab-size", "384", "--resume", str(OLD)))
+    for program in ([str(LAUNCHER)], [sys.executable, str(SCRIPT)]):  # the plan, and a rank started by hand
+        answer = place.execute({**command, "args": [*program, *command["args"][1:]]})
+        assert answer.code == 1
+        assert "다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다" in answer.err
+        assert f"--init-from {OLD}" in answer.err
+        assert "Traceback" not in answer.text
+        assert not place.outputs.exists()
+    run = tiny_run(tmp_path, "--init-from", str(OLD), "--max-steps", "1")
+    old = torch.load(OLD / "pytorch_model.bin", weights_only=True)
+    assert all(torch.equal(value, old[name]) for name, value in run.model.state_dict().items())
+    assert run.corpus.tokenizer("오늘 학생이").input_ids == AutoTokenizer.from_pretrained(OLD)("오늘 학생이").input_ids
+    assert t.train(run, t.TrainState()) == "finished"
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):

