@@ -326,10 +326,8 @@ def measure_start(setting: Setting, folder: Path, corpus: Path | None, rounds: i
 
     # The uncounted turn warms up the disk's cache.
     results = take_turns({name: lambda name=name: start(name) for name in starts}, rounds, warm_up=1)
-    rows = []
-    states = ("not prepared", "prepared")
-    for state, *pair in zip(states, *(zip(*results[name], strict=True) for name in starts), strict=True):
-        rows.append([state, *map(median_and_range, pair), ratios(*pair, 2)])
+    columns = zip(("not prepared", "prepared"), *(zip(*results[name], strict=True) for name in starts), strict=True)
+    rows = [[state, *map(median_and_range, pair), ratios(*pair, 2)] for state, *pair in columns]
     head = f"Command to the end of the first step, {setting.describe()}; {rounds} rounds"
     text = table(["corpus", "ours, s", "HF Trainer, s", "ours / Trainer (95 %)"], rows)
     return f"{head}; {corpus.name} ({corpus.stat().st_size / 1e6:.1f} MB):\n\n{text}"
@@ -355,14 +353,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: PyTorch sees no GPU here; without --gpu the CPU is measured")
+    names = args.models or (["125m", "350m", "1.3b"] if args.gpu else ["tiny"] if args.quick else ["tiny", "30m"])
+    small = {"tiny": (8192, 4)}  # vocabulary and batch; others less
     if args.gpu:
-        batch, device = {}, (2048, "cuda", torch.cuda.device_count())
-        names = args.models or ["125m", "350m", "1.3b"]
+        args.settings = [Setting(name, 65536, 4, 2048, "cuda", torch.cuda.device_count()) for name in names]
     else:
-        batch, device = {"tiny": (8192, 4)}, (256, "cpu", 2)
-        names = args.models or (["tiny"] if args.quick else ["tiny", "30m"])
-    usual = (65536, 4) if args.gpu else (16384, 2)
-    args.settings = [Setting(name, *batch.get(name, usual), *device) for name in names]
+        args.settings = [Setting(name, *small.get(name, (16384, 2)), 256, "cpu", 2) for name in names]
     return args
 
 

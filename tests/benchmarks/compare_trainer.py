@@ -116,12 +116,9 @@ def main() -> None:
     rank, world_size = t.rank_and_world()
     records = map(json.loads, own.ours.read_text(encoding="utf-8").splitlines())
     ours = {record["step"]: record for record in records if "val_loss" in record}
-    try:
-        typed = t.parse_args(rest)
-        cfg, _ = t.resolve_config(typed, "cuda" if typed.device != "cpu" and torch.cuda.is_available() else "cpu")
-        corpus = t.prepare_corpus(cfg)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    typed = t.parse_args(rest)
+    cfg, _ = t.resolve_config(typed, "cuda" if typed.device != "cpu" and torch.cuda.is_available() else "cpu")
+    corpus = t.prepare_corpus(cfg)
     model = t.build_model(cfg, corpus.tokenizer)
     # What evaluate() asks of a Run; Trainer trains these very weights.
     run = SimpleNamespace(cfg=cfg, corpus=corpus, loss_module=t.LMWithLoss(model), stop=NeverStop())

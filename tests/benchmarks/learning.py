@@ -161,9 +161,9 @@ def report(results: Results) -> None:
     rows = []
     for trial in results.compared():
         if seeds := [one for one in trial.over_seeds() if one in results]:
-            losses, bits = map(results.loss, seeds), [results[one]["val_bits_per_byte"] for one in seeds]
+            figures = ([results[one][name] for one in seeds] for name in ("val_loss", "val_bits_per_byte"))
             size = f"{results[seeds[0]]['parameters'] / 1e6:.2f} M"
-            rows.append([trial, size, len(seeds), median_and_range([*losses], 4), median_and_range(bits, 4)])
+            rows.append([trial, size, len(seeds), *(median_and_range(values, 4) for values in figures)])
     head = ["", "parameters", "seeds", "validation loss", "bits/byte"]
     print(f"\nOver the seeds, median and range:\n\n{table(head, rows)}")
     adamw, muon = ([trial for trial in results.best() if trial.optimizer == name] for name in RATES)
