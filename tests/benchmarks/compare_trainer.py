@@ -95,11 +95,11 @@ def build_trainer(
 
 def comparison(ours: dict[int, dict[str, float]], trainer: dict[int, dict[str, float]]) -> str:
     """The evaluations side by side, and the ratio of the last losses."""
-    rows = [
-        [step, name, *(f"{run[step].get(figure, math.nan):.4f}" for figure in FIGURES)]
-        for step in sorted(set(ours) & set(trainer))
-        for name, run in (("ours", ours), ("Trainer", trainer))
-    ]
+    rows = []
+    for step in sorted(set(ours) & set(trainer)):
+        for name, run in (("ours", ours), ("Trainer", trainer)):
+            figures = [run[step].get(figure) for figure in FIGURES]  # None for a language that wasn't held out
+            rows.append([step, name, *("-" if figure is None else f"{figure:.4f}" for figure in figures)])
     last, end = max(ours), max(trainer)
     verdict = "" if last == end else f" (at steps {last} and {end}: NOT the same)"
     ratio = f"final val_loss, ours / Trainer: {ours[last]['val_loss'] / trainer[end]['val_loss']:.4f}{verdict}"
