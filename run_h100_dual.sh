@@ -16,15 +16,11 @@ readonly TRAIN_SCRIPT="$SCRIPT_DIR/train_h100_dual.py"
 readonly VENV_DIR="$SCRIPT_DIR/.venv"
 readonly FIRST_LOG_WAIT=60 # seconds to wait for the run's first line
 readonly FIRST_LOG_SHOW=5  # seconds of it to show
-readonly OWN_OPTIONS="--num-gpus --foreground --dry-run --help --nnodes --node-rank --rdzv-endpoint --status --json --follow --stop --notify --python --no-install"
+readonly OWN_OPTIONS="--foreground --dry-run --help --status --json --follow --stop --notify --python --no-install"
 
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
 export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 
-num_gpus=2
-nnodes=""
-node_rank=""
-rdzv_endpoint=""
 foreground=false
 dry_run=false
 action=run
@@ -61,16 +57,10 @@ usage() {
 사용법: ./run_h100_dual.sh [옵션]
 
 실행:
-  --num-gpus N                    사용할 GPU 수 (기본: 2)
   --foreground                    포그라운드에서 실행 (기본: 백그라운드)
   --dry-run                       환경을 확인하고 명령어만 출력 (실행 안 함)
   --notify CMD                    끝나면 CMD를 실행 (상태 finished|stopped|failed를 인자로 전달)
   --help                          이 도움말
-
-여러 머신:
-  --nnodes N                      머신 수. 머신마다 한 번씩 실행 (기본: 1)
-  --node-rank N                   이 머신의 번호. 0번이 체크포인트를 저장
-  --rdzv-endpoint HOST:PORT       0번 머신의 주소와 빈 포트
 
 관리:
   --status [--json]               실행 상태 (종료 코드 0 실행 중, 1 비정상 종료, 3 실행 중 아님)
@@ -86,79 +76,35 @@ TEXT
   "$plain_python" "$TRAIN_SCRIPT" --help
 }
 
-take_value() { # take_value VARIABLE EXAMPLE OPTION [VALUE...]
-  if (($# < 4)) || [[ -z $4 || $4 == --* ]]; then
-    die "$3: 값이 없습니다. 예: $3 $2" 2
-  fi
-  printf -v "$1" '%s' "$4"
-}
-
-take_number() { # take_number VARIABLE LOW HIGH EXAMPLE OPTION [VALUE...]: what is wrong with it goes to usage_problems
-  local text
-  take_value text "${@:4}"
-  printf -v "$1" '%s' "$2"
-  if [[ ! $text =~ ^[0-9]{1,9}$ ]]; then
-    usage_problems+=("$5: '$text' 값은 정수가 아닙니다 (예: $4)")
-  elif ((10#$text < $2 || 10#$text > $3)); then
-    usage_problems+=("$5: '$text' 값은 범위를 벗어났습니다 ($2 이상 $3 이하). 가장 가까운 값: $((10#$text < $2 ? $2 : $3))")
-  else
-    printf -v "$1" '%s' "$((10#$text))"
-  fi
-}
-
-parse_args() {
-  local usage_problems=()
+parse_args() { # the script parses all options that are its own, once, in make_plan
   while (($#)); do
     case $1 in
-      --num-gpus=* | --notify=* | --python=* | --nnodes=* | --node-rank=* | --rdzv-endpoint=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        ;;
+      --notify=* | --python=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     esac
     case $1 in
-      --num-gpus) take_number num_gpus 1 64 2 "$@" && shift ;;
-      --nnodes) take_number nnodes 1 999 2 "$@" && shift ;;
-      --node-rank) take_number node_rank 0 998 0 "$@" && shift ;;
-      --notify) take_value notify ./notify.sh "$@" && shift ;;
-      --python) take_value wanted_python /usr/bin/python3 "$@" && shift ;;
-      --rdzv-endpoint) take_value rdzv_endpoint 10.0.0.1:29500 "$@" && shift ;;
+      --notify | --python)
+        if (($# < 2)) || [[ -z $2 || $2 == --* ]]; then
+          die "$1: 값이 없습니다. 예: --notify ./notify.sh, --python /usr/bin/python3" 2
+        fi
+        if [[ $1 == --notify ]]; then notify=$2; else wanted_python=$2; fi
+        shift
+        ;;
       --foreground) foreground=true ;;
       --dry-run) dry_run=true ;;
       --no-install) may_install=false ;;
       --help | -h) action=help ;;
-      --status) action=status ;;
+      --status | --follow | --stop) action=${1#--} ;;
       --json) as_json=true ;;
-      --follow) action=follow ;;
-      --stop) action=stop ;;
-      --generate | --evaluate | --generate=* | --evaluate=*) # the script's own; they start no run
+      --generate | --evaluate | --generate=* | --evaluate=*) # they start no run
         action=use
         script_args+=("$1")
-        ;;
-      --foreground=* | --dry-run=* | --no-install=* | --help=* | --status=* | --json=* | --follow=* | --stop=*)
-        usage_problems+=("${1%%=*}: 값을 받지 않는 옵션입니다. ${1%%=*} 만 쓰세요")
         ;;
       *) script_args+=("$1") ;;
     esac
     shift
   done
   if [[ $as_json == true && $action == run ]]; then
-    usage_problems+=("--json: --status 와 함께 쓰세요")
-  fi
-  [[ $action != run ]] || check_nodes
-  if ((${#usage_problems[@]})); then
-    printf '❌ %s\n' "${usage_problems[@]}" >&2
-    find_python
-    "$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" >/dev/null || true # tells its own mistakes
-    exit 2
-  fi
-}
-
-check_nodes() { # adds to usage_problems
-  if ((${nnodes:-1} == 1)) && [[ -z $node_rank$rdzv_endpoint ]]; then
-    return
-  elif [[ -z $nnodes || -z $node_rank || ! $rdzv_endpoint =~ ^.+:[0-9]+$ ]]; then
-    usage_problems+=("여러 머신에는 셋을 함께 주세요. 예: --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
-  elif ((node_rank >= nnodes)); then
-    usage_problems+=("--node-rank: '$node_rank' 값은 범위를 벗어났습니다 (0 이상 $((nnodes - 1)) 이하). 가장 가까운 값: $((nnodes - 1))")
+    die "--json: --status 와 함께 쓰세요" 2
   fi
 }
 
@@ -253,7 +199,7 @@ make_plan() {
     else
       info_text+=$line$'\n'
     fi
-  done < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$num_gpus" "$background" "${script_args[@]}")
+  done < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$background" "${script_args[@]}")
   if ((${plan[code]:-1} != 0)); then
     printf '%s' "$check_text" >&2
     exit "${plan[code]:-1}"
@@ -262,13 +208,13 @@ make_plan() {
 
 build_command() {
   local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
-  if ((nnodes > 1)); then
+  if ((plan[nnodes] > 1)); then
     # torchrun numbers the machines in the alphabetical order of their names; only the first one's is an address too.
-    local name=${rdzv_endpoint%:*}
-    ((node_rank == 0)) || printf -v name '%s~%03d' "$name" "$node_rank"
+    local name=${plan[rdzv_endpoint]%:*}
+    ((plan[node_rank] == 0)) || printf -v name '%s~%03d' "$name" "${plan[node_rank]}"
     rendezvous=(
-      --nnodes "$nnodes" --rdzv-backend c10d --rdzv-endpoint "$rdzv_endpoint" --rdzv-id h100_dual
-      --rdzv-conf "is_host=$((node_rank == 0))" --local-addr "$name"
+      --nnodes "${plan[nnodes]}" --rdzv-backend c10d --rdzv-endpoint "${plan[rdzv_endpoint]}" --rdzv-id h100_dual
+      --rdzv-conf "is_host=$((plan[node_rank] == 0))" --local-addr "$name"
     )
   fi
   command=(
@@ -429,7 +375,7 @@ start_background() {
   : >"$console_log"
   trap 'log ""; log "백그라운드에서 계속 실행 중... (PID ${pid-})"; exit 0' INT
   setsid nohup "$BASH" "$SCRIPT_PATH" internal:supervise "${plan[output_dir]}" "${plan[logs_dir]}" "$notify" "$python" \
-    "${plan[processes]}" "${command[@]}" >>"$console_log" 2>&1 </dev/null &
+    "${plan[processes]}" "${plan[node_rank]}" "${command[@]}" >>"$console_log" 2>&1 </dev/null &
   pid=$!
   exec 9>&-
   log "✅ 백그라운드 학습 시작됨!"
@@ -487,8 +433,6 @@ shown_path() { # shown_path PATH: as it can be typed here
 }
 
 start_run() {
-  node_rank=${node_rank:-0} nnodes=${nnodes:-1}
-  export GROUP_RANK=$node_rank GROUP_WORLD_SIZE=$nnodes # as torchrun tells it to the workers
   make_plan
   banner
   log "🔍 H100 학습 환경 확인 중..."
@@ -525,12 +469,12 @@ use_checkpoint() { # --generate and --evaluate: one process in the foreground, w
 set_log_paths() {
   # Machines may share the directories or not: beside the first one's, each one's files have names of their own.
   local node=""
-  ((node_rank == 0)) || node="_node_$node_rank"
+  ((plan[node_rank] == 0)) || node="_node_${plan[node_rank]}"
   console_log="${plan[logs_dir]}/training_console${node}.log"
   pid_file="${plan[logs_dir]}/training${node}.pid"
   logs_lock="${plan[logs_dir]}/.training${node}.lock"
   output_lock="${plan[output_dir]}/.lock"
-  detail_log="${plan[logs_dir]}/training_detail_rank_$((node_rank * ${plan[processes]:-1})).log"
+  detail_log="${plan[logs_dir]}/training_detail_rank_$((plan[node_rank] * ${plan[processes]:-1})).log"
 }
 
 find_run() { # where the run is that --status, --follow and --stop speak of; on another machine --node-rank names it
@@ -539,7 +483,6 @@ find_run() { # where the run is that --status, --follow and --stop speak of; on 
     plan[${line%%=*}]=${line#*=}
   done < <("$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" || printf 'failed=%s\n' "$?")
   [[ -z ${plan[failed]-} ]] || exit "${plan[failed]}"
-  export GROUP_RANK=${node_rank:=0}
   set_log_paths
 }
 
@@ -589,8 +532,8 @@ interrupted() { # Ctrl-C before the run has begun
 main() {
   if [[ ${1-} == internal:supervise ]]; then
     plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5 plan[processes]=$6
-    command=("${@:7}")
-    node_rank=$GROUP_RANK nnodes=$GROUP_WORLD_SIZE
+    command=("${@:8}")
+    plan[node_rank]=$7
     set_log_paths
     supervise
     return

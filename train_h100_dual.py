@@ -245,6 +245,7 @@ GROUPS = {
     "saving": "저장과 평가",
     "faults": "장애 대응",
     "use": "체크포인트 사용",
+    "machines": "여러 머신",
     "control": "실행 제어",
 }
 SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
@@ -352,6 +353,7 @@ class TrainConfig:
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
     }, base=True, cpu=False)
+    num_gpus: int = option("hopper", "N", parse_number(int, 1, 64), "사용할 GPU 수", default=2)
     attention: str = choice("hopper", ATTENTION, "어텐션 커널", default="auto")
     gradient_checkpointing: bool = flag("hopper", "--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
     find_batch_size: bool = flag("hopper", "--find-batch-size", "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")
@@ -377,6 +379,10 @@ class TrainConfig:
     temperature: float = option("use", "F", parse_number(float, 0, 10), "표본 추출 온도 (0이면 늘 가장 유력한 토큰)",
         default=0.8)
     top_p: float = option("use", "F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
+    # machines
+    nnodes: int | None = option("machines", "N", parse_number(int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
+    node_rank: int | None = option("machines", "N", parse_number(int, 0, 998), "이 머신의 번호 (0번이 저장)")
+    rdzv_endpoint: str | None = option("machines", "HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
     # control
     verbose: bool = flag("control", "--verbose", "상세 로그 출력")
     # fmt: on
@@ -443,6 +449,9 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
         if before.startswith("-") and not word.startswith("-"):
             continue  # most likely its value: one mistake, one line
         kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
+        if name in known:
+            problems.append(f"{name}: 값을 받지 않는 옵션입니다. {name} 만 쓰세요")
+            continue
         close = difflib.get_close_matches(name, known, 1, 0.5)
         problems.append(
             f"알 수 없는 {kind}: {name} ({f'가장 가까운 옵션: {close[0]}' if close else '전체 옵션: --help'})"
@@ -511,6 +520,15 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         problems.append(f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
         problems.append(f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE")
+    machines = (cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint)
+    if machines[1:] != (None, None) or (cfg.nnodes or 1) > 1:
+        if None in machines or not re.fullmatch(r".+:\d+", cfg.rdzv_endpoint):
+            example = "--nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
+            problems.append(f"여러 머신에는 셋을 함께 주세요. 예: {example}")
+        elif cfg.node_rank >= cfg.nnodes:
+            most = cfg.nnodes - 1
+            limits = f"(0 이상 {most} 이하). 가장 가까운 값: {most}"
+            problems.append(f"--node-rank: '{cfg.node_rank}' 값은 범위를 벗어났습니다 {limits}")
     if cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash"):
         problems.append(f"{kernel}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     if cfg.device == "cpu":  # where accelerate would silently run fp32
@@ -802,7 +820,7 @@ def find_resume_point(
     Raises:
         EnvironmentProblem: there is nothing whole to go on from, or it doesn't fit the options or the corpus.
     """
-    if cfg.resume is None or node_rank():
+    if cfg.resume is None or node_rank(cfg):
         return ResumePoint(cfg.gradient_accumulation_steps)
     if cfg.resume == "auto":
         checkpoint, damaged = newest_checkpoint(cfg.output_dir, thorough)
@@ -886,7 +904,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         for name, path in named.items()
         if not can_write(path)
     ]
-    if problems or node_rank():  # in a shared directory the first machine, which judges it, may be at work already
+    if problems or node_rank(cfg):  # in a shared directory the first machine, which judges it, may be at work already
         return problems
     info = read_json(cfg.output_dir / "run_info.json")
     if is_restart(info):
@@ -919,20 +937,20 @@ def can_write(folder: Path) -> bool:
     return True
 
 
-def node_rank() -> int:
-    """Number of this machine in a run on several, as torchrun, and before it the launcher, announce it."""
-    return int(os.environ.get("GROUP_RANK", "0"))
+def node_rank(cfg: TrainConfig) -> int:
+    """Number of this machine in a run on several, as the launcher or torchrun announces it."""
+    return int(os.environ.get("GROUP_RANK", "0")) if cfg.node_rank is None else cfg.node_rank
 
 
-def node_count() -> int:
+def node_count(cfg: TrainConfig) -> int:
     """Number of machines, announced likewise."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def log_path(logs_dir: Path, name: str) -> Path:
+def log_path(cfg: TrainConfig, name: str) -> Path:
     """One of the launcher's files on this machine, which the other machines' may lie beside."""
     stem, _, ending = name.partition(".")
-    return logs_dir / (f"{stem}_node_{node_rank()}.{ending}" if node_rank() else name)
+    return cfg.logs_dir / (f"{stem}_node_{node_rank(cfg)}.{ending}" if node_rank(cfg) else name)
 
 
 def run_is_alive(output_dir: Path) -> bool:
@@ -992,6 +1010,11 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
     if info["state"] != "running" or "stop_requested" in info:
         sys.exit()
     return replace(cfg, resume="auto") if "first_step" in info and list_checkpoints(cfg.output_dir) else cfg
+
+
+def print_paths(cfg: TrainConfig) -> None:
+    """Answer the launcher where the files of a run are, on this machine."""
+    print(f"output_dir={cfg.output_dir}\nlogs_dir={cfg.logs_dir}\nnode_rank={node_rank(cfg)}")
 
 
 def note_stop_request(output_dir: Path) -> None:
@@ -1459,7 +1482,7 @@ def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
     optimizer's state.  Those that are there already, in a resumed run, take no more room.
     """
     shape = model_shape(cfg)
-    if shape is None or left is None or node_rank():
+    if shape is None or left is None or node_rank(cfg):
         return None
     have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))
     count = -(-left // cfg.save_steps)
@@ -1493,7 +1516,7 @@ class LaunchPlan:
     @property
     def world_size(self) -> int:
         """Processes on all machines."""
-        return node_count() * self.processes
+        return node_count(self.cfg) * self.processes
 
 
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
@@ -1509,7 +1532,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     wrong = validate_config(cfg)
     if wrong:
         raise UsageProblem(wrong)
-    world_size, gpus = node_count() * processes, gpus[:processes]
+    world_size, gpus = node_count(cfg) * processes, gpus[:processes]
     point, refused = planned_resume(cfg, world_size)
     problems += plan_problems(cfg, world_size) + refused
     if problems:
@@ -1533,7 +1556,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     return LaunchPlan(cfg, gpus, processes, step_tokens, left, steps, exact, [*notes, *adapted])
 
 
-def print_launch_plan(argv: list[str], num_gpus: int, background: bool) -> None:
+def print_launch_plan(argv: list[str], background: bool) -> None:
     """Answer the launcher: ``name=value`` lines, an empty line, and in two blocks what a person sees.
 
     Where a run, or --generate and --evaluate, can't start, the second block says why.
@@ -1544,7 +1567,7 @@ def print_launch_plan(argv: list[str], num_gpus: int, background: bool) -> None:
             check_use(typed)
             print("code=0\n\n")
             return
-        plan = make_launch_plan(typed, num_gpus)
+        plan = make_launch_plan(typed, typed.num_gpus)
         checks = check_lines(plan)
     except Refusal as error:
         print(f"code={error.exit_code}\n")
@@ -1559,6 +1582,9 @@ def print_launch_plan(argv: list[str], num_gpus: int, background: bool) -> None:
         "output_dir": cfg.output_dir,
         "logs_dir": cfg.logs_dir,
         "max_restarts": cfg.max_restarts,
+        "nnodes": node_count(cfg),
+        "node_rank": node_rank(cfg),
+        "rdzv_endpoint": cfg.rdzv_endpoint or "",
     }
     blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
     print("\n\n".join("\n".join(lines) for lines in blocks))
@@ -1622,8 +1648,8 @@ def torch_line(plan: LaunchPlan) -> str:
 
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
-    cfg, world_size, count, shape = plan.cfg, plan.world_size, node_count(), model_shape(plan.cfg)
-    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank()}번)" if count > 1 else ""
+    cfg, world_size, count, shape = plan.cfg, plan.world_size, node_count(plan.cfg), model_shape(plan.cfg)
+    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if count > 1 else ""
     length = "테스트 모드" if cfg.is_test else "실제 학습 모드"
     length += f" ({cfg.max_steps}스텝" if cfg.max_steps else f" ({cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰)" if cfg.max_tokens else ")"
@@ -1759,7 +1785,7 @@ def this_runs_info(output_dir: Path, pid: str) -> dict[str, Any]:
 
 def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
     """How a run stands, as ``--status --json`` prints it; ``alive`` says whether the launcher found its process."""
-    pid = read_text(log_path(cfg.logs_dir, "training.pid")).strip() if alive else ""
+    pid = read_text(log_path(cfg, "training.pid")).strip() if alive else ""
     info = this_runs_info(cfg.output_dir, pid) if alive else read_json(cfg.output_dir / "run_info.json")
     records = recent_metrics(cfg.output_dir) if info or not alive else []
     latest = {name: value for record in records for name, value in record.items()}
@@ -1795,7 +1821,7 @@ def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> None:
     if step is not None:
         lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
     elif status["pid"]:
-        log = read_text(log_path(cfg.logs_dir, "training_console.log")).strip()
+        log = read_text(log_path(cfg, "training_console.log")).strip()
         lines.append(("지금", fit_width(log.splitlines()[-1].strip() if log else "시작하는 중", 55)))
     if status["seconds_left"] is not None:
         lines.append(("남은 시간", format_duration(status["seconds_left"])))
@@ -1875,7 +1901,7 @@ def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
     if mode == "foreground":
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the run: the launcher passes it on
         signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
-    with open(log_path(cfg.logs_dir, "training_console.log"), "rb") as stream:
+    with open(log_path(cfg, "training_console.log"), "rb") as stream:
         if mode == "follow":
             lines = stream.read().splitlines(keepends=True)
             stream.seek(-sum(map(len, lines[-10:])), os.SEEK_END)
@@ -1953,9 +1979,9 @@ def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, 
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda gpus, background, *argv: print_launch_plan(argv, int(gpus), background == "true"),
+    "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
     "internal:packages": lambda: print(" ".join(missing_packages())),
-    "internal:paths": lambda *argv: print("output_dir={0.output_dir}\nlogs_dir={0.logs_dir}".format(parse_args(argv))),
+    "internal:paths": lambda *argv: print_paths(parse_args(argv)),
     "internal:status": lambda alive, json, *argv: print_status(parse_args(argv), alive == "true", json == "true"),
     "internal:curves": lambda folder: draw_curves(Path(folder)),
     "internal:follow": lambda pid, how, *argv: follow_run(parse_args(argv), pid, how),
@@ -4229,7 +4255,7 @@ def broadcast_checkpoint(run: Run, content: dict[str, Any]) -> dict[str, Any]:
 
 
 FREE_TO_CHANGE = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "prompt", "report_to"}
-FREE_TO_CHANGE |= {"sample_steps"}
+FREE_TO_CHANGE |= {"sample_steps", "num_gpus", "nnodes", "node_rank", "rdzv_endpoint"}
 
 
 def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
