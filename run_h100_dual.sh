@@ -357,7 +357,7 @@ show_foreground() {
   # On a terminal the run writes to the log alone, and a process beside it shows the log with a progress bar.
   local follower code=0
   : >>"$console_log"
-  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$$" foreground "${script_args[@]}" 9>&- &
+  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$$" "${script_args[@]}" 9>&- &
   follower=$!
   exec >>"$console_log" 2>&1
   supervise || code=$?
@@ -367,7 +367,7 @@ show_foreground() {
 }
 
 start_background() {
-  local pid width look stop
+  local pid look
   log "🔄 백그라운드 모드로 실행됩니다"
   log "📋 로그 파일: $(shown_path "$console_log")"
   log "📋 실시간 로그 확인: tail -f $(shown_path "$console_log")"
@@ -383,12 +383,9 @@ start_background() {
   log "📄 PID 파일: $(shown_path "$pid_file")"
   log ""
   log "🔍 학습 상태 확인 명령어:"
-  width=$(columns "tail -f $(shown_path "$console_log")")
-  log "  tail -f $(shown_path "$console_log")     # 실시간 로그"
-  printf -v look '%-*s' "$width" "ps -p $pid"
-  printf -v stop '%-*s' "$width" "kill $pid"
-  log "  $look     # 프로세스 상태"
-  log "  $stop     # 학습 중단"
+  look="tail -f $(shown_path "$console_log")"
+  printf '  %-*s     # %s\n' "${#look}" "$look" "실시간 로그" "${#look}" "ps -p $pid" "프로세스 상태" \
+    "${#look}" "kill $pid" "학습 중단"
   log ""
   log "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):"
   log "----------------------------------------"
@@ -416,12 +413,6 @@ report_first_seconds() { # report_first_seconds PID
     130) log "🛑 학습이 중단되었습니다" ;;
     *) die "학습이 시작하자마자 실패했습니다. 로그: $(shown_path "$console_log")" ;;
   esac
-}
-
-columns() { # columns TEXT: what it takes on a terminal, where everything but ASCII (Hangul) is two wide
-  # A letter of Hangul is one character, or three bytes in the C locale.
-  local ascii=${1//[! -~]/} letter=가
-  printf '%s' "$((${#ascii} + (${#1} - ${#ascii}) * 2 / ${#letter}))"
 }
 
 shown_path() { # shown_path PATH: as it can be typed here
@@ -477,53 +468,6 @@ set_log_paths() {
   detail_log="${plan[logs_dir]}/training_detail_rank_$((plan[node_rank] * ${plan[processes]:-1})).log"
 }
 
-find_run() { # where the run is that --status, --follow and --stop speak of; on another machine --node-rank names it
-  local line
-  while IFS= read -r line; do
-    plan[${line%%=*}]=${line#*=}
-  done < <("$plain_python" "$TRAIN_SCRIPT" internal:paths "${script_args[@]}" || printf 'failed=%s\n' "$?")
-  [[ -z ${plan[failed]-} ]] || exit "${plan[failed]}"
-  set_log_paths
-}
-
-status_run() {
-  local alive=false code=3
-  find_run
-  if pid_is_ours "$(read_pid "$pid_file")"; then
-    alive=true code=0
-  elif [[ -e $pid_file ]]; then
-    code=1
-  fi
-  "$plain_python" "$TRAIN_SCRIPT" internal:status "$alive" "$as_json" "${script_args[@]}"
-  exit "$code"
-}
-
-follow_run() {
-  local pid
-  find_run
-  pid=$(read_pid "$pid_file")
-  if ! pid_is_ours "$pid"; then
-    log "실행 중인 학습이 없습니다"
-    status_run
-  fi
-  exec "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$pid" follow "${script_args[@]}"
-}
-
-stop_run() {
-  local pid code=0
-  find_run
-  pid=$(read_pid "$pid_file")
-  if ! pid_is_ours "$pid"; then
-    log "실행 중인 학습이 없습니다"
-    exit 3
-  fi
-  log "🛑 중단 요청을 보냅니다 (PID $pid). 현재 스텝을 마치고 저장합니다..."
-  # It sends the signal itself, once it has the log open at its end, and shows how the save goes.
-  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$pid" stop "${script_args[@]}" || code=$?
-  pid_is_ours "$pid" || "$plain_python" "$TRAIN_SCRIPT" internal:status false "$as_json" "${script_args[@]}"
-  ((code == 130)) || exit "$code" # stopped is what was asked for
-}
-
 interrupted() { # Ctrl-C before the run has begun
   printf '\n🛑 시작하기 전에 중단했습니다\n' >&2
   exit 130
@@ -549,9 +493,8 @@ main() {
   find_python
   case $action in
     run) start_run ;;
-    status) status_run ;;
-    follow) follow_run ;;
-    stop) stop_run ;;
+    status) exec "$plain_python" "$TRAIN_SCRIPT" internal:status "$as_json" "${script_args[@]}" ;;
+    follow | stop) exec "$plain_python" "$TRAIN_SCRIPT" internal:follow "$action" "${script_args[@]}" ;;
     use) use_checkpoint ;;
   esac
 }

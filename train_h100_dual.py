@@ -78,7 +78,7 @@ MINIMUM_VERSIONS = {
     "tiktoken": "0.9",
 }
 
-USAGE_ERROR, ENVIRONMENT_ERROR, STOPPED = 2, 1, 130
+USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 # Two figures for the estimates before a corpus is tokenised (shown as 추정): measured on the
 # Korean reviews and English speeches of the shared corpus at 64k and rounded down.
@@ -1012,11 +1012,6 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, resume="auto") if "first_step" in info and list_checkpoints(cfg.output_dir) else cfg
 
 
-def print_paths(cfg: TrainConfig) -> None:
-    """Answer the launcher where the files of a run are, on this machine."""
-    print(f"output_dir={cfg.output_dir}\nlogs_dir={cfg.logs_dir}\nnode_rank={node_rank(cfg)}")
-
-
 def note_stop_request(output_dir: Path) -> None:
     """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
     if read_json(output_dir / "run_info.json").get("run_id") == run_id():
@@ -1783,9 +1778,19 @@ def this_runs_info(output_dir: Path, pid: str) -> dict[str, Any]:
     return info if str(info.get("run_id")).partition("-")[0] == pid else {}
 
 
-def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
-    """How a run stands, as ``--status --json`` prints it; ``alive`` says whether the launcher found its process."""
-    pid = read_text(log_path(cfg, "training.pid")).strip() if alive else ""
+def find_supervisor(cfg: TrainConfig) -> str:
+    """PID of the living supervisor of these logs, which has their lock on descriptor 9; empty if there is none."""
+    pid = read_text(log_path(cfg, "training.pid")).strip()
+    with suppress(OSError):  # it is gone, or somebody else's
+        if os.path.samefile(f"/proc/{pid}/fd/9", cfg.logs_dir / f".{log_path(cfg, 'training.lock').name}"):
+            return pid
+    return ""
+
+
+def run_status(cfg: TrainConfig) -> dict[str, Any]:
+    """How a run stands, as ``--status --json`` prints it."""
+    pid = find_supervisor(cfg)
+    alive = bool(pid)
     info = this_runs_info(cfg.output_dir, pid) if alive else read_json(cfg.output_dir / "run_info.json")
     records = recent_metrics(cfg.output_dir) if info or not alive else []
     latest = {name: value for record in records for name, value in record.items()}
@@ -1812,11 +1817,13 @@ def run_status(cfg: TrainConfig, alive: bool) -> dict[str, Any]:
     }
 
 
-def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> None:
-    status = run_status(cfg, alive)
+def print_status(cfg: TrainConfig, as_json: bool) -> int:
+    """Returns the exit code: 0 running, 1 dead with its PID file there, 3 not running."""
+    status = run_status(cfg)
+    code = 0 if status["pid"] else 1 if log_path(cfg, "training.pid").exists() else NOT_RUNNING
     if as_json:
         print(json.dumps(status, ensure_ascii=False))
-        return
+        return code
     lines, step, total = [], status["step"], status["total_steps"]
     if step is not None:
         lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
@@ -1840,6 +1847,7 @@ def print_status(cfg: TrainConfig, alive: bool, as_json: bool) -> None:
     print(f"📊 상태: {state}" + (f" (PID {status['pid']})" if status["pid"] else ""))
     for label, text in lines:
         print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
+    return code
 
 
 def follow_log(cfg: TrainConfig, pid: str, stream: Any, ended: list[bool]) -> None:
@@ -1889,16 +1897,21 @@ def draw_bar(tqdm: Any, bar: Any, output_dir: Path, pid: str) -> Any:
     return bar
 
 
-def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
+def follow_run(cfg: TrainConfig, mode: str) -> int:
     """Follow a run's log to the run's end; returns the exit code of how it stood then.
 
-    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the
-    run to stop first; "foreground" shows all and ends with SIGTERM, by the launcher that runs it.
+    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the run to stop first
+    and shows at the end how it stands; else the supervisor's PID, whose launcher runs in the foreground and ends
+    this with SIGTERM.
     """
     ended: list[bool] = []
+    pid = mode if mode.isdigit() else find_supervisor(cfg)
+    if not pid:
+        print("실행 중인 학습이 없습니다")
+        return print_status(cfg, False) if mode == "follow" else NOT_RUNNING
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this has seen enough, as in --follow | head
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if mode == "foreground":
+    if mode == pid:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the run: the launcher passes it on
         signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
     with open(log_path(cfg, "training_console.log"), "rb") as stream:
@@ -1910,6 +1923,7 @@ def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
             if this_runs_info(cfg.output_dir, pid).get("stop_requested"):  # a second signal would end it unsaved
                 print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})", flush=True)
             else:
+                print(f"🛑 중단 요청을 보냅니다 (PID {pid}). 현재 스텝을 마치고 저장합니다...", flush=True)
                 os.kill(int(pid), signal.SIGTERM)
         try:
             follow_log(cfg, pid, stream, ended)
@@ -1917,7 +1931,11 @@ def follow_run(cfg: TrainConfig, pid: str, mode: str) -> int:
             again = f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요"
             print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요" if mode == "stop" else again)
             return 0
-    return FOLLOW_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
+    code = FOLLOW_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
+    if mode == "stop":
+        print_status(cfg, False)
+        return 0 if code == STOPPED else code  # it is what was asked for
+    return code
 
 
 def draw_curves(output_dir: Path) -> None:
@@ -1981,10 +1999,9 @@ def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, 
 INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
     "internal:packages": lambda: print(" ".join(missing_packages())),
-    "internal:paths": lambda *argv: print_paths(parse_args(argv)),
-    "internal:status": lambda alive, json, *argv: print_status(parse_args(argv), alive == "true", json == "true"),
+    "internal:status": lambda json, *argv: print_status(parse_args(argv), json == "true"),
     "internal:curves": lambda folder: draw_curves(Path(folder)),
-    "internal:follow": lambda pid, how, *argv: follow_run(parse_args(argv), pid, how),
+    "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
     "internal:stopping": lambda folder: note_stop_request(Path(folder)),
     "internal:finalize": lambda folder, outcome, code, log, at: finalize_state(
         Path(folder), outcome, code, Path(log), at

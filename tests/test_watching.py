@@ -133,6 +133,12 @@ def test_every_line_of_a_run_fits_80_columns(trained):
 # --- status ---
 
 
+@pytest.fixture
+def alive(monkeypatch):
+    """Let the supervisor of the PID file live."""
+    monkeypatch.setattr(t, "find_supervisor", lambda cfg: t.read_text(cfg.logs_dir / "training.pid").strip())
+
+
 def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
     assert t.seconds_left(records(10, 20, 30), 100) == pytest.approx(35)
     assert t.seconds_left(records(10), 100) is None, "one record has no pace"
@@ -148,7 +154,7 @@ def test_only_the_end_of_long_metrics_is_read(tmp_path, monkeypatch):
     assert found[-1]["step"] == 1000
 
 
-def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
+def test_a_status_tells_everything_that_is_known(tmp_path, alive, monkeypatch, capsys):
     validation = {"step": 100, "val_bits_per_byte": 1.2, "val_bits_per_byte_ko": 0.9, "val_bits_per_byte_en": 1.5}
     info = {
         "options": {"device": "cuda"},
@@ -163,13 +169,13 @@ def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
     gpus = ["0, GPU-a, NVIDIA H100, 81559, 61000, 97", "1, GPU-b, NVIDIA H100, 81559, 62000, [N/A]"]
     write_program(tmp_path / "bin/nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in gpus))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    status = t.run_status(cfg, alive=True)
+    status = t.run_status(cfg)
     assert (status["state"], status["pid"], status["step"], status["total_steps"]) == ("running", 77, 100, 1000)
     assert (status["loss"], status["mfu"], status["val_bits_per_byte_ko"]) == (3.25, 0.45, 0.9)
     assert status["seconds_left"] == pytest.approx(450)
     assert [(gpu["used_mib"], gpu["use"]) for gpu in status["gpus"]] == [(62000, None), (61000, 97)]
     assert status["warnings"] == {"skipped_steps": 3, "restarts": 1, "failed_saves": 2}
-    t.print_status(cfg, alive=True, as_json=False)
+    assert t.print_status(cfg, as_json=False) == 0
     shown = capsys.readouterr().out
     phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s", "45.0%", "61.2 GB"]
     phrases += ["재시작: +1번", "저장: +2번", "스텝: +3번", "GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%"]
@@ -179,21 +185,22 @@ def test_a_status_tells_everything_that_is_known(tmp_path, monkeypatch, capsys):
     assert max(map(t.display_width, shown.splitlines())) <= 80
 
 
-def test_a_stop_that_is_under_way_is_told(tmp_path, capsys):
+def test_a_stop_that_is_under_way_is_told(tmp_path, alive, monkeypatch, capsys):
     cfg = write_run(tmp_path, records(10), stop_requested="2026-01-01T00:00:00+0900")
-    t.print_status(cfg, alive=True, as_json=False)
+    assert t.print_status(cfg, as_json=False) == 0
     assert "상태: 멈추는 중 (PID 77)" in capsys.readouterr().out
-    assert not t.run_status(cfg, alive=False)["stopping"], "it died of it"
+    monkeypatch.undo()
+    assert not t.run_status(cfg)["stopping"], "it died of it"
 
 
-def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_path):
+def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_path, alive):
     cfg = write_run(tmp_path, records(90, 100), run_id="66-1", state="finished")
-    status = t.run_status(cfg, alive=True)
+    status = t.run_status(cfg)
     assert (status["state"], status["step"], status["loss"]) == ("running", None, None)
 
 
 def test_a_run_that_died_without_a_word_is_told_as_failed(tmp_path):
-    assert t.run_status(write_run(tmp_path, records(10)), alive=False)["state"] == "failed"
+    assert t.run_status(write_run(tmp_path, records(10)))["state"] == "failed"
 
 
 # --- the followed log ---
