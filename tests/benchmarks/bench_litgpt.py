@@ -45,19 +45,10 @@ class CountedBatches:
 def build(fabric: Fabric, setting: Any) -> tuple[GPT, Any, Any]:
     """The model of the setting as litgpt describes and initialises it: bare, wrapped, and its AdamW."""
     shape = dict(zip(("n_layer", "n_embd", "intermediate_size", "n_head"), setting.shape, strict=True))
-    config = Config(
-        name="bench",
-        block_size=setting.max_seq_length,
-        vocab_size=setting.vocab_size,
-        padded_vocab_size=setting.vocab_size,
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        norm_eps=1e-5,
-        mlp_class_name="LLaMAMLP",
-        **shape,
-    )
+    sizes = {"block_size": setting.max_seq_length, "vocab_size": setting.vocab_size}
+    llama = {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "mlp_class_name": "LLaMAMLP"}
+    norm = {"norm_class_name": "RMSNorm", "norm_eps": 1e-5}
+    config = Config(name="bench", padded_vocab_size=setting.vocab_size, **shape, **sizes, **llama, **norm)
     fabric.seed_everything(42)
     with fabric.init_module(empty_init=True):
         model = GPT(config)
@@ -99,6 +90,9 @@ def main() -> None:
         return sum(losses) / len(losses)
 
     turns = Turns(final_loss, torch.cuda if on_gpu else None)
+    rows_a_step = setting.batch_size * world_size  # one micro-step a step, and no end but the driver's
+    batch = {"global_batch_size": rows_a_step, "micro_batch_size": setting.batch_size, "max_seq_length": length}
+    steps = {"max_tokens": 10**12, "save_interval": None, "log_interval": 10, "lr_warmup_steps": 0}
     pretrain.fit(
         fabric=fabric,
         devices=world_size,
@@ -107,18 +101,7 @@ def main() -> None:
         val_dataloader=[held[: setting.batch_size]],  # fit tries it once before it trains
         out_dir=tokens.parent,
         tokenizer_dir=None,
-        train=TrainArgs(  # one micro-step a step, and no end but the driver's
-            global_batch_size=setting.batch_size * world_size,
-            micro_batch_size=setting.batch_size,
-            max_tokens=10**12,
-            max_norm=1.0,
-            save_interval=None,
-            log_interval=10,
-            lr_warmup_steps=0,
-            min_lr=setting.learning_rate,
-            max_seq_length=length,
-            tie_embeddings=True,
-        ),
+        train=TrainArgs(**batch, **steps, max_norm=1.0, min_lr=setting.learning_rate, tie_embeddings=True),
         eval=EvalArgs(interval=10**9, max_iters=1),
     )
 
