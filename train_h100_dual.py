@@ -2114,57 +2114,33 @@ logger = logging.getLogger("h100_dual")
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
-    """Three logs: the console (rank 0), each rank's own at INFO, each rank's detail at DEBUG."""
+    """Three logs: the console (rank 0), each rank's own at INFO, its detail, with what libraries say, at DEBUG."""
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
-    dated = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     detail = logging.FileHandler(cfg.logs_dir / f"training_detail_rank_{rank}.log", encoding="utf-8")
-    detail.setLevel(logging.DEBUG)
     own = logging.FileHandler(cfg.logs_dir / f"training_rank_{rank}.log", encoding="utf-8")
     own.setLevel(logging.INFO)
     for handler in (detail, own):
-        handler.setFormatter(dated)
-    root = logging.getLogger()
-    root.handlers[:] = [detail]  # what libraries say goes to the detail log only
-    root.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers[:] = [detail]
+    logging.getLogger().setLevel(logging.INFO)
     logging.captureWarnings(True)
+    quiet_libraries()
     logger.setLevel(logging.DEBUG)
     logger.handlers[:] = [own]
     if is_local_main():
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # also under LC_ALL=C
+        sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # also under LC_ALL=C
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.DEBUG if cfg.verbose else logging.INFO)
         logger.addHandler(console)
 
 
-def keep_compiled_kernels(cfg: TrainConfig) -> None:
-    """Let compiled kernels outlive the run and a container's /tmp; read when transformers imports the compiler.
-
-    Not on a CPU: there a kill in the middle of g++ would leave a torn library that every later run stumbles over.
-    """
-    if cfg.device == "cuda":
-        # One for each kind of attention: the key of a compiled graph doesn't name the kernel that was chosen.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
-
-
 def quiet_libraries() -> None:
-    """Send transformers' and datasets' messages to the detail log and keep their bars off the console."""
+    """Keep transformers' messages and bars off the console."""
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one; else the kernel clears the same pages each step.
-
-    On a CPU that is a tenth of the tiny model's step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(option, value)
 
 
 def installed_trackers(cfg: TrainConfig) -> list[str]:
@@ -2188,8 +2164,10 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     # Later than the hang timer, which shows where each rank is.
     group = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5))
     precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
-    if cfg.device == "cpu":
-        keep_freed_memory()
+    if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # Else the kernel clears the same pages for each step anew: a tenth of the tiny model's.
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     accelerator = Accelerator(
         cpu=cfg.device == "cpu",
         mixed_precision=precision,
@@ -5307,9 +5285,10 @@ def main(typed: TrainConfig, stop: StopFlag | None) -> int:
             use_checkpoint(typed)
             return 0
         cfg, notes = set_up_config(typed)
+        if cfg.device == "cuda":
+            # Kernels shall outlive a container's /tmp; one cache for each attention, which a graph's key doesn't name.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
         set_up_logging(cfg, rank_and_world()[0])
-        keep_compiled_kernels(cfg)
-        quiet_libraries()
         for note in notes:
             logger.info(f"⚠️  {note}")
         run_training(cfg, stop)
