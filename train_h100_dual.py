@@ -53,7 +53,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,7 +90,7 @@ MEMORY_TO_USE = 0.92  # of a GPU's: the allocator's gaps and what others hold ta
 
 # Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
-ASSUMED_MFU = 0.4  # for the time of a run whose speed this machine hasn't measured yet
+ASSUMED_MFU = 0.4  # for the time of a run before its first step
 CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
 
 CACHE_VERSION = 5  # of the token cache's format and of how texts are read and split
@@ -235,47 +235,47 @@ def parse_mix(text: str) -> str:
     return ",".join(f"{name}={(int(rows) + (name in extra)) / MIX_WINDOW:g}" for name, rows in exact.items())
 
 
-GROUPS = {
-    "run": "실행 모드",
-    "data": "데이터",
-    "output": "출력",
-    "model": "모델",
-    "optimisation": "학습 하이퍼파라미터",
-    "hopper": "H100 최적화",
-    "saving": "저장과 평가",
-    "faults": "장애 대응",
-    "use": "체크포인트 사용",
-    "machines": "여러 머신",
-    "control": "실행 제어",
+GROUPS = {  # titles of --help, by the first field of each
+    "mode": "실행 모드",
+    "dataset_path": "데이터",
+    "output_dir": "출력",
+    "model_size": "모델",
+    "batch_size": "학습 하이퍼파라미터",
+    "precision": "H100 최적화",
+    "save_steps": "저장과 평가",
+    "max_restarts": "장애 대응",
+    "generate": "체크포인트 사용",
+    "nnodes": "여러 머신",
+    "verbose": "실행 제어",
 }
 SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
-def option(group: str, metavar: str, parse: Callable[[str], Any] | None, help_text: str, **more: Any) -> Any:
-    """Declare one option: its group in ``--help``, its value's name and parser, what it does.
+def option(metavar: str, parse: Callable[[str], Any] | None, help_text: str, **more: Any) -> Any:
+    """Declare one option: its value's name and parser, what it does.
 
     ``default`` is its default.  One that depends on the situation is given by ``base``, ``test``,
     ``cpu`` and ``cpu_test`` instead, the last that applies counting; the field is then None until
     ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare.
     """
-    details = {"group": group, "metavar": metavar, "parse": parse, "help": help_text, "flags": {}, "empty": None}
     adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
-    return field(default=more.pop("default", None), metadata={**details, "adapt": adapt, **more})
+    details = {"metavar": metavar, "parse": parse, "help": help_text, "flags": {}, "empty": None, "adapt": adapt}
+    return field(default=more.pop("default", None), metadata={**details, **more})
 
 
-def switch(group: str, flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
-    """Declare options without a value: ``flags`` maps each to what it stands for and its help text."""
-    return option(group, "", None, "", flags=flags, **more)
-
-
-def flag(group: str, name: str, help_text: str, value: bool = True) -> Any:
-    """Declare an option without a value that sets ``value`` where the default is its opposite."""
-    return switch(group, {name: (value, help_text)}, default=not value)
-
-
-def choice(group: str, choices: Iterable[str], help_text: str, **more: Any) -> Any:
+def choice(choices: Iterable[str], help_text: str, **more: Any) -> Any:
     """Declare an option whose value is one of ``choices``."""
-    return option(group, "|".join(choices), parse_choice(*choices), help_text, **more)
+    return option("|".join(choices), parse_choice(*choices), help_text, **more)
+
+
+def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
+    """Declare options without a value: ``flags`` maps each to what it stands for and its help text."""
+    return option("", None, "", flags=flags, **more)
+
+
+def flag(name: str, help_text: str, value: bool = True) -> Any:
+    """Declare an option without a value that sets ``value`` where the default is its opposite."""
+    return switch({name: (value, help_text)}, default=not value)
 
 
 positive = parse_number(int, 1)
@@ -294,97 +294,85 @@ class TrainConfig:
     # One option a line or two: this is the table that people look things up in.
     # fmt: off
     # run
-    mode: str = switch("run", {
+    mode: str = switch({
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
         "--train": ("train", "실제 학습 모드: 전체 에포크"),
     }, default="test")
-    max_steps: int | None = option("run", "N", positive, "최대 스텝", base=None, test=10)
-    max_epochs: int = option("run", "N", positive, "최대 에포크 (--max-steps가 없을 때)", default=1)
-    max_tokens: int | None = option("run", "N", positive, "최대 학습 토큰 수")
-    max_hours: float | None = option("run", "H", parse_number(float, 0.01),
-        "최대 시간 (데이터 준비부터 마지막 저장까지)")
-    resume: str | None = option("run", "[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)",
-        empty="auto")
-    device: str = choice("run", DEVICES, "연산 장치", default="auto")
-    seed: int = option("run", "N", parse_number(int, 0, 2**31 - 1), "난수 시드", default=42)
-    logging_steps: int | None = option("run", "N", positive, "로그 간격 (스텝)", base=10, test=1)
+    max_steps: int | None = option("N", positive, "최대 스텝", base=None, test=10)
+    max_epochs: int = option("N", positive, "최대 에포크 (--max-steps가 없을 때)", default=1)
+    max_tokens: int | None = option("N", positive, "최대 학습 토큰 수")
+    max_hours: float | None = option("H", parse_number(float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
+    resume: str | None = option("[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
+    device: str = choice(DEVICES, "연산 장치", default="auto")
+    seed: int = option("N", parse_number(int, 0, 2**31 - 1), "난수 시드", default=42)
+    logging_steps: int | None = option("N", positive, "로그 간격 (스텝)", base=10, test=1)
     # data
-    dataset_path: Path = option("data", "PATH", parse_path,
+    dataset_path: Path = option("PATH", parse_path,
         "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]", default=Path("../../../../datasets"))
-    tokenizer: str | None = option("data", "PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
-    vocab_size: int | None = option("data", "N", parse_number(int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
+    tokenizer: str | None = option("PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
+    vocab_size: int | None = option("N", parse_number(int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
         base=65536, cpu_test=2048)
-    text_column: str = option("data", "NAME", parse_text, "본문이 든 열의 이름", default="text")
-    validation_split: float = option("data", "F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율",
-        default=0.005)
-    mix: str | None = option("data", "ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
-    dummy_data: bool = flag("data", "--dummy-data", "더미 한국어/영어 데이터로 실행")
-    cache_dir: Path | None = option("data", "PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
-    num_workers: int | None = option("data", "N", parse_number(int, 0, 64),
-        "프로세스마다 데이터를 미리 읽는 스레드 수", base=2, cpu=0)
+    text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
+    validation_split: float = option("F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
+    mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
+    dummy_data: bool = flag("--dummy-data", "더미 한국어/영어 데이터로 실행")
+    cache_dir: Path | None = option("PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
     # output
-    output_dir: Path = option("output", "PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
-    logs_dir: Path = option("output", "PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
+    output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
+    logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
     # model
-    model_size: str | None = choice("model", PRESETS, "모델 크기", base="1.3b", cpu_test="tiny")
-    model_config: Path | None = option("model", "PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
-    init_from: str | None = option("model", "PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
+    model_size: str | None = choice(PRESETS, "모델 크기", base="1.3b", cpu_test="tiny")
+    model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
+    init_from: str | None = option("PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
     # optimisation
-    batch_size: int = option("optimisation", "N", positive, "GPU당 배치 크기", default=4)
-    learning_rate: float = option("optimisation", "LR", parse_number(float, 1e-9, 1), "학습률", default=1e-4)
-    max_seq_length: int | None = option("optimisation", "N", parse_number(int, 8, 131072), "최대 시퀀스 길이",
-        base=2048, cpu_test=256)
-    gradient_accumulation_steps: int | None = option("optimisation", "N", positive, "기울기 누적 횟수", base=8, test=1)
-    optimizer: str = choice("optimisation", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)",
-        default="adamw")
-    lr_schedule: str = choice("optimisation", SCHEDULES, "학습률 스케줄", default="wsd")
-    warmup_ratio: float = option("optimisation", "F", unit_interval, "워밍업 비율", default=0.05)
-    weight_decay: float = option("optimisation", "F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
-    max_grad_norm: float = option("optimisation", "F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름",
-        default=1.0)
+    batch_size: int = option("N", positive, "GPU당 배치 크기", default=4)
+    learning_rate: float = option("LR", parse_number(float, 1e-9, 1), "학습률", default=1e-4)
+    max_seq_length: int | None = option("N", parse_number(int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
+    gradient_accumulation_steps: int | None = option("N", positive, "기울기 누적 횟수", base=8, test=1)
+    optimizer: str = choice(OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
+    lr_schedule: str = choice(SCHEDULES, "학습률 스케줄", default="wsd")
+    warmup_ratio: float = option("F", unit_interval, "워밍업 비율", default=0.05)
+    weight_decay: float = option("F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
+    max_grad_norm: float = option("F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
     # hopper
-    precision: str | None = switch("hopper", {
+    precision: str | None = switch({
         "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
         "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
         "--fp8": ("fp8", "FP8 행렬곱 + BF16 (실험 기능, Hopper 전용, torchao 필요)"),
         "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
     }, base="bf16", cpu="fp32")
-    compile: bool | None = switch("hopper", {
+    compile: bool | None = switch({
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
     }, base=True, cpu=False)
-    num_gpus: int = option("hopper", "N", parse_number(int, 1, 64), "사용할 GPU 수", default=2)
-    attention: str = choice("hopper", ATTENTION, "어텐션 커널", default="auto")
-    gradient_checkpointing: bool = flag("hopper", "--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
-    find_batch_size: bool = flag("hopper", "--find-batch-size", "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")
-    profile: bool = flag("hopper", "--profile", "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")
+    num_gpus: int = option("N", parse_number(int, 1, 64), "사용할 GPU 수", default=2)
+    attention: str = choice(ATTENTION, "어텐션 커널", default="auto")
+    gradient_checkpointing: bool = flag("--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
+    find_batch_size: bool = flag("--find-batch-size", "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")
+    profile: bool = flag("--profile", "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")
     # saving and evaluating
-    save_steps: int = option("saving", "N", positive, "모델 저장 간격 (스텝)", default=500)
-    save_initial: bool = flag("saving", "--no-save-initial", "초기 모델 저장 비활성화", False)
-    save_total_limit: int | None = option("saving", "N", positive, "남겨 둘 체크포인트 수 (기본: 전부)")
-    eval_steps: int = option("saving", "N", positive, "평가 간격 (스텝)", default=500)
-    sample_steps: int = option("saving", "N", positive, "샘플 생성 간격 (스텝)", default=1000)
-    prompt: str | None = option("saving", "TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
-    report_to: str = option("saving", "NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb",
-        default="tensorboard")
+    save_steps: int = option("N", positive, "모델 저장 간격 (스텝)", default=500)
+    save_initial: bool = flag("--no-save-initial", "초기 모델 저장 비활성화", False)
+    save_total_limit: int | None = option("N", positive, "남겨 둘 체크포인트 수 (기본: 전부)")
+    eval_steps: int = option("N", positive, "평가 간격 (스텝)", default=500)
+    sample_steps: int = option("N", positive, "샘플 생성 간격 (스텝)", default=1000)
+    prompt: str | None = option("TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
+    report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     # faults
-    max_restarts: int | None = option("faults", "N", parse_number(int, 0, 100),
-        "프로세스가 죽으면 자동으로 이어서 다시 시작할 횟수", base=3, test=0)
-    hang_timeout: float = option("faults", "MIN", parse_number(float, 0.05, 10_000),
-        "진행이 없으면 실패로 끝낼 때까지의 시간 (분)", default=30)
+    max_restarts: int | None = option("N", parse_number(int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0)
+    hang_timeout: float = option("MIN", parse_number(float, 0.05, 10_000), "진행 없이 기다릴 시간 (분)", default=30)
     # use
-    generate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
-    evaluate: str | None = option("use", "CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
-    max_new_tokens: int = option("use", "N", positive, "이어 쓸 최대 토큰 수", default=200)
-    temperature: float = option("use", "F", parse_number(float, 0, 10), "표본 추출 온도 (0이면 늘 가장 유력한 토큰)",
-        default=0.8)
-    top_p: float = option("use", "F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
+    generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
+    evaluate: str | None = option("CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
+    max_new_tokens: int = option("N", positive, "이어 쓸 최대 토큰 수", default=200)
+    temperature: float = option("F", parse_number(float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
+    top_p: float = option("F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
     # machines
-    nnodes: int | None = option("machines", "N", parse_number(int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
-    node_rank: int | None = option("machines", "N", parse_number(int, 0, 998), "이 머신의 번호 (0번이 저장)")
-    rdzv_endpoint: str | None = option("machines", "HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
+    nnodes: int | None = option("N", parse_number(int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
+    node_rank: int | None = option("N", parse_number(int, 0, 998), "이 머신의 번호 (0번이 저장)")
+    rdzv_endpoint: str | None = option("HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
     # control
-    verbose: bool = flag("control", "--verbose", "상세 로그 출력")
+    verbose: bool = flag("--verbose", "상세 로그 출력")
     # fmt: on
 
     @property
@@ -561,18 +549,18 @@ def format_duration(seconds: float) -> str:
 def help_text() -> str:
     """The options of the script by group, with defaults; the launcher adds its own."""
     lines = []
-    for group, title in GROUPS.items():
-        lines += ["", f"{title}:"]
-        for item in (item for item in fields(TrainConfig) if item.metadata["group"] == group):
-            rows = [(name, text) for name, (_, text) in item.metadata["flags"].items()]
-            if not rows:
-                values = {"base": item.default} if item.default is not None else item.metadata["adapt"]
-                known = {name: value for name, value in values.items() if value is not None}
-                notes = ", ".join(f"{SITUATIONS[name]}: {format_value(value)}" for name, value in known.items())
-                text = item.metadata["help"] + (f" ({notes})" if notes else "")
-                rows = [(f"{as_typed(item.name)} {item.metadata['metavar']}", text)]
-            for left, text in rows:
-                lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
+    for item in fields(TrainConfig):
+        if item.name in GROUPS:
+            lines += ["", f"{GROUPS[item.name]}:"]
+        rows = {name: text for name, (_, text) in item.metadata["flags"].items()}
+        if not rows:
+            values = {"base": item.default} if item.default is not None else item.metadata["adapt"]
+            known = {SITUATIONS[name]: format_value(value) for name, value in values.items() if value is not None}
+            notes = [f"{name}: {value}" for name, value in known.items()]
+            text = item.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
+            rows = {f"{as_typed(item.name)} {item.metadata['metavar']}": text}
+        for left, text in rows.items():
+            lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
     lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
     for name, preset in PRESETS.items():
         shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 {preset.head}"
@@ -899,20 +887,21 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
 def output_problems(cfg: TrainConfig) -> list[str]:
     """What keeps a run from writing where it is to: no right to, another run, or what an earlier one left."""
     named = {"--output-dir": cfg.output_dir, "--logs-dir": cfg.logs_dir, "--cache-dir": cfg.cache_dir}
-    problems = [
-        f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)"
-        for name, path in named.items()
-        if not can_write(path)
-    ]
+    refused = {name: path for name, path in named.items() if not can_write(path)}
+    problems = [f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)" for name, path in refused.items()]
     if problems or node_rank(cfg):  # in a shared directory the first machine, which judges it, may be at work already
         return problems
     info = read_json(cfg.output_dir / "run_info.json")
     if is_restart(info):
         return []
-    if run_is_alive(cfg.output_dir):
-        owner = read_text(cfg.output_dir / ".lock").strip() or "?"  # the PID that a person can stop
-        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {owner}): {cfg.output_dir} "
-        return [text + "(다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
+    with suppress(FileNotFoundError), open(cfg.output_dir / ".lock", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = (
+                f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'}): {cfg.output_dir}"
+            )
+            return [f"{text} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
     goes_on = cfg.resume == "auto"
     if cfg.resume and not goes_on:
         goes_on = checkpoint_dir(Path(cfg.resume).expanduser()).resolve().parent == cfg.output_dir.resolve()
@@ -951,18 +940,6 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
     """One of the launcher's files on this machine, which the other machines' may lie beside."""
     stem, _, ending = name.partition(".")
     return cfg.logs_dir / (f"{stem}_node_{node_rank(cfg)}.{ending}" if node_rank(cfg) else name)
-
-
-def run_is_alive(output_dir: Path) -> bool:
-    """Whether a process holds the lock of ``output_dir``; looks without taking or making it."""
-    try:
-        with open(output_dir / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 # --- a run's state, and its restarts by torchrun ---
@@ -1123,7 +1100,9 @@ def check_use(cfg: TrainConfig) -> None:
         problems.append(f"체크포인트가 없습니다: {path} ({hint})")
     elif not (path / "config.json").is_file():
         problems.append(f"체크포인트가 아닙니다: {path} (config.json이 없습니다. {hint})")
-    problems += file_problems(lambda: corpus_files(cfg) and []) if cfg.evaluate else []
+    if cfg.evaluate:
+        with collecting(problems):
+            corpus_files(cfg)
     if problems:
         raise EnvironmentProblem(problems)
 
@@ -1204,16 +1183,6 @@ def total_steps(cfg: TrainConfig, rows: int, step_tokens: int) -> int:
     if cfg.max_tokens is not None:
         steps = min(steps, max(1, cfg.max_tokens // step_tokens))
     return steps
-
-
-def estimate_tokens(cfg: TrainConfig, files: list[Path]) -> tuple[int | None, bool]:
-    """Training tokens of the corpus and whether that is exact: from the cache, else from the bytes."""
-    if not files:
-        return None, False
-    report = read_json(cfg.cache_dir / corpus_key(cfg, files) / lists_name(cfg) / "lists.json")
-    if report:
-        return report["train_tokens"], True
-    return int(estimated_bytes(files) / BYTES_PER_TOKEN_ESTIMATE), False
 
 
 def estimated_bytes(files: list[Path]) -> int:
@@ -1314,11 +1283,6 @@ def memory_words(parts: dict[str, int]) -> str:
     return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30)
 
 
-def batch_sizes(rows: int) -> list[int]:
-    """Every batch size with which a rank's step can read this many rows."""
-    return [size for size in range(1, rows + 1) if rows % size == 0]
-
-
 def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[str]:
     """Options with which a run fits into ``memory`` bytes by the estimate, each group as it can be typed."""
 
@@ -1328,14 +1292,11 @@ def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[st
 
     options, rows = [], cfg.batch_size * cfg.gradient_accumulation_steps
     for again in (False, True)[cfg.gradient_checkpointing :]:
-        for size in range(cfg.batch_size, 0, -1):
-            steps = rows // size
-            if rows % size == 0 and fits(
-                batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=again
-            ):
-                words = ["--gradient-checkpointing"] * (again and not cfg.gradient_checkpointing)
-                words += [f"--batch-size {size} --gradient-accumulation-steps {steps}"] * (size < cfg.batch_size)
-                options.append(" ".join(words))
+        for size in (size for size in range(cfg.batch_size, 0, -1) if rows % size == 0):
+            if fits(batch_size=size, gradient_accumulation_steps=rows // size, gradient_checkpointing=again):
+                typed = ["--gradient-checkpointing"] * (again and not cfg.gradient_checkpointing)
+                typed += [f"--batch-size {size} --gradient-accumulation-steps {rows // size}"] * (size < cfg.batch_size)
+                options.append(" ".join(typed))
                 break
     if not (cfg.resume or cfg.model_config or cfg.init_from):
         smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
@@ -1343,25 +1304,21 @@ def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[st
     return options
 
 
-def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> tuple[str | None, bool]:
-    """A sentence if a run needs all or more of its smallest GPU's memory, and whether it is more."""
-    shape = model_shape(cfg)
-    gpu = min(gpus, key=lambda gpu: gpu.total, default=None)
-    if shape is None or gpu is None or not gpu.total:
-        return None, False
+def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | None:
+    """A sentence if a run needs more than its smallest GPU has, with --find-batch-size at the least batch."""
+    shape, memory = model_shape(cfg), min((gpu.total for gpu in gpus), default=0) << 20
+    if shape is None or not memory:
+        return None
     if cfg.find_batch_size:
         cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
-    parts, memory = estimate_memory(cfg, shape[0], world_size), gpu.total << 20
+    parts = estimate_memory(cfg, shape[0], world_size)
     needed = sum(parts.values())
-    if needed <= MEMORY_TO_USE * memory:
-        return None, False
+    if needed <= memory:
+        return None
     options = ", 또는 ".join(fitting_options(cfg, world_size, MEMORY_TO_USE * memory))
     advice = f"들어가는 설정: {options}" if options else "--max-seq-length 를 줄이거나 메모리가 더 큰 GPU를 쓰세요"
-    verdict = "부족합니다" if needed > memory else "빠듯합니다"
-    return (
-        f"GPU 메모리가 {verdict}: GPU당 {needed / 2**30:.1f} GiB가 필요하고 {gpu.name}에는 {memory / 2**30:.1f} GiB가 "
-        f"있습니다 ({memory_words(parts)}). {advice}"
-    ), needed > memory
+    figures = f"GPU당 {needed / 2**30:.1f} GiB가 필요하고 {gpus[0].name}에는 {memory / 2**30:.1f} GiB가 있습니다"
+    return f"GPU 메모리가 부족합니다: {figures} ({memory_words(parts)}). {advice}"
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
@@ -1390,27 +1347,17 @@ def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str | None, toke
     return f"{format_duration(seconds)} (MFU {ASSUMED_MFU:.0%} 가정)"
 
 
-def file_problems(rule: Callable[[], list[str]]) -> list[str]:
-    """What a rule complains of, or why it couldn't read what it has to."""
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Add to ``problems`` what a rule raises: a refusal's sentences, or that it can't read a file."""
     try:
-        return rule()
-    except EnvironmentProblem as error:
-        return error.problems
+        yield
+    except Refusal as error:
+        problems += error.problems
     except FileNotFoundError as error:
-        return [str(error)]
+        problems.append(str(error))
     except PermissionError as error:
-        return [f"읽을 권한이 없습니다: {error.filename}"]
-
-
-def plan_problems(cfg: TrainConfig, world_size: int) -> list[str]:
-    """What keeps a run from starting on this machine's files, one Korean sentence each."""
-    problems = file_problems(lambda: output_problems(cfg))
-    problems += file_problems(lambda: corpus_files(cfg) and [])
-    problems += file_problems(lambda: source_problems(cfg))
-    if (cfg.max_tokens or math.inf) < cfg.tokens_per_step(world_size):
-        one = f"{cfg.tokens_per_step(world_size):,}"
-        problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {one}보다 작습니다")
-    return problems
+        problems.append(f"읽을 권한이 없습니다: {error.filename}")
 
 
 def source_problems(cfg: TrainConfig) -> list[str]:
@@ -1418,23 +1365,21 @@ def source_problems(cfg: TrainConfig) -> list[str]:
 
     A new run would clear away those that lie among what an earlier test saved.
     """
-    problems, cleared = [], set()
-    if cfg.resume is None:
-        cleared = {folder.resolve() for folder in saved_models(cfg.output_dir)}
+    problems, cleared = [], {path.resolve() for path in saved_models(cfg.output_dir) if cfg.resume is None}
     named = {"--model-config": cfg.model_config, "--tokenizer": cfg.tokenizer, "--init-from": cfg.init_from}
     for name, source in ((name, source) for name, source in named.items() if source):
         path = checkpoint_dir(Path(source).expanduser())
-        if not path.exists():
-            if name == "--model-config" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-                problems.append(f"{name}: 경로가 없습니다: {source} (있는 경로를 주세요)")
-            continue
+        if not path.exists() and name != "--model-config" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+            continue  # the hub may have it
         wanted = ("tokenizer.json", "tokenizer_config.json") if name == "--tokenizer" else ("config.json",)
-        if name == "--model-config" and not read_json(path / "config.json" if path.is_dir() else path).get(
-            "model_type"
-        ):
-            problems.append(f"{name}: 모델 설정이 아닙니다: {path} (model_type이 있는 config.json을 주세요)")
-        elif name != "--model-config" and not any((path / file).is_file() for file in wanted):
-            problems.append(f"{name}: {source} 에 {wanted[0]}이 없습니다 (그것이 있는 디렉토리를 주세요)")
+        if name == "--model-config" and path.suffix == ".json":
+            usable = "model_type" in read_json(path)
+        else:
+            usable = any((path / file).is_file() for file in wanted)
+        if not path.exists():
+            problems.append(f"{name}: 경로가 없습니다: {source} (경로를 확인하세요)")
+        elif not usable:
+            problems.append(f"{name}: {source} 에 쓸 수 있는 {wanted[0]}이 없습니다 (그것이 있는 경로를 주세요)")
         if cleared & {path.resolve(), *path.resolve().parents}:
             problems.append(f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)")
     values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json") if cfg.init_from else {}
@@ -1456,18 +1401,6 @@ def too_long_for_model(length: int, longest: int) -> str:
 def too_many_words(words: int, have: int) -> str:
     """A sentence for a tokenizer with more tokens than the model of ``--init-from`` has."""
     return f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {have:,}개보다 큽니다. 모델의 토크나이저를 쓰세요"
-
-
-def planned_resume(cfg: TrainConfig, world_size: int) -> tuple[ResumePoint, list[str]]:
-    """Where a run will begin, as far as it can be told before the corpus is opened, or why it can't."""
-    try:
-        files = corpus_files(cfg) if cfg.resume else []
-        report = read_json(cfg.cache_dir / corpus_key(cfg, files) / "corpus.json") if files else {}
-        return find_resume_point(cfg, world_size, report.get("fingerprint")), []
-    except EnvironmentProblem as error:
-        return ResumePoint(cfg.gradient_accumulation_steps), error.problems
-    except OSError:  # of the corpus, whose own rule tells it
-        return ResumePoint(cfg.gradient_accumulation_steps), []
 
 
 def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
@@ -1501,17 +1434,13 @@ class LaunchPlan:
 
     cfg: TrainConfig  # complete
     gpus: list[Gpu]  # that it uses
-    processes: int  # here; there may be several machines
+    processes: int  # here
+    world_size: int  # and on all machines
     step_tokens: int  # that all ranks read a step, as a checkpoint may have it
-    left: int | None  # steps that are to be done, and
-    steps: int | None  # all steps; None where only the prepared corpus tells
+    steps: int | None  # of the whole run; None where only the prepared corpus tells
+    left: int | None  # of them
     exact: bool  # whether they are no estimate
     notes: list[str]  # what was adapted to the machine
-
-    @property
-    def world_size(self) -> int:
-        """Processes on all machines."""
-        return node_count(self.cfg) * self.processes
 
 
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
@@ -1527,28 +1456,39 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     wrong = validate_config(cfg)
     if wrong:
         raise UsageProblem(wrong)
-    world_size, gpus = node_count(cfg) * processes, gpus[:processes]
-    point, refused = planned_resume(cfg, world_size)
-    problems += plan_problems(cfg, world_size) + refused
+    files, report, world_size = [], {}, node_count(cfg) * processes
+    point = ResumePoint(cfg.gradient_accumulation_steps)
+    with collecting(problems):
+        problems += output_problems(cfg)
+    with collecting(problems):
+        problems += source_problems(cfg)
+    with collecting(problems):
+        files = corpus_files(cfg)
+        folder = cfg.cache_dir / corpus_key(cfg, files)
+        report = {**read_json(folder / "corpus.json"), **read_json(folder / lists_name(cfg) / "lists.json")}
+    with collecting(problems):
+        point = find_resume_point(cfg, world_size, report.get("fingerprint"))
+    done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
+    step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
+    if (cfg.max_tokens or math.inf) < step_tokens:
+        problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {step_tokens:,}보다 작습니다")
+    tokens = report.get("train_tokens", int(estimated_bytes(files) / BYTES_PER_TOKEN_ESTIMATE))
+    exact, steps, left = bool(cfg.max_steps or "train_tokens" in report), None, None
+    if cfg.max_steps or files:
+        steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens)
+        left = max(0, steps - done)
+        with collecting(problems):
+            refuse_too_few_steps(steps if exact else math.inf, done)
     if problems:
         raise EnvironmentProblem(problems)
-    step_tokens, done = cfg.tokens_per_step(world_size), point.info.get("step", 0)
-    step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
-    notes += point.notes
-    tokens, exact = estimate_tokens(cfg, corpus_files(cfg))
-    steps, left, exact = None, None, exact or bool(cfg.max_steps)
-    if cfg.max_steps or tokens is not None:
-        steps = total_steps(cfg, (tokens or 0) // cfg.max_seq_length, step_tokens)
-        left = max(0, steps - done)
-        if exact:
-            refuse_too_few_steps(steps, done)
-    disk, (memory, too_large) = disk_problem(cfg, left), memory_problem(cfg, gpus, world_size)
-    if not cfg.is_test and (disk or too_large):
-        raise EnvironmentProblem([text for text in (disk, memory if too_large else None) if text])
-    notes += [text for text in (disk, memory) if text]
+    short = [disk_problem(cfg, left), memory_problem(cfg, gpus[:processes], world_size)]
+    short = [text for text in short if text]
+    if short and not cfg.is_test:
+        raise EnvironmentProblem(short)
+    notes += [*adapted, *point.notes, *short]
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, gpus, processes, step_tokens, left, steps, exact, [*notes, *adapted])
+    return LaunchPlan(cfg, gpus[:processes], processes, world_size, step_tokens, steps, left, exact, notes)
 
 
 def print_launch_plan(argv: list[str], background: bool) -> None:
@@ -1560,27 +1500,17 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
         typed = parse_args(argv)
         if typed.uses_checkpoint:
             check_use(typed)
-            print("code=0\n\n")
+            print("code=0")
             return
         plan = make_launch_plan(typed, typed.num_gpus)
         checks = check_lines(plan)
     except Refusal as error:
-        print(f"code={error.exit_code}\n")
-        print("\n".join(f"❌ {problem}" for problem in error.problems))
+        print("\n".join([f"code={error.exit_code}\n", *(f"❌ {problem}" for problem in error.problems)]))
         return
-    cfg = plan.cfg
-    values = {
-        "code": 0,
-        "device": cfg.device,
-        "processes": plan.processes,
-        "threads": max(1, (os.cpu_count() or 1) // plan.processes),
-        "output_dir": cfg.output_dir,
-        "logs_dir": cfg.logs_dir,
-        "max_restarts": cfg.max_restarts,
-        "nnodes": node_count(cfg),
-        "node_rank": node_rank(cfg),
-        "rdzv_endpoint": cfg.rdzv_endpoint or "",
-    }
+    cfg, names = plan.cfg, ("device", "output_dir", "logs_dir", "max_restarts")
+    values = {name: getattr(cfg, name) for name in names}
+    values |= {"code": 0, "processes": plan.processes, "threads": max(1, (os.cpu_count() or 1) // plan.processes)}
+    values |= {"nnodes": node_count(cfg), "node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
     blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
     print("\n\n".join("\n".join(lines) for lines in blocks))
 
@@ -1595,14 +1525,29 @@ def refuse_too_few_steps(total: int, done: int) -> None:
 
 
 def check_lines(plan: LaunchPlan) -> list[str]:
-    """The lines of the environment check.
+    """The lines of the environment check; PyTorch is imported only where nvidia-smi saw a GPU.
 
     Raises:
-        EnvironmentProblem: PyTorch doesn't see the GPUs, or can't do there what is asked for.
+        EnvironmentProblem: PyTorch doesn't see it, or --fp8 can't run on it.
     """
-    cfg, lines = plan.cfg, []
-    if not missing_packages():
-        lines.append(torch_line(plan))
+    cfg, lines, ready = plan.cfg, [], not missing_packages()
+    version = importlib.metadata.version("torch") if ready else ""
+    if ready and not plan.gpus:
+        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
+    elif ready:
+        import torch
+
+        if not torch.cuda.is_available():
+            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU 전용"
+            raise EnvironmentProblem(
+                f"nvidia-smi는 GPU를 보지만 PyTorch {version} ({build})는 쓰지 못합니다. "
+                f"드라이버를 올리거나 드라이버에 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install "
+                f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+            )
+        problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
+        if problem:
+            raise EnvironmentProblem(problem)
+        lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
     if plan.gpus:
         lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
         lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
@@ -1610,35 +1555,12 @@ def check_lines(plan: LaunchPlan) -> list[str]:
     if uses_dummy_data(cfg):
         reason = "--dummy-data" if cfg.dummy_data else f"데이터셋 없음 ({cfg.dataset_path})"
         lines.append(f"⚠️  {reason}: 더미 한국어/영어 데이터를 만들어 씁니다")
-    elif str(cfg.dataset_path).startswith("hf:"):
-        lines.append(f"✅ 데이터셋: 허브의 {cfg.dataset_path}")
     else:
-        lines.append(f"✅ 데이터셋 확인 완료: {len(corpus_files(cfg))}개 파일")
-    return [*lines, "✅ 모든 요구사항 충족"]
-
-
-def torch_line(plan: LaunchPlan) -> str:
-    """PyTorch's line of the environment check; it is imported only where nvidia-smi saw a GPU.
-
-    Raises:
-        EnvironmentProblem: PyTorch doesn't see it, or --fp8 can't run on it.
-    """
-    version = importlib.metadata.version("torch")
-    if not plan.gpus:
-        return f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)"
-    import torch
-
-    if not torch.cuda.is_available():
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU 전용"
-        raise EnvironmentProblem(
-            f"nvidia-smi는 GPU를 보지만 PyTorch {version} ({build})는 쓰지 못합니다. "
-            f"드라이버를 올리거나 드라이버에 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install "
-            f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+        files = corpus_files(cfg)
+        lines.append(
+            f"✅ 데이터셋 확인 완료: {len(files)}개 파일" if files else f"✅ 데이터셋: 허브의 {cfg.dataset_path}"
         )
-    problem = fp8_problem(torch.cuda.get_device_capability()) if plan.cfg.precision == "fp8" else None
-    if problem:
-        raise EnvironmentProblem(problem)
-    return f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})"
+    return [*lines, "✅ 모든 요구사항 충족"]
 
 
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
@@ -1708,14 +1630,11 @@ def missing_packages() -> list[str]:
     """What MINIMUM_VERSIONS asks for and this Python lacks, as pip would name it."""
     missing = []
     for name, least in MINIMUM_VERSIONS.items():
-        try:
-            have = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(f"{name}>={least}")
-            continue
-        numbers = [tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (have, least)]
-        if numbers[0] < numbers[1]:
-            missing.append(f"{name}>={least} (지금 {have})")
+        with suppress(importlib.metadata.PackageNotFoundError):
+            have = re.findall(r"\d+", importlib.metadata.version(name))
+            if [int(part) for part in have[:2]] >= [int(part) for part in least.split(".")]:
+                continue
+        missing.append(f"{name}>={least}")
     return missing
 
 
@@ -2051,7 +1970,7 @@ import unicodedata
 import zlib
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -3784,8 +3703,7 @@ def git_commit() -> str | None:
 
 def options_of(cfg: TrainConfig) -> dict[str, Any]:
     """All options of a run in a form that JSON holds."""
-    names = [item.name for item in fields(cfg) if item.metadata["group"] != "use"]
-    values = {name: getattr(cfg, name) for name in names}
+    values = asdict(cfg)
     if cfg.model_config or cfg.init_from:
         values["model_size"] = None  # the preset that would have been taken
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

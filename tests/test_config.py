@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import ROOT, config
+from samples import ROOT, config, options
 
 import train_h100_dual as t
 
@@ -148,6 +148,13 @@ def test_help_names_every_option_once_with_its_default():
 GPUS = [t.Gpu("NVIDIA H100 PCIe", 81559, 0)] * 2
 
 
+def test_the_time_of_a_run_is_told_at_a_named_mfu(tmp_path):
+    cfg = config(tmp_path, "--model-size", "1.3b", "--vocab-size", "65536", "--max-seq-length", "2048")
+    # 6 x 1,348.57 M parameters + 12 x 24 x 2048 x 2048 = 9.2994e9 FLOPs a token; twice 40 % of 989 TFLOP/s
+    assert t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", 10**9) == "3:15:54 (MFU 40% 가정)"
+    assert "알 수 없음" in t.estimated_time(cfg, 1, None, 10**9)
+
+
 def test_a_test_takes_the_gpus_that_are_there_and_says_so():
     cfg = t.parse_args(["--test"])
     assert t.plan_device(cfg, GPUS[:1], 2)[:2] == ("cuda", 1)
@@ -204,12 +211,12 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_a_directory_with_res
         (("--init-from", "outputs/checkpoint-2"), "--init-from: 새 학습이 지울 출력 디렉토리 안에 있습니다"),
         (("--tokenizer", "outputs/checkpoint-2/pytorch_model.bin"), "--tokenizer: 새 학습이 지울 출력 디렉토리"),
         (("--model-config", "outputs/checkpoint-2/config.json"), "--model-config: 새 학습이 지울 출력 디렉토리"),
-        (("--model-config", "list.json"), "모델 설정이 아닙니다"),
-        (("--model-config", "words.txt"), "모델 설정이 아닙니다"),
-        (("--model-config", "empty"), "모델 설정이 아닙니다"),
-        (("--init-from", "words.txt"), "--init-from: words.txt 에 config.json이 없습니다"),
-        (("--init-from", "./empty"), "--init-from: ./empty 에 config.json이 없습니다"),
-        (("--tokenizer", "list.json"), "--tokenizer: list.json 에 tokenizer.json이 없습니다"),
+        (("--model-config", "list.json"), "쓸 수 있는 config.json이 없습니다"),
+        (("--model-config", "words.txt"), "쓸 수 있는 config.json이 없습니다"),
+        (("--model-config", "empty"), "쓸 수 있는 config.json이 없습니다"),
+        (("--init-from", "words.txt"), "--init-from: words.txt 에 쓸 수 있는 config.json이 없습니다"),
+        (("--init-from", "./empty"), "--init-from: ./empty 에 쓸 수 있는 config.json이 없습니다"),
+        (("--tokenizer", "list.json"), "--tokenizer: list.json 에 쓸 수 있는 tokenizer.json이 없습니다"),
         (("--init-from", "model", "--max-seq-length", "128"), "모델의 최대 길이 64보다 깁니다. --max-seq-length 64"),
         (("--init-from", "model", "--tokenizer", "large"), "--tokenizer의 어휘 200개가 --init-from 모델의 128개보다"),
         (("--model-config", "outputs/my_own.json"), None),
@@ -230,9 +237,14 @@ def test_what_a_run_begins_with_is_looked_at_before_the_start(tmp_path, monkeypa
     (tmp_path / "outputs" / "my_own.json").write_text('{"model_type": "llama"}')
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "words.txt").write_text("words")
-    problems = t.plan_problems(config(tmp_path, "--dummy-data", *words), 1)
-    assert len(problems) == (told is not None), problems
-    assert told is None or told in problems[0]
+    typed = t.parse_args(options(tmp_path, "--dummy-data", *words))
+    if told is None:
+        t.make_launch_plan(typed, 1)
+        return
+    with pytest.raises(t.EnvironmentProblem) as refused:
+        t.make_launch_plan(typed, 1)
+    assert len(refused.value.problems) == 1
+    assert told in refused.value.problems[0]
 
 
 def test_a_checkpoint_can_be_named_by_its_weights_file():
@@ -276,7 +288,7 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     assert t.make_launch_plan(t.parse_args(argv), 1).left == 1000
     free[0] = 0
     notes = t.make_launch_plan(t.parse_args(["--test", "--device=cpu", "--dummy-data", *places]), 1).notes
-    assert "디스크 공간이 부족합니다" in notes[0]
+    assert "디스크 공간이 부족합니다" in notes[-1]
     t.print_launch_plan(argv, False)
     assert re.search(r"^code=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())

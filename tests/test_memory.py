@@ -261,17 +261,16 @@ def test_options_that_are_named_instead_fit_by_the_estimate(tmp_path: Path) -> N
     typed = ["--train", "--batch-size", "24", "--no-compile"]
     cfg, _ = t.resolve_config(t.parse_args(typed), "cuda")
     gpu = t.Gpu("NVIDIA H100 PCIe", 81559, 4)
-    text, too_large = t.memory_problem(cfg, [gpu, gpu], 2)
-    assert too_large
+    text = t.memory_problem(cfg, [gpu, gpu], 2)
     assert_in_order(text, ["부족합니다", r"GPU당 [\d.]+ GiB", "79.6 GiB", "가중치 5.0", "활성값", "로짓"])
     options = t.fitting_options(cfg, 2, t.MEMORY_TO_USE * (gpu.total << 20))
     assert len(options) == 3
     for words in options:
         assert words in text
         changed, _ = t.resolve_config(t.parse_args([*typed, *words.split()]), "cuda")
-        assert t.memory_problem(changed, [gpu, gpu], 2) == (None, False)
+        assert t.memory_problem(changed, [gpu, gpu], 2) is None
         assert changed.tokens_per_step(2) == cfg.tokens_per_step(2)
-    assert t.memory_problem(replace(cfg, find_batch_size=True), [gpu, gpu], 2) == (None, False)
+    assert t.memory_problem(replace(cfg, find_batch_size=True), [gpu, gpu], 2) is None
 
 
 @pytest.mark.usefixtures("with_cuda")

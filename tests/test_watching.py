@@ -569,16 +569,6 @@ def test_control_characters_of_a_generated_text_are_replaced():
     assert t.printable("가\x1b[2J\r\n나\x00\t다\u202e") == "가\ufffd[2J\n나\ufffd 다\ufffd"
 
 
-# --- how long a run will take ---
-
-
-def test_the_time_of_a_run_is_told_at_a_named_mfu_or_as_unknown(tmp_path):
-    cfg = config(tmp_path, "--model-size", "1.3b", "--vocab-size", "65536", "--max-seq-length", "2048")
-    # 6 x 1,348.57 M parameters + 12 x 24 x 2048 x 2048 = 9.2994e9 FLOPs a token; twice 40 % of 989 TFLOP/s
-    assert t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", 10**9) == "3:15:54 (MFU 40% 가정)"
-    assert "알 수 없음" in t.estimated_time(cfg, 1, None, 10**9)
-
-
 def test_the_plan_and_the_steps_count_the_same_operations(trained):
     cfg, preset = trained.run.cfg, t.PRESETS["tiny"]
     vocabulary = trained.run.model.config.vocab_size
