@@ -30,7 +30,10 @@ ensure_litgpt() { # an environment of its own, since litgpt pins other versions;
 
 main_bench() {
   find_python
-  ensure_environment
+  if [[ -z $python ]]; then
+    install_packages "$ROOT/requirements.txt"
+    python="$VENV_DIR/bin/python"
+  fi
   [[ " $* " != *" --peers "* ]] || ensure_litgpt
   PATH="$(dirname -- "$python"):$PATH" exec "$python" "$ROOT/tests/benchmarks/bench.py" "$@"
 }
