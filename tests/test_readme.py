@@ -266,9 +266,9 @@ def test_the_fields_of_metrics_are_those_of_a_run(tested):
 def test_the_console_example_shows_what_a_test_run_prints(tested):
     place, out = tested
     printed = {comparable(line) for line in (out + place.console()).splitlines()}
-    (example,) = code_blocks(section("기본 테스트 (10스텝, 백그라운드)"), "")
-    lines = [line for line in example.splitlines() if line != "(…)"]
-    assert len(lines) > 30
+    examples = code_blocks(section("기본 테스트 (10스텝, 백그라운드)"), "")
+    lines = [line for line in "".join(examples).splitlines() if line != "(…)"]
+    assert len(lines) > 40
     assert [line for line in lines if comparable(line) not in printed] == []
 
 
