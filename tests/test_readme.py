@@ -154,7 +154,7 @@ def test_the_options_of_a_launcher_command_go_together(arguments):
     for word in words:
         if word not in own:
             rest.append(word)
-        elif word in ("--num-gpus", "--notify", "--python", "--nnodes", "--node-rank", "--rdzv-endpoint"):
+        elif word in ("--notify", "--python"):
             assert not next(words).startswith("--")
     check_options(rest)
 
@@ -174,7 +174,7 @@ def test_the_launcher_takes_its_own_options_as_they_are_shown(place):
     # With --status it reads every option and starts nothing: 3 says that it understood them, 2 that it didn't.
     own = launcher_options() - {"--help"}
     shown = {frozenset(own & {*arguments}): arguments for arguments in arguments_of("run_h100_dual.sh")}
-    assert len(shown) > 5
+    assert len(shown) > 3
     for arguments in [*shown.values(), ["--python", sys.executable], ["--no-install", "--notify", "true"]]:
         answer = place.run(*arguments, "--status")
         assert answer.code == 3, answer.text
