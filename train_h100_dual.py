@@ -772,19 +772,20 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     return None
 
 
-def newest_checkpoint(output_dir: Path, thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint that a run can go on from, and a phrase on each damaged one after it.
-
-    Older ones hold only the model: the run itself took their training state away.
-    """
+def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
+    """The last of ``checkpoints`` that is whole, and a phrase on each damaged one after it."""
     damaged = []
-    for path in reversed(list_checkpoints(output_dir)):
-        if (path / "training_state").is_dir():
-            damage = checkpoint_damage(path, thorough)
-            if damage is None:
-                return path, damaged
-            damaged.append(f"{display_path(path)} ({damage})")
+    for path in reversed(checkpoints):
+        damage = checkpoint_damage(path, thorough)
+        if damage is None:
+            return path, damaged
+        damaged.append(f"{display_path(path)} ({damage})")
     return None, damaged
+
+
+def resumable(output_dir: Path) -> list[Path]:
+    """The checkpoints that hold a training state: the run itself takes it away from all but the newest two."""
+    return [path for path in list_checkpoints(output_dir) if (path / "training_state").is_dir()]
 
 
 @dataclass(frozen=True)
@@ -810,25 +811,15 @@ def find_resume_point(
     """
     if cfg.resume is None or node_rank(cfg):
         return ResumePoint(cfg.gradient_accumulation_steps)
-    if cfg.resume == "auto":
-        checkpoint, damaged = newest_checkpoint(cfg.output_dir, thorough)
-    else:
-        checkpoint, damaged = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser())), []
-        if not (checkpoint / "training_state").is_dir():
-            raise EnvironmentProblem(
-                f"학습 상태가 없는 체크포인트입니다: {checkpoint} "
-                "(training_state/ 가 있는 것을 주거나 --init-from 을 쓰세요)"
-            )
-        damage = checkpoint_damage(checkpoint, thorough)
-        if damage:
-            text = f"손상된 체크포인트입니다: {checkpoint} ({damage}). --resume auto 는 온전한 것을 찾습니다"
-            raise EnvironmentProblem(text)
+    named = [checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))] if cfg.resume != "auto" else None
+    checkpoint, damaged = newest_whole(named or resumable(cfg.output_dir), thorough)
     if checkpoint is None:
         begun = read_json(cfg.output_dir / "run_info.json").get("mode") == "train"
-        if begun and not list_checkpoints(cfg.output_dir):  # all there is to resume is its start
+        if begun and not named and not list_checkpoints(cfg.output_dir):  # all there is to resume is its start
             return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
-        advice = "--resume 없이 시작하거나 --output-dir 를 확인하세요"
-        problems = [f"이어서 학습할 체크포인트가 없습니다: {cfg.output_dir} ({advice})"]
+        place = named[0] if named else cfg.output_dir
+        advice = "--resume auto 는 온전한 것을 찾고, --init-from 은 가중치만 이어받습니다"
+        problems = [f"이어서 학습할 체크포인트가 없습니다: {place} ({advice})"]
         raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
     notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
     info = read_json(checkpoint / "training_info.json")
@@ -850,6 +841,14 @@ def find_resume_point(
     return ResumePoint(accumulation, checkpoint, info, tuple(notes))
 
 
+def options_of(cfg: TrainConfig) -> dict[str, Any]:
+    """All options of a run in a form that JSON holds."""
+    values = asdict(cfg)
+    if cfg.model_config or cfg.init_from:
+        values["model_size"] = None  # the preset that would have been taken
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str | None) -> list[str]:
     """What keeps a run from going on from a checkpoint with this ``training_info.json``, one sentence each.
 
@@ -863,17 +862,15 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
         ]
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
-    problems, before = [], info["options"]
-    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
-    sources = [name for name in ("init_from", "tokenizer") if getattr(cfg, name) or before[name]]
+    problems, before, after = [], info["options"], options_of(cfg)
     # Another path may name the same files; whether there is one has to stay.
-    fixed += [name for name in sources if not (getattr(cfg, name) and before[name])]
-    fixed += [] if sources else ["vocab_size"]
-    if "init_from" not in sources and not cfg.model_config and not before["model_config"]:
-        fixed.append("model_size")
+    sources = [name for name in ("init_from", "tokenizer") if before[name] or after[name]]
+    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
+    fixed += [name for name in sources if not (before[name] and after[name])] or ([] if sources else ["vocab_size"])
+    fixed += ["model_size"] if before["model_size"] and after["model_size"] else []
     for name in fixed:
         value, typed = before[name], as_typed(name)
-        if str(getattr(cfg, name)) != str(value):
+        if after[name] != value:
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
     if fingerprint not in (None, info["data_fingerprint"]):
@@ -2087,6 +2084,11 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
         # Else the kernel clears the same pages for each step anew: a tenth of the tiny model's.
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
+    if cfg.device == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # No holes in the GPU's memory; pinned buffers as large as asked, not rounded up to a power of two.
+        exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # 2.11 refuses words that it doesn't know
+        words = ["expandable_segments:True", *(["pinned_max_round_threshold_mb:1"] if exact else [])]
+        os.environ["PYTORCH_ALLOC_CONF"] = ",".join(words)
     accelerator = Accelerator(
         cpu=cfg.device == "cpu",
         mixed_precision=precision,
@@ -3701,14 +3703,6 @@ def git_commit() -> str | None:
         return None
 
 
-def options_of(cfg: TrainConfig) -> dict[str, Any]:
-    """All options of a run in a form that JSON holds."""
-    values = asdict(cfg)
-    if cfg.model_config or cfg.init_from:
-        values["model_size"] = None  # the preset that would have been taken
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
 def write_model(folder: Path, run: Run) -> None:
     """Write what makes weights a Hugging Face model: configuration and tokenizer."""
     from transformers import GenerationConfig
@@ -3719,26 +3713,18 @@ def write_model(folder: Path, run: Run) -> None:
     config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
     config.get("text_config", config).update(ids)  # the tokenizer may not be the one that --init-from came with
     type(decoder.config).from_dict(config).save_pretrained(folder)
-    write_rope_as_before(folder / "config.json")
+    # transformers 4, and what reads configurations as it did, knows no rope_parameters and would take its defaults.
+    saved = read_json(folder / "config.json")
+    rope = dict(saved.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # else none, or several by type of layer, which version 4 had no common names for
+        saved.update({name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+        if rope.get("rope_type", "default") != "default":
+            saved["rope_scaling"] = rope
+        write_json(folder / "config.json", saved)
     GenerationConfig(
         **ids, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_k=0, top_p=0.95
     ).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-
-
-def write_rope_as_before(path: Path) -> None:
-    """Repeat a saved configuration's ``rope_parameters`` under the names that they had before transformers 5.
-
-    Version 4, and what reads configurations as it did, knows no others and would take the defaults in silence.
-    """
-    config = read_json(path)
-    rope = dict(config.get("rope_parameters") or {})
-    if "rope_theta" not in rope:  # none, or several by type of layer, which version 4 had no common names for
-        return
-    config.update({name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope})
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    write_json(path, config)
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> str:
@@ -3811,7 +3797,6 @@ def save_initial_model(run: Run) -> None:
             logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
         except OSError as error:
             logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
-    run.accelerator.wait_for_everyone()
     run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
 
 
@@ -3846,18 +3831,13 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
     return {
         "layout_version": LAYOUT_VERSION,
-        "step": state.step,
+        **{name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))},
         "total_steps": run.total_steps,
         "epoch": state.tokens_seen / (rows * run.cfg.max_seq_length),
         "stream_epochs": domain_epochs(run.cfg, run.corpus, state.tokens_seen),
-        "tokens_seen": state.tokens_seen,
-        "loss": state.loss,
         **state.evaluation,
-        "evaluation_step": state.evaluation_step,
         "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
-        "elapsed_seconds": state.elapsed_seconds,
         "tokens_per_second": state.tokens_seen / state.elapsed_seconds if state.elapsed_seconds else None,
-        "skipped_steps": state.skipped_steps,
         "world_size": run.accelerator.num_processes,
         "mode": run.cfg.mode,
         "data_fingerprint": run.corpus.report["fingerprint"],
@@ -4038,7 +4018,7 @@ def report_save(run: Run) -> None:
 
 def last_checkpoint(cfg: TrainConfig) -> str:
     """What is left after a failure, in Korean."""
-    newest, _ = newest_checkpoint(cfg.output_dir)
+    newest, _ = newest_whole(resumable(cfg.output_dir))
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
 
 
@@ -4122,7 +4102,14 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
         logger.info(
             f"⚠️  전체 스텝: {info['total_steps']:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다"
         )
-    changed = changed_options(info["options"], training_info(run, state)["options"])
+    free = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "report_to", "sample_steps"}
+    free |= {"num_gpus", "nnodes", "node_rank", "rdzv_endpoint"}
+    before, after = info["options"], training_info(run, state)["options"]
+    changed = [
+        f"{name} {before[name]} → {after[name]}"
+        for name in sorted(before.keys() & after.keys() - free)
+        if before[name] != after[name]
+    ]
     if changed:
         logger.info(f"⚠️  바뀐 옵션: {', '.join(changed)}")
     return state
@@ -4165,16 +4152,6 @@ def broadcast_checkpoint(run: Run, content: dict[str, Any]) -> dict[str, Any]:
                 dist.broadcast(moment, src=0)
             run.optimizer.state[weight][kind] = moment
     return content
-
-
-FREE_TO_CHANGE = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "prompt", "report_to"}
-FREE_TO_CHANGE |= {"sample_steps", "num_gpus", "nnodes", "node_rank", "rdzv_endpoint"}
-
-
-def changed_options(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Name what differs between two sets of options and matters to the result."""
-    names = sorted(set(before) & set(after) - FREE_TO_CHANGE)
-    return [f"{name} {before[name]} → {after[name]}" for name in names if before[name] != after[name]]
 
 
 # ======================================================================================

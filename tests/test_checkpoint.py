@@ -215,7 +215,7 @@ def test_a_file_cut_off_or_lost_is_damage_at_the_first_look(trained, tmp_path):
         assert name in t.checkpoint_damage(folder, thorough=False)
         (folder / name).unlink()
         assert name in t.checkpoint_damage(folder, thorough=False)
-        assert t.newest_checkpoint(folder.parent)[0] is None
+        assert t.newest_whole([folder])[0] is None
 
 
 def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(trained, tmp_path):
@@ -514,14 +514,6 @@ def test_a_checkpoint_of_the_layout_before_is_refused_and_begins_a_new_run(place
 def test_what_json_has_no_word_for_becomes_null(tmp_path):
     t.write_json(tmp_path / "a.json", {"loss": float("nan"), "more": {"norm": float("inf"), "step": 3}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None, "more": {"norm": None, "step": 3}}
-
-
-def test_changed_options_are_listed():
-    before, after = (
-        {"learning_rate": 1e-4, "verbose": False, "seed": 1},
-        {"learning_rate": 2e-4, "verbose": True, "seed": 1},
-    )
-    assert t.changed_options(before, after) == ["learning_rate 0.0001 → 0.0002"]
 
 
 def test_nothing_is_lost_when_metrics_are_cut_back(tmp_path):
