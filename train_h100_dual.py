@@ -4103,7 +4103,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
             f"⚠️  전체 스텝: {info['total_steps']:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다"
         )
     free = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "report_to", "sample_steps"}
-    free |= {"num_gpus", "nnodes", "node_rank", "rdzv_endpoint"}
+    free |= {"num_gpus", "nnodes", "node_rank", "rdzv_endpoint", "prompt"}
     before, after = info["options"], training_info(run, state)["options"]
     changed = [
         f"{name} {before[name]} → {after[name]}"
