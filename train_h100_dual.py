@@ -3907,6 +3907,11 @@ class Saver:
         self.thread = threading.Thread(target=work, name="saver", daemon=True)
         self.thread.start()
 
+    def wait(self) -> None:
+        """Wait, on this rank alone, for the save that is being written."""
+        if self.thread is not None:
+            self.thread.join()
+
 
 def wait_for_saver(run: Run) -> None:
     """Wait on every rank until rank 0 writes no checkpoint any more, which then says how that ended.
@@ -4035,8 +4040,7 @@ def finish_saving(run: Run, state: TrainState) -> None:
     Raises:
         RuntimeError: the last step could not be saved.
     """
-    if run.saver.thread is not None:
-        run.saver.thread.join()
+    run.saver.wait()
     report_save(run)
     if run.saver.step == state.step and run.saver.error is not None:
         raise RuntimeError(
