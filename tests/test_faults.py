@@ -497,19 +497,19 @@ def fill(folder):
             with suppress(OSError):
                 while stream.write(bytes(size)) == size:
                     pass
-def save_checkpoint(run, state, last=False):
+def save_checkpoint(run, state):
     if run.is_main:
         run.saver.wait()
         (run.cfg.output_dir / "filler").unlink(missing_ok=True)
         full[0] = state.step in {steps}
         if full[0] and {early}:
             fill(run.cfg.output_dir)
-    real_save(run, state, last)
+    real_save(run, state)
 full = [False]
-def check_room(folder, size):
-    real_room(folder, size)
+def check_room(run):
+    real_room(run)
     if full[0]:
-        fill(folder)
+        fill(run.cfg.output_dir)
 """
 
 
