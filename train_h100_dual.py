@@ -2427,24 +2427,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
     backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
+        initial_alphabet=alphabet,
     )
     backend.train_from_iterator(texts, trainer)
     lacking = -backend.get_vocab_size() % 128
     backend.add_special_tokens([AddedToken(f"<|reserved_{index}|>", special=True) for index in range(lacking)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    names |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -2508,9 +2504,8 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
     backend.encode_special_tokens = True
 
     def encode_ordinary(texts: list[str]) -> list[bytes]:
-        return [
-            np.array(item.ids, dtype).tobytes() for item in backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(item.ids, dtype).tobytes() for item in encoded]
 
     engine = tiktoken_engine(tokenizer)
     if engine is None:
@@ -2655,22 +2650,26 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
     if not languages:
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
     write_json(folder / "sources.json", {"sources": list(sources)})
-    return {
-        "content": digest.hexdigest(),
-        "bad_lines": bad_count,
-        "languages": list(languages),
-        "eojeols": eojeols[: len(languages)],
-    }
+    figures = {"bad_lines": bad_count, "languages": list(languages)}
+    return {**figures, "content": digest.hexdigest(), "eojeols": eojeols[: len(languages)]}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
-    """Prepare a corpus into ``folder``: the tokenizer, the stream, its index and the report."""
+    """Prepare a corpus into ``folder``: the tokenizer, the stream, its index and the report.
+
+    RuntimeError: the disk hasn't room for it, or what ``write_stream`` raises.
+    """
     # Each helper keeps one core busy by itself; a pool of threads in it would also be lost in its forks.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer, texts = prepare_tokenizer(cfg, files, folder / "tokenizer")
     encode, engine = make_encoder(tokenizer, texts)
     dtype = token_dtype(tokenizer)
-    check_disk(folder, estimated_bytes(files) * dtype.itemsize // 4)
+    free, needed = shutil.disk_usage(folder).free, estimated_bytes(files) * dtype.itemsize // 4
+    if free < needed:
+        raise RuntimeError(
+            f"디스크 공간이 부족합니다: {folder.parent} 에 {needed / 2**30:.1f} GiB가 필요하지만 "
+            f"{free / 2**30:.1f} GiB만 남았습니다 (다른 --cache-dir 를 주세요)"
+        )
     end = np.array([tokenizer.eos_token_id], dtype).tobytes()
     figures = write_stream(folder, cfg, files, encode, end)
     index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
@@ -2682,9 +2681,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = json.dumps([figures.pop("content"), tokenizer_fingerprint(tokenizer)])
     report = {
-        "documents": int(whole[0]),
-        "bytes": int(whole[1]),
-        "tokens": int(whole[2]),
+        **dict(zip(("documents", "bytes", "tokens"), whole.tolist(), strict=False)),
         "vocab_size": len(tokenizer),
         "engine": engine,
         **figures,
@@ -2702,16 +2699,6 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
         **({} if files else {"dataset": str(cfg.dataset_path)}),  # with its commit
     }
     write_json(folder / "corpus.json", report)
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raise RuntimeError, with both figures and the option to type, if a disk can't take ``needed`` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RuntimeError(
-            f"디스크 공간이 부족합니다: {folder} 에 {needed / 2**30:.1f} GiB가 필요하지만 "
-            f"{free / 2**30:.1f} GiB만 남았습니다 (다른 --cache-dir 를 주세요)"
-        )
 
 
 def sync_tree(folder: Path) -> None:
@@ -2814,8 +2801,7 @@ def hold_out(index: np.ndarray, languages: int, fraction: float) -> np.ndarray:
 def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     """Write the lists of documents that --mix and --validation-split stand for, and their part of the report.
 
-    Raises:
-        UsageProblem: ``--mix`` names what no document has, naming what there is.
+    UsageProblem: ``--mix`` names what no document has, naming what there is.
     """
     records = np.memmap(cache / "documents.bin", DOCUMENT, "r")
     index, offsets = records[:-1], np.ascontiguousarray(records["offset"])

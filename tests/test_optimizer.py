@@ -114,7 +114,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    words = options(tmp_path, "--device", "cuda", "--bf16", "--dummy-data", "--num-workers", "2", compiled)
+    words = options(tmp_path, "--device", "cuda", "--bf16", "--dummy-data", compiled)
     cfg = t.resolve_config(t.parse_args(words), "cuda")[0]
     for folder in (cfg.output_dir, cfg.logs_dir):
         folder.mkdir(parents=True)
