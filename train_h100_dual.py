@@ -1872,10 +1872,10 @@ def draw_curves(output_dir: Path) -> None:
             known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = np.array(known).reshape(-1, 2).T
             if name == "loss":
-                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label="of the logged steps")
+                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label=name)
                 end, sums = np.arange(1, len(values) + 1), np.cumsum([0.0, *values])
                 begin = np.maximum(0, end - max(4, len(values) // 60))
-                values = (sums[end] - sums[begin]) / (end - begin)
+                values, name = (sums[end] - sums[begin]) / (end - begin), "moving average"
             if known:
                 axes.plot(steps, values, marker="o" if "val" in name else "", markersize=3, label=name)
         axes.set(title=title, xlabel="Step", ylabel=unit)
@@ -4272,13 +4272,14 @@ def tracking(run: Run) -> Iterator[None]:
 
 def start_trackers(run: Run, state: TrainState) -> None:
     """Open rank 0's trackers; in TensorBoard a resumed run's points replace those it wrote before from there on."""
+    if not run.is_main:
+        return
     folder = run.cfg.logs_dir / "tensorboard" / TRACKER_PROJECT
     settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
     with tracking(run):
-        if run.is_main and state.step == 0 and folder.exists():  # an earlier run's curves are kept apart
+        if state.step == 0 and folder.exists():  # an earlier run's curves are kept apart
             folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
-        if run.is_main:
-            run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
+        run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
 
 
 class CurvePainter:
