@@ -58,10 +58,6 @@ class Setting:
         """Tokens of a step over all ranks."""
         return self.batch_size * self.max_seq_length * self.ranks
 
-    @property
-    def learning_rate(self) -> float:
-        return 1e-3 if self.device == "cpu" else 3e-4
-
     def describe(self) -> str:
         """One line for the table's head."""
         kind = "bf16, compiled" if self.device == "cuda" else "fp32, eager"
@@ -71,7 +67,7 @@ class Setting:
         """What a script needs that doesn't know ours; ``shape`` is layers, hidden, MLP and heads."""
         preset = PRESETS[self.model]
         shape = (preset.layers, preset.hidden, preset.mlp, preset.hidden // preset.head)
-        return {**asdict(self), "shape": shape, "learning_rate": self.learning_rate}
+        return {**asdict(self), "shape": shape, "learning_rate": 1e-3 if self.device == "cpu" else 3e-4}
 
     def options(self, folder: Path) -> list[str]:
         """The options of train_h100_dual.py that stand for it; ``folder`` takes the config of what is no preset."""
@@ -109,11 +105,11 @@ class Contestant:
     """All ranks of one way to train, started as torchrun would with a pipe to each, and what was measured of them."""
 
     def __init__(self, name: str, setting: Setting, folder: Path, python: str):
-        self.setting, self.log, place = setting, folder / f"{name}.log", folder / name
+        self.setting, self.log, place, plain = setting, folder / f"{name}.log", folder / name, setting.plain()
         if name == "litgpt":
-            words = [str(HERE / "bench_litgpt.py"), str(folder / "tokens.bin"), json.dumps(setting.plain())]
+            words = [str(HERE / "bench_litgpt.py"), str(folder / "tokens.bin"), json.dumps(plain)]
         else:
-            run = f"--dummy-data --lr-schedule constant --warmup-ratio 0 --learning-rate {setting.learning_rate}"
+            run = f"--dummy-data --lr-schedule constant --warmup-ratio 0 --learning-rate {plain['learning_rate']}"
             run += "".join(f" --{kind}-steps {ENOUGH_STEPS}" for kind in ("max", "eval", "save"))
             words = [str(HERE / "bench_worker.py"), name, str(folder / "tokens.bin"), str(place)]
             words += [*setting.options(folder), *run.split()]
