@@ -953,9 +953,9 @@ def run_id() -> str | None:
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
-    """Change ``run_info.json``: ranks that fail at the same moment and the supervisor take turns.
+    """Change ``run_info.json``, with ``if_state`` only if the run is in that state; returns whether it was written.
 
-    With ``if_state`` only if the run is in that state; returns whether anything was written.
+    Ranks that fail at the same moment and the supervisor take turns.
     """
     path = output_dir / "run_info.json"
     with open(output_dir / ".run_info.lock", "w") as lock:
@@ -986,10 +986,10 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, resume="auto") if "first_step" in info and list_checkpoints(cfg.output_dir) else cfg
 
 
-def note_stop_request(output_dir: Path) -> None:
+def note_stop_request(output_dir: str) -> None:
     """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
-    if read_json(output_dir / "run_info.json").get("run_id") == run_id():
-        update_run_info(output_dir, stop_requested=timestamp())
+    if read_json(Path(output_dir) / "run_info.json").get("run_id") == run_id():
+        update_run_info(Path(output_dir), stop_requested=timestamp())
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1021,13 +1021,9 @@ class StopFlag:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+            signal.signal(number, lambda *_: setattr(self, "requested", True))
         threading.Thread(target=self.end_early, args=(ready,), daemon=True, name="stop").start()
         follow_agent()
-
-    def handle(self, number: int, frame: Any) -> None:
-        """Signal handler."""
-        self.requested = True
 
     def end_early(self, signals: int) -> None:
         """The thread: end this process at the first signal that comes before ``defer``."""
@@ -1043,7 +1039,6 @@ class StopFlag:
             os._exit(0)
 
     def is_set(self) -> bool:
-        """Whether to stop after this step: a signal asked, or the time of ``--max-hours`` is up."""
         return self.requested or time.monotonic() > self.deadline
 
     def arm(self, minutes: float, log: Any) -> None:
@@ -1055,7 +1050,6 @@ class StopFlag:
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Say that this rank goes on."""
         now = time.monotonic()
         if self.limit is not None and now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms
             faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
@@ -1854,9 +1848,10 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     return code
 
 
-def draw_curves(output_dir: Path) -> None:
+def draw_curves(folder: str) -> None:
     """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
     os.nice(10)
+    output_dir = Path(folder)
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
@@ -1886,28 +1881,24 @@ def draw_curves(output_dir: Path) -> None:
     figure.savefig(output_dir / "training_curves.png")
 
 
-def finalize_state(output_dir: Path, outcome: str, code: str, detail_log: Path, offset: str) -> None:
+def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset: str) -> None:
     """Set the state of a run whose ranks could not, as they were killed or had no time; print the state.
 
-    ``outcome`` is what the supervisor knows: finished, stopped or failed with torchrun's exit ``code``;
-    ``offset`` is where this run begins in the detail log.
+    ``outcome`` is what the supervisor knows: finished, stopped, or failed with torchrun's exit ``code``.  This run
+    begins at ``offset`` of the detail log.
     """
-    info = read_json(output_dir / "run_info.json")
+    info = read_json(Path(folder) / "run_info.json")
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
-        print(outcome)
-        return
-    error = f"프로세스가 비정상 종료했습니다 (코드 {code})"
-    with open(detail_log, "rb") as log:
-        log.seek(int(offset))
-        hung = b"\nTimeout (" in log.read()  # as faulthandler begins
-    if hung:
-        error = f"{info['options']['hang_timeout']:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
-    ended = {"state": outcome, "ended": timestamp(), **({"error": error} if outcome == "failed" else {})}
-    if info["state"] == "running" or (info["state"] == "stopped" and outcome == "failed"):  # nobody had asked
-        update_run_info(output_dir, **ended)
-        info |= ended
+        info = {"state": outcome}
+    elif info["state"] == "running" or (info["state"] == "stopped" and outcome == "failed"):  # nobody had asked
+        info |= {"state": outcome, "ended": timestamp()}
         if outcome == "failed":
-            print(f"❌ {error}", file=sys.stderr)
+            info["error"] = f"프로세스가 비정상 종료했습니다 (코드 {code})"
+            if b"\nTimeout (" in Path(detail_log).read_bytes()[int(offset) :]:  # as faulthandler begins
+                minutes = info["options"]["hang_timeout"]
+                info["error"] = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
+            print(f"❌ {info['error']}", file=sys.stderr)
+        update_run_info(Path(folder), **info)
     print(info["state"])
 
 
@@ -1916,12 +1907,10 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
     "internal:packages": lambda: print(" ".join(missing_packages())),
     "internal:status": lambda json, *argv: print_status(parse_args(argv), json == "true"),
-    "internal:curves": lambda folder: draw_curves(Path(folder)),
+    "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
-    "internal:stopping": lambda folder: note_stop_request(Path(folder)),
-    "internal:finalize": lambda folder, outcome, code, log, at: finalize_state(
-        Path(folder), outcome, code, Path(log), at
-    ),
+    "internal:stopping": note_stop_request,
+    "internal:finalize": finalize_state,
 }
 
 
@@ -1945,9 +1934,9 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
             check_use(cfg)
             return cfg, None
         return resume_after_restart(cfg), StopFlag()
-    except (UsageProblem, EnvironmentProblem) as error:
+    except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
-        sys.exit(USAGE_ERROR if isinstance(error, UsageProblem) else ENVIRONMENT_ERROR)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
@@ -3651,7 +3640,7 @@ class Run:
     save_seconds: float = 0.0  # how long the last one took; before the first, what is known of it
     evaluation_seconds: float | None = None
     sample_seconds: float = 0.0
-    painter: CurvePainter = field(default_factory=lambda: CurvePainter())
+    painter: subprocess.Popen | None = None  # of the curves
 
     @property
     def model(self) -> nn.Module:
@@ -4282,24 +4271,20 @@ def start_trackers(run: Run, state: TrainState) -> None:
         run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
 
 
-class CurvePainter:
-    """Has ``training_curves.png`` drawn by a process of its own: a thread would hold the loop's GIL for a second."""
+def draw_curves_beside(run: Run, wait: bool = False) -> None:
+    """Have ``training_curves.png`` drawn, unless it is being drawn, by a process: a thread would hold the loop's GIL.
 
-    def __init__(self) -> None:
-        self.installed = importlib.util.find_spec("matplotlib") is not None
-        self.process: subprocess.Popen | None = None
-
-    def draw(self, cfg: TrainConfig, wait: bool = False) -> None:
-        """Begin to draw what there is, unless one is being drawn; with ``wait`` draw all, and say if that fails."""
-        if wait and self.process is not None:
-            self.process.wait()
-        if self.installed and (self.process is None or self.process.poll() is not None):
-            command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(cfg.output_dir)]
-            with open(cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
-                self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        if wait and self.process is not None and self.process.wait():
-            log = display_path(cfg.logs_dir / "training_detail_rank_0.log")
-            logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {log}")
+    With ``wait`` all of it, and a failure is said.
+    """
+    if wait and run.painter is not None:
+        run.painter.wait()
+    if importlib.util.find_spec("matplotlib") and (run.painter is None or run.painter.poll() is not None):
+        command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
+        with open(run.cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
+            run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if wait and run.painter is not None and run.painter.wait():
+        log = display_path(run.cfg.logs_dir / "training_detail_rank_0.log")
+        logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {log}")
 
 
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
@@ -4838,7 +4823,7 @@ def train(run: Run, state: TrainState) -> str:
                 save_checkpoint(run, state)
                 run.stop.heartbeat()
                 if run.is_main and not last and not stopping:
-                    run.painter.draw(cfg)
+                    draw_curves_beside(run)
             log.restart_clock()
         if state.step % 500 == 0:
             gc.collect()
@@ -4866,13 +4851,7 @@ def detect_device(cfg: TrainConfig) -> str:
 
 
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Complete the options on this machine.
-
-    The launcher has made the plan; where ranks were started by hand the first one makes it.
-
-    Raises:
-        UsageProblem, EnvironmentProblem: as ``make_launch_plan``.
-    """
+    """Complete the options; the launcher has made the plan, and of ranks that were started by hand the first does."""
     if "RUN_ID" in os.environ:
         return resolve_config(typed, typed.device)
     if rank_and_world()[0]:
@@ -4917,42 +4896,35 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     return lock
 
 
-def start_command() -> str:
-    """The command that started this run, with its directory, as it can be pasted into a shell."""
+def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
+    """Begin ``run_info.json``: what runs, on what; of an earlier one what still holds is kept."""
+    path = cfg.output_dir / "run_info.json"
+    info = read_json(path)
+    kept = ("step", "total_steps", "dataset") if cfg.resume else ()
+    if is_restart(info):
+        kept += ("restarts", "first_step", "failed_saves", "dataset")
+        info["restarts"] = info.get("restarts", 0) + 1
     typed = os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1]
     if not typed:
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         agent = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes else [sys.executable]
         typed = [*agent, *sys.argv]
-    kept = [name for name in sorted(os.environ) if name == "CUDA_VISIBLE_DEVICES" or name.startswith("NCCL_")]
-    settings = "".join(f"{name}={shlex.quote(os.environ[name])} " for name in kept if os.environ[name])
-    return f"cd {shlex.quote(os.getcwd())} && {settings}{shlex.join(typed)}"
-
-
-def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
-    """Begin ``run_info.json``: what runs, on what; of an earlier one what still holds is kept."""
-    path = cfg.output_dir / "run_info.json"
-    info = read_json(path)
-    restart = is_restart(info)
-    kept = ("restarts", "first_step", "failed_saves", "dataset") if restart else ()
-    kept += ("step", "total_steps", "dataset") if cfg.resume else ()
-    kept_values = {name: info[name] for name in kept if name in info}
-    if restart:
-        kept_values["restarts"] = info.get("restarts", 0) + 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    setting = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible)} " if visible else ""
     path.unlink(missing_ok=True)
     update_run_info(
         cfg.output_dir,
-        **kept_values,
+        **{name: info[name] for name in kept if name in info},
         state="running",
         mode=cfg.mode,
         options=options_of(cfg),
-        command=start_command(),
+        command=f"cd {shlex.quote(os.getcwd())} && {setting}{shlex.join(typed)}",  # it can be pasted anywhere
         world_size=world_size,
         machine={
             "host": os.uname().nodename,
             "cpus": os.cpu_count(),
             "gpus": [gpu.name for gpu in query_gpus()] if cfg.device == "cuda" else [],  # not of CUDA: helpers fork yet
-            "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "visible_devices": visible,
         },
         versions=versions(),
         git_commit=git_commit(),
@@ -5046,7 +5018,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
         if not done:
-            run.painter.draw(cfg, wait=True)
+            draw_curves_beside(run, wait=True)
         finish_saving(run, state)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
         if done:

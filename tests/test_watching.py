@@ -376,20 +376,20 @@ def test_curves_are_drawn_of_whatever_is_known(tmp_path):
 
 def test_the_run_draws_its_curves_without_waiting(tmp_path):
     cfg = write_run(tmp_path, records(*range(1, 50)))
-    painter = t.CurvePainter()
-    painter.draw(cfg)
-    first = painter.process
-    painter.draw(cfg)
-    assert painter.process is first, "one at a time"
+    run = SimpleNamespace(cfg=cfg, painter=None)
+    t.draw_curves_beside(run)
+    first = run.painter
+    t.draw_curves_beside(run)
+    assert run.painter is first, "one at a time"
     assert first.poll() is None
-    painter.draw(cfg, wait=True)
-    assert painter.process is not first
+    t.draw_curves_beside(run, wait=True)
+    assert run.painter is not first
     assert (cfg.output_dir / "training_curves.png").stat().st_size > 10_000
 
 
 def test_a_drawing_that_fails_is_said_and_training_goes_on(tmp_path, caplog):
     cfg = write_run(tmp_path, [])
-    t.CurvePainter().draw(cfg, wait=True)
+    t.draw_curves_beside(SimpleNamespace(cfg=cfg, painter=None), wait=True)
     assert "학습 곡선을 그리지 못했습니다" in caplog.text
     assert "Traceback" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
 
