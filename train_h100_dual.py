@@ -4870,7 +4870,8 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     """
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(cfg.output_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
-    deadline = time.monotonic() + 20  # a killed rank's helpers hold it a moment longer, a launcher that looks too
+    # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
+    deadline = time.monotonic() + (20 if is_restart(read_json(cfg.output_dir / "run_info.json")) else 1)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -158,7 +158,8 @@ class Place:
 
     def agents(self) -> list[int]:
         """The processes of torchrun itself."""
-        return [pid for pid, text in self.processes().items() if "torch.distributed.run" in text]
+        found = self.processes().items()  # the supervisor has torchrun's command among its arguments
+        return [pid for pid, text in found if "torch.distributed.run" in text and "internal:supervise" not in text]
 
     def workers(self) -> list[int]:
         """The ranks."""

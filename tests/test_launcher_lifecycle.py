@@ -87,6 +87,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> 
         seen = SimpleNamespace(place=place, pid=place.pid())
         seen.alive = process_is_alive(seen.pid)
         seen.second = place.run("--test")
+        place.wait("the output's lock", lambda: (place.outputs / "run_info.json").exists())
         seen.other_logs = place.outputs.parent / "other logs"
         command = place.command("--test")
         command["args"] += ["--logs-dir", str(seen.other_logs)]
