@@ -52,7 +52,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -117,19 +118,11 @@ class Preset:
     key: int = 0  # and of their keys, and of their values
     tied: bool = True  # input and output embeddings are one
 
-    @property
-    def width(self) -> int:
-        """Widths in a layer: stream, queries, keys, MLP."""
-        query = self.query or self.hidden
-        return self.hidden + query + (self.key or query) + self.mlp
-
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices of the layers."""
         query = self.query or self.hidden
         return self.layers * self.hidden * (2 * query + 2 * (self.key or query) + 3 * self.mlp)
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Number of parameters; a tied embedding counts once."""
         norms = (2 * self.layers + 1) * self.hidden
         return vocab_size * self.hidden * (1 if self.tied else 2) + self.matrix_parameters() + norms
 
@@ -164,39 +157,33 @@ class EnvironmentProblem(Refusal, RuntimeError):
     """Something that this machine or its files lack."""
 
 
-def parse_number(convert: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """Return a parser for a number in ``[low, high]``; it raises ValueError with the nearest valid one."""
-    show = str if convert is int else "{:g}".format
+def parse_value(kind: Any, text: str) -> Any:
+    """Read a value by its kind: a function, the choices, or a number's type and limits.
 
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            kind, example = ("정수", "예: 8") if convert is int else ("숫자", "예: 1e-4")
-            raise ValueError(f"'{text}' 값은 {kind}가 아닙니다 ({example})") from None
-        if not low <= value <= high:  # also catches nan
-            limits = f"{show(low)} 이상" + ("" if high == math.inf else f" {show(high)} 이하")
-            nearest = high if value > high else low
-            raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {show(nearest)}")
+    Raises:
+        ValueError: with the nearest value that would do.
+    """
+    if callable(kind):
+        return kind(text)
+    if isinstance(kind[0], str):
+        if text in kind:
+            return text
+        nearest = (difflib.get_close_matches(text, kind, 1, 0.0) or kind)[0]
+        raise ValueError(f"'{text}' 값은 쓸 수 없습니다 ({' | '.join(kind)}). 가장 가까운 값: {nearest}")
+    convert, low, high = (*kind, math.inf)[:3]
+    try:
+        value = convert(text)
+    except ValueError:
+        name, example = ("정수", 8) if convert is int else ("숫자", "1e-4")
+        raise ValueError(f"'{text}' 값은 {name}가 아닙니다 (예: {example})") from None
+    if low <= value <= high:  # never nan
         return value
-
-    return parse
-
-
-def parse_choice(*choices: str) -> Callable[[str], str]:
-    """Return a parser for one of ``choices``; it raises ValueError with the most similar one."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            nearest = (difflib.get_close_matches(text, choices, 1, 0.0) or [choices[0]])[0]
-            raise ValueError(f"'{text}' 값은 쓸 수 없습니다 ({' | '.join(choices)}). 가장 가까운 값: {nearest}")
-        return text
-
-    return parse
+    low, high, nearest = map(format_value, (low, high, high if value > high else low))
+    limits = f"{low} 이상" + ("" if high == "inf" else f" {high} 이하")
+    raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {nearest}")
 
 
 def parse_text(text: str) -> str:
-    """Return ``text`` as it is; an empty one is an error, and one that a terminal didn't send as UTF-8."""
     if not text:
         raise ValueError("빈 값은 쓸 수 없습니다")
     if any("\ud800" <= char <= "\udfff" for char in text):  # how Python keeps bytes that it can't decode
@@ -205,13 +192,12 @@ def parse_text(text: str) -> str:
 
 
 def parse_path(text: str) -> Path:
-    """Return a typed path, which is relative to the caller; a data set of the hub stays as it is."""
+    """A typed path is relative to the caller; a data set of the hub stays as it is."""
     return Path(text) if parse_text(text).startswith("hf:") else Path(os.path.abspath(Path(text).expanduser()))
 
 
 def parse_trackers(text: str) -> str:
-    """Return names of trackers without repeats, as ``tensorboard,wandb``; ``none`` stands alone."""
-    names = list(dict.fromkeys(parse_choice(*TRACKERS)(name.strip()) for name in text.split(",")))
+    names = list(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(",")))
     if "none" in names and len(names) > 1:
         raise ValueError("none은 다른 이름과 함께 쓸 수 없습니다")
     return ",".join(names)
@@ -224,7 +210,7 @@ def parse_mix(text: str) -> str:
         name, _, number = (word.strip() for word in part.rpartition("="))
         if not name or name in shares:
             raise ValueError(f"'{part}' 부분을 읽을 수 없습니다. 이름=비율을 이름마다 한 번 쓰세요 (예: ko=0.7,en=0.3)")
-        shares[name] = parse_number(float, 0, 1e6)(number)
+        shares[name] = parse_value((float, 0, 1e6), number)
     total = sum(shares.values()) or 1.0
     exact = {name: MIX_WINDOW * share / total for name, share in sorted(shares.items())}
     least = min(exact, key=exact.__getitem__)
@@ -251,21 +237,23 @@ GROUPS = {  # titles of --help, by the first field of each
 SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
-def option(metavar: str, parse: Callable[[str], Any] | None, help_text: str, **more: Any) -> Any:
-    """Declare one option: its value's name and parser, what it does.
+def option(metavar: str, kind: Any, help_text: str, **more: Any) -> Any:
+    """Declare one option: its value's name and kind (see ``parse_value``), what it does.
 
     ``default`` is its default.  One that depends on the situation is given by ``base``, ``test``,
     ``cpu`` and ``cpu_test`` instead, the last that applies counting; the field is then None until
     ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare.
     """
     adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
-    details = {"metavar": metavar, "parse": parse, "help": help_text, "flags": {}, "empty": None, "adapt": adapt}
+    details = {
+        "metavar": metavar or "|".join(kind or ()),
+        "kind": kind,
+        "help": help_text,
+        "flags": {},
+        "empty": None,
+        "adapt": adapt,
+    }
     return field(default=more.pop("default", None), metadata={**details, **more})
-
-
-def choice(choices: Iterable[str], help_text: str, **more: Any) -> Any:
-    """Declare an option whose value is one of ``choices``."""
-    return option("|".join(choices), parse_choice(*choices), help_text, **more)
 
 
 def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
@@ -273,13 +261,7 @@ def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
     return option("", None, "", flags=flags, **more)
 
 
-def flag(name: str, help_text: str, value: bool = True) -> Any:
-    """Declare an option without a value that sets ``value`` where the default is its opposite."""
-    return switch({name: (value, help_text)}, default=not value)
-
-
-positive = parse_number(int, 1)
-unit_interval = parse_number(float, 0, 1)
+POSITIVE, SHARE = (int, 1), (float, 0, 1)
 DEVICES = ("auto", "cuda", "cpu")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -298,42 +280,42 @@ class TrainConfig:
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
         "--train": ("train", "실제 학습 모드: 전체 에포크"),
     }, default="test")
-    max_steps: int | None = option("N", positive, "최대 스텝", base=None, test=10)
-    max_epochs: int = option("N", positive, "최대 에포크 (--max-steps가 없을 때)", default=1)
-    max_tokens: int | None = option("N", positive, "최대 학습 토큰 수")
-    max_hours: float | None = option("H", parse_number(float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
+    max_steps: int | None = option("N", POSITIVE, "최대 스텝", base=None, test=10)
+    max_epochs: int = option("N", POSITIVE, "최대 에포크 (--max-steps가 없을 때)", default=1)
+    max_tokens: int | None = option("N", POSITIVE, "최대 학습 토큰 수")
+    max_hours: float | None = option("H", (float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
     resume: str | None = option("[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
-    device: str = choice(DEVICES, "연산 장치", default="auto")
-    seed: int = option("N", parse_number(int, 0, 2**31 - 1), "난수 시드", default=42)
-    logging_steps: int | None = option("N", positive, "로그 간격 (스텝)", base=10, test=1)
+    device: str = option("", DEVICES, "연산 장치", default="auto")
+    seed: int = option("N", (int, 0, 2**31 - 1), "난수 시드", default=42)
+    logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", base=10, test=1)
     # data
     dataset_path: Path = option("PATH", parse_path,
         "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]", default=Path("../../../../datasets"))
     tokenizer: str | None = option("PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
-    vocab_size: int | None = option("N", parse_number(int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
+    vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
         base=65536, cpu_test=2048)
     text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
-    validation_split: float = option("F", parse_number(float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
+    validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
-    dummy_data: bool = flag("--dummy-data", "더미 한국어/영어 데이터로 실행")
+    dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
     cache_dir: Path | None = option("PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
     # output
     output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
     logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
     # model
-    model_size: str | None = choice(PRESETS, "모델 크기", base="1.3b", cpu_test="tiny")
+    model_size: str | None = option("", tuple(PRESETS), "모델 크기", base="1.3b", cpu_test="tiny")
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: str | None = option("PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
     # optimisation
-    batch_size: int = option("N", positive, "GPU당 배치 크기", default=4)
-    learning_rate: float = option("LR", parse_number(float, 1e-9, 1), "학습률", default=1e-4)
-    max_seq_length: int | None = option("N", parse_number(int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
-    gradient_accumulation_steps: int | None = option("N", positive, "기울기 누적 횟수", base=8, test=1)
-    optimizer: str = choice(OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
-    lr_schedule: str = choice(SCHEDULES, "학습률 스케줄", default="wsd")
-    warmup_ratio: float = option("F", unit_interval, "워밍업 비율", default=0.05)
-    weight_decay: float = option("F", parse_number(float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
-    max_grad_norm: float = option("F", parse_number(float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
+    batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4)
+    learning_rate: float = option("LR", (float, 1e-9, 1), "학습률", default=1e-4)
+    max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
+    gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", base=8, test=1)
+    optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
+    lr_schedule: str = option("", SCHEDULES, "학습률 스케줄", default="wsd")
+    warmup_ratio: float = option("F", SHARE, "워밍업 비율", default=0.05)
+    weight_decay: float = option("F", (float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
+    max_grad_norm: float = option("F", (float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
     # hopper
     precision: str | None = switch({
         "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
@@ -345,39 +327,40 @@ class TrainConfig:
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
     }, base=True, cpu=False)
-    num_gpus: int = option("N", parse_number(int, 1, 64), "사용할 GPU 수", default=2)
-    attention: str = choice(ATTENTION, "어텐션 커널", default="auto")
-    gradient_checkpointing: bool = flag("--gradient-checkpointing", "활성값을 다시 계산해 메모리 절약")
-    find_batch_size: bool = flag("--find-batch-size", "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")
-    profile: bool = flag("--profile", "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")
+    num_gpus: int = option("N", (int, 1, 64), "사용할 GPU 수", default=2)
+    attention: str = option("", ATTENTION, "어텐션 커널", default="auto")
+    gradient_checkpointing: bool = switch({"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")},
+        default=False)
+    find_batch_size: bool = switch({"--find-batch-size": (True, "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")},
+        default=False)
+    profile: bool = switch({"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")}, default=False)
     # saving and evaluating
-    save_steps: int = option("N", positive, "모델 저장 간격 (스텝)", default=500)
-    save_initial: bool = flag("--no-save-initial", "초기 모델 저장 비활성화", False)
-    save_total_limit: int | None = option("N", positive, "남겨 둘 체크포인트 수 (기본: 전부)")
-    eval_steps: int = option("N", positive, "평가 간격 (스텝)", default=500)
-    sample_steps: int = option("N", positive, "샘플 생성 간격 (스텝)", default=1000)
+    save_steps: int = option("N", POSITIVE, "모델 저장 간격 (스텝)", default=500)
+    save_initial: bool = switch({"--no-save-initial": (False, "초기 모델 저장 비활성화")}, default=True)
+    save_total_limit: int | None = option("N", POSITIVE, "남겨 둘 체크포인트 수 (기본: 전부)")
+    eval_steps: int = option("N", POSITIVE, "평가 간격 (스텝)", default=500)
+    sample_steps: int = option("N", POSITIVE, "샘플 생성 간격 (스텝)", default=1000)
     prompt: str | None = option("TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
     report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     # faults
-    max_restarts: int | None = option("N", parse_number(int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0)
-    hang_timeout: float = option("MIN", parse_number(float, 0.05, 10_000), "진행 없이 기다릴 시간 (분)", default=30)
+    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0)
+    hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행 없이 기다릴 시간 (분)", default=30)
     # use
     generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
     evaluate: str | None = option("CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
-    max_new_tokens: int = option("N", positive, "이어 쓸 최대 토큰 수", default=200)
-    temperature: float = option("F", parse_number(float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
-    top_p: float = option("F", parse_number(float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
+    max_new_tokens: int = option("N", POSITIVE, "이어 쓸 최대 토큰 수", default=200)
+    temperature: float = option("F", (float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
+    top_p: float = option("F", (float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
     # machines
-    nnodes: int | None = option("N", parse_number(int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
-    node_rank: int | None = option("N", parse_number(int, 0, 998), "이 머신의 번호 (0번이 저장)")
+    nnodes: int | None = option("N", (int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
+    node_rank: int | None = option("N", (int, 0, 998), "이 머신의 번호 (0번이 저장)")
     rdzv_endpoint: str | None = option("HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
     # control
-    verbose: bool = flag("--verbose", "상세 로그 출력")
+    verbose: bool = switch({"--verbose": (True, "상세 로그 출력")}, default=False)
     # fmt: on
 
     @property
     def is_test(self) -> bool:
-        """Whether this is a short check rather than a training run."""
         return self.mode == "test"
 
     @property
@@ -417,46 +400,39 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
     argparse only splits it into options and texts; it would stop at the first mistake, in English.
 
     Raises:
-        UsageProblem: an option is unknown, lacks its value, or its value can't be used; all the
-            problems are collected, so that they can be mended in one go.
+        UsageProblem: with all mistakes, so that they can be mended in one go.
     """
-    names, words, problems, values = option_names(), [], [], {}
+    names, problems, values = option_names(), [], {}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, item in names.items():
-        kind = {"action": "store_const", "const": name} if item.metadata["flags"] else {"nargs": "?"}
-        parser.add_argument(name, dest=item.name, **kind)
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        is_switch = bool(equals and name in names and names[name].metadata["flags"])
-        if is_switch:
-            problems.append(f"{name}: 값을 받지 않는 옵션입니다. {name} 만 쓰세요")
-        words.append(name if is_switch else word)
-    typed, unknown = parser.parse_known_args(words)
-    known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
-    for word, before in zip(unknown, ["", *unknown], strict=False):
-        if before.startswith("-") and not word.startswith("-"):
-            continue  # most likely its value: one mistake, one line
-        kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
-        if name in known:
-            problems.append(f"{name}: 값을 받지 않는 옵션입니다. {name} 만 쓰세요")
-            continue
-        close = difflib.get_close_matches(name, known, 1, 0.5)
-        problems.append(
-            f"알 수 없는 {kind}: {name} ({f'가장 가까운 옵션: {close[0]}' if close else '전체 옵션: --help'})"
+    for name, item in names.items():  # one that stands alone may get a value too: that is said below
+        parser.add_argument(
+            name, dest=item.name, nargs="?", type=lambda text, name=name: (name, text), const=(name, None)
         )
-    for item in (item for item in fields(TrainConfig) if item.name in typed):
-        text, details = getattr(typed, item.name), item.metadata
+    typed, unknown = parser.parse_known_args(list(argv))
+    known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
+    alone = "{0}: 값을 받지 않는 옵션입니다. {0} 만 쓰세요".format
+    for word, before in zip(unknown, ["", *unknown], strict=False):
+        kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
+        if kind == "인자" and before.startswith("-"):
+            continue  # most likely its value: one mistake, one line
+        close = difflib.get_close_matches(name, known, 1, 0.5)
+        advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
+        problems.append(alone(name) if name in known else f"알 수 없는 {kind}: {name} ({advice})")
+    for field_name, (name, text) in vars(typed).items():
+        details, default = names[name].metadata, names[name].default
         if details["flags"]:
-            values[item.name] = details["flags"][text][0]
+            values[field_name] = details["flags"][name][0]
+            if text is not None:
+                problems.append(alone(name))
         elif text is None and details["empty"] is None:
-            example = item.default if item.default is not None else details["adapt"].get("base")
+            example = details["adapt"].get("base") if default is None else default
             example = details["metavar"] if example is None else format_value(example)
-            problems.append(f"{as_typed(item.name)}: 값이 없습니다. 예: {as_typed(item.name)} {example}")
+            problems.append(f"{name}: 값이 없습니다. 예: {name} {example}")
         else:
             try:
-                values[item.name] = details["parse"](details["empty"] if text is None else text)
+                values[field_name] = parse_value(details["kind"], details["empty"] if text is None else text)
             except ValueError as error:
-                problems.append(f"{as_typed(item.name)}: {error}")
+                problems.append(f"{name}: {error}")
     if problems:
         raise UsageProblem(problems)
     for name in ("dataset_path", "output_dir", "logs_dir"):
@@ -466,10 +442,7 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
 
 
 def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
-    """Fill in what the person left open, for ``device`` ("cuda" or "cpu").
-
-    Returns the complete configuration and one Korean line for what was adapted to the CPU.
-    """
+    """Fill in what the person left open, for ``device`` ("cuda" or "cpu"), and say what was adapted to a CPU."""
     on_cpu = device == "cpu"
     applies = {"base": True, "test": cfg.is_test, "cpu": on_cpu, "cpu_test": on_cpu and cfg.is_test}
     brought = {"model_size": cfg.model_config or cfg.init_from, "vocab_size": cfg.tokenizer or cfg.init_from}
@@ -482,10 +455,8 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
         if adapt[-1].startswith("cpu") and not brought.get(item.name):
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
-    cfg = replace(cfg, **chosen)
-    return replace(cfg, vocab_size=planned_vocab_size(cfg)), [
-        f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"
-    ] if adapted else []
+    cfg, note = replace(cfg, **chosen), f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"
+    return replace(cfg, vocab_size=planned_vocab_size(cfg)), [note] if adapted else []
 
 
 def validate_config(cfg: TrainConfig) -> list[str]:
@@ -554,9 +525,10 @@ def help_text() -> str:
             lines += ["", f"{GROUPS[item.name]}:"]
         rows = {name: text for name, (_, text) in item.metadata["flags"].items()}
         if not rows:
-            values = {"base": item.default} if item.default is not None else item.metadata["adapt"]
-            known = {SITUATIONS[name]: format_value(value) for name, value in values.items() if value is not None}
-            notes = [f"{name}: {value}" for name, value in known.items()]
+            values = item.metadata["adapt"] if item.default is None else {"base": item.default}
+            notes = [
+                f"{SITUATIONS[name]}: {format_value(value)}" for name, value in values.items() if value is not None
+            ]
             text = item.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
             rows = {f"{as_typed(item.name)} {item.metadata['metavar']}": text}
         for left, text in rows.items():
@@ -570,31 +542,19 @@ def help_text() -> str:
 
 def display_width(text: str) -> int:
     """Columns that ``text`` takes on a terminal: Hangul and other wide characters take two."""
-    import unicodedata
-
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def fit_width(text: str, columns: int) -> str:
-    """As much of ``text`` as takes at most ``columns`` on a terminal."""
-    while display_width(text) > columns:
-        text = text[:-1]
-    return text
-
-
 def wrap_width(text: str, columns: int) -> list[str]:
-    """Cut a text into lines that take at most ``columns`` on a terminal, after a space where there is one."""
-    lines, line = [], ""
-    for word in re.findall(r"\S+\s*", text):
-        if line and display_width(line + word.rstrip()) > columns:
-            lines.append(line.rstrip())
-            line = ""
-        line += word
-        while display_width(line.rstrip()) > columns:  # a word that is longer than a line
-            head = fit_width(line, columns)
-            lines.append(head)
-            line = line[len(head) :]
-    return [*lines, line.rstrip()] if line else lines
+    """Break a text at its spaces into lines that take at most ``columns`` on a terminal; a longer word is cut."""
+    lines = [""]
+    for word in re.findall(rf"\S{{1,{columns // 2}}}", text):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if display_width(longer) <= columns:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 # ======================================================================================
@@ -612,8 +572,8 @@ class Gpu:
     use: int | None = None
 
 
-def query_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """Ask nvidia-smi for the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order."""
+def query_gpus(visible: str | None) -> list[Gpu]:
+    """Ask nvidia-smi for the GPUs that a CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     if not shutil.which("nvidia-smi"):
         return []
     values = "index,uuid,name,memory.total,memory.used,utilization.gpu"
@@ -621,25 +581,22 @@ def query_gpus(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise EnvironmentProblem(
-            f"nvidia-smi가 GPU를 보고하지 못했습니다 ({error}). 드라이버를 확인하세요: nvidia-smi"
-        ) from error
-    gpus, by_name = [], {}
+        text = f"nvidia-smi가 GPU를 보고하지 못했습니다 ({error}). 드라이버를 확인하세요: nvidia-smi"
+        raise EnvironmentProblem(text) from error
+    gpus = {}
     for line in answer.strip().splitlines():
         index, uuid, name, *numbers = (part.strip() for part in line.split(","))
         total, used, use = (int(number) if number.isdigit() else None for number in [*numbers, ""][:3])
-        gpus.append(Gpu(name, total or 0, used or 0, use))
-        by_name[index] = by_name[uuid] = gpus[-1]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+        gpus[index, uuid] = Gpu(name, total or 0, used or 0, use)
     if visible is None:
-        return gpus
+        return list(gpus.values())
     wanted = [key.strip() for key in visible.split(",") if key.strip()]
-    # An index is exact; a UUID may be cut short, as CUDA allows.
+    short = {key for key in wanted if key.startswith("GPU-")}  # a UUID may be cut short, as CUDA allows
     return [
         gpu
         for key in wanted
-        for name, gpu in by_name.items()
-        if name == key or (key.startswith("GPU-") and name.startswith(key))
+        for (index, uuid), gpu in gpus.items()
+        if key == index or (key in short and uuid.startswith(key))
     ]
 
 
@@ -647,22 +604,16 @@ def list_data_files(path: Path) -> list[Path]:
     """The data files that ``path`` stands for, in a stable order.
 
     Raises:
-        FileNotFoundError: nothing is there, the directory holds no data file, or a file is empty.
+        FileNotFoundError: nothing is there that can be read, or a file is empty.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"데이터셋이 없습니다: {path} (있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요)"
-        )
-    if path.is_dir():
-        files = sorted(item for item in path.iterdir() if item.name.endswith(DATA_SUFFIXES) and item.is_file())
-        files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
-        if not files:
-            kinds = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
-            raise FileNotFoundError(f"데이터 디렉토리에 데이터 파일이 없습니다: {path} (찾은 종류: {kinds})")
-    elif path.name.endswith(DATA_SUFFIXES):
-        files = [path]
-    else:
-        raise FileNotFoundError(f"읽을 수 없는 종류의 데이터 파일입니다: {path} (가능: {', '.join(DATA_SUFFIXES)})")
+        advice = "있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요"
+        raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
+    files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
+    if not files:
+        raise FileNotFoundError(f"읽을 수 있는 데이터 파일이 없습니다: {path} (가능: {', '.join(DATA_SUFFIXES)})")
     if not any(item.stat().st_size for item in files):
         raise FileNotFoundError(f"데이터 파일이 비어 있습니다: {files[0]}")
     return files
@@ -883,31 +834,29 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
 
 def output_problems(cfg: TrainConfig) -> list[str]:
     """What keeps a run from writing where it is to: no right to, another run, or what an earlier one left."""
-    named = {"--output-dir": cfg.output_dir, "--logs-dir": cfg.logs_dir, "--cache-dir": cfg.cache_dir}
-    refused = {name: path for name, path in named.items() if not can_write(path)}
-    problems = [f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {name} 로 주세요)" for name, path in refused.items()]
-    if problems or node_rank(cfg):  # in a shared directory the first machine, which judges it, may be at work already
-        return problems
+    problems = []
+    for name in ("output_dir", "logs_dir", "cache_dir"):
+        path = getattr(cfg, name)
+        if not can_write(path):
+            problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {as_typed(name)} 로 주세요)")
     info = read_json(cfg.output_dir / "run_info.json")
-    if is_restart(info):
-        return []
+    # In a shared directory the first machine, which judges it, may be at work already.
+    if problems or node_rank(cfg) or is_restart(info):
+        return problems
     with suppress(FileNotFoundError), open(cfg.output_dir / ".lock", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = (
-                f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'}): {cfg.output_dir}"
-            )
-            return [f"{text} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
+            text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'})"
+            return [f"{text}: {cfg.output_dir} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
     goes_on = cfg.resume == "auto"
     if cfg.resume and not goes_on:
         goes_on = checkpoint_dir(Path(cfg.resume).expanduser()).resolve().parent == cfg.output_dir.resolve()
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    clearable = cfg.resume is None and info.get("mode") == "test"
-    if earlier and not goes_on and not clearable:
-        hint = "(이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요)"
-        return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} {hint}"]
-    return []
+    if earlier and not goes_on and (cfg.resume or info.get("mode") != "test"):
+        hint = "이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요"
+        problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({hint})")
+    return problems
 
 
 def can_write(folder: Path) -> bool:
@@ -1075,24 +1024,18 @@ def follow_agent() -> None:
 
 
 def check_use(cfg: TrainConfig) -> None:
-    """Check what --generate and --evaluate ask for.
-
-    Raises:
-        UsageProblem: the options can't be meant.
-        EnvironmentProblem: there is no checkpoint, or no data, at the path.
-    """
+    """Check what --generate and --evaluate ask for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
     problems = validate_config(resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0])
     if problems:
         raise UsageProblem(problems)
     path = checkpoint_dir(os.path.abspath(Path(cfg.generate or cfg.evaluate).expanduser()))
-    newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
-    hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
-    if not path.exists():
-        problems.append(f"체크포인트가 없습니다: {path} ({hint})")
-    elif not (path / "config.json").is_file():
-        problems.append(f"체크포인트가 아닙니다: {path} (config.json이 없습니다. {hint})")
-    if cfg.evaluate:
-        with collecting(problems):
+    if not (path / "config.json").is_file():
+        newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
+        hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
+        state, hint = ("아닙니다", f"config.json이 없습니다. {hint}") if path.exists() else ("없습니다", hint)
+        problems.append(f"체크포인트가 {state}: {path} ({hint})")
+    with collecting(problems):
+        if cfg.evaluate:
             corpus_files(cfg)
     if problems:
         raise EnvironmentProblem(problems)
@@ -1124,8 +1067,7 @@ def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, 
 def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
     """Identity of a prepared corpus: its files, how they are read, and the tokenizer.
 
-    A file is known by path, size, mtime and a hash of its head and tail, so a changed one makes
-    a new cache and a 100 GB one costs two reads.
+    A data file is known by path, size, mtime and a hash of its head and tail: a 100 GB one costs two reads.
     """
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else str(cfg.dataset_path)]
     for path in files:
@@ -1135,7 +1077,12 @@ def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
             stream.seek(max(0, info.st_size - 65536))
             digest.update(stream.read(65536))
         parts.append([str(path), info.st_size, info.st_mtime_ns, digest.hexdigest()])
-    parts.append(tokenizer_key(cfg))
+    source = cfg.tokenizer or cfg.init_from
+    folder = checkpoint_dir(Path(source or "").expanduser())
+    if source and folder.is_dir():  # all that decides its tokens
+        parts += [[name, file_checksum(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()]
+    else:
+        parts.append(f"hub:{source}" if source else f"trained:{cfg.vocab_size}")
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 
 
@@ -1145,31 +1092,8 @@ def lists_name(cfg: TrainConfig) -> str:
     return f"lists-{hashlib.blake2b(parts.encode(), digest_size=6).hexdigest()}"
 
 
-def is_small_corpus(files: list[Path]) -> bool:
-    """Whether helper processes and a sample would only cost time; what a data set of the hub holds isn't known."""
-    return bool(files) and estimated_bytes(files) < SMALL_CORPUS_BYTES
-
-
-def tokenizer_key(cfg: TrainConfig) -> str:
-    """Identity of the tokenizer that the options stand for: of one on the disk, all that decides its tokens."""
-    source = cfg.tokenizer or cfg.init_from
-    if source is None:
-        return f"trained:{cfg.vocab_size}"
-    folder, digest = checkpoint_dir(Path(source).expanduser()), hashlib.blake2b()
-    if not folder.is_dir():
-        return f"hub:{source}"
-    for path in map(folder.joinpath, TOKENIZER_FILES):
-        content = path.read_bytes() if path.is_file() else b""
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
 def total_steps(cfg: TrainConfig, rows: int, step_tokens: int) -> int:
-    """Optimizer steps of the whole run over a corpus of ``rows`` rows, with ``step_tokens`` read by all ranks a step.
-
-    Whole epochs unless ``max_steps`` says otherwise; what is left of the last epoch and fills no
-    global batch is not read.
-    """
+    """Optimizer steps of a run over a corpus of ``rows`` rows; what fills no global batch at its end isn't read."""
     steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // step_tokens
     if cfg.max_tokens is not None:
         steps = min(steps, max(1, cfg.max_tokens // step_tokens))
@@ -1274,42 +1198,34 @@ def memory_words(parts: dict[str, int]) -> str:
     return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30)
 
 
-def fitting_options(cfg: TrainConfig, world_size: int, memory: float) -> list[str]:
-    """Options with which a run fits into ``memory`` bytes by the estimate, each group as it can be typed."""
+def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | None:
+    """A sentence if a run needs more than its smallest GPU has, with the options that fit, as they are typed."""
+    shape, memory = model_shape(cfg), min((gpu.total for gpu in gpus), default=0) << 20
+    if shape is None or not memory:
+        return None
+    if cfg.find_batch_size:  # the least that it may find
+        cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
 
-    def fits(**changes: Any) -> bool:
+    def needed(**changes: Any) -> int:
         other = replace(cfg, **changes)
-        return sum(estimate_memory(other, model_shape(other)[0], world_size).values()) <= memory
+        return sum(estimate_memory(other, model_shape(other)[0], world_size).values())
 
-    options, rows = [], cfg.batch_size * cfg.gradient_accumulation_steps
+    if needed() <= memory:
+        return None
+    options, rows, room = [], cfg.batch_size * cfg.gradient_accumulation_steps, MEMORY_TO_USE * memory
     for again in (False, True)[cfg.gradient_checkpointing :]:
         for size in (size for size in range(cfg.batch_size, 0, -1) if rows % size == 0):
-            if fits(batch_size=size, gradient_accumulation_steps=rows // size, gradient_checkpointing=again):
+            if needed(batch_size=size, gradient_accumulation_steps=rows // size, gradient_checkpointing=again) <= room:
                 typed = ["--gradient-checkpointing"] * (again and not cfg.gradient_checkpointing)
                 typed += [f"--batch-size {size} --gradient-accumulation-steps {rows // size}"] * (size < cfg.batch_size)
                 options.append(" ".join(typed))
                 break
     if not (cfg.resume or cfg.model_config or cfg.init_from):
         smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
-        options += [f"--model-size {name}" for name in smaller if fits(model_size=name)][-1:]
-    return options
-
-
-def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | None:
-    """A sentence if a run needs more than its smallest GPU has, with --find-batch-size at the least batch."""
-    shape, memory = model_shape(cfg), min((gpu.total for gpu in gpus), default=0) << 20
-    if shape is None or not memory:
-        return None
-    if cfg.find_batch_size:
-        cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
-    parts = estimate_memory(cfg, shape[0], world_size)
-    needed = sum(parts.values())
-    if needed <= memory:
-        return None
-    options = ", 또는 ".join(fitting_options(cfg, world_size, MEMORY_TO_USE * memory))
-    advice = f"들어가는 설정: {options}" if options else "--max-seq-length 를 줄이거나 메모리가 더 큰 GPU를 쓰세요"
-    figures = f"GPU당 {needed / 2**30:.1f} GiB가 필요하고 {gpus[0].name}에는 {memory / 2**30:.1f} GiB가 있습니다"
-    return f"GPU 메모리가 부족합니다: {figures} ({memory_words(parts)}). {advice}"
+        options += [f"--model-size {name}" for name in smaller if needed(model_size=name) <= room][-1:]
+    advice = f"들어가는 설정: {', 또는 '.join(options)}" if options else "--max-seq-length 를 줄이거나 큰 GPU를 쓰세요"
+    figures = f"GPU당 {needed() / 2**30:.1f} GiB가 필요하고 {gpus[0].name}에는 {memory / 2**30:.1f} GiB가 있습니다"
+    return f"GPU 메모리가 부족합니다: {figures} ({memory_words(estimate_memory(cfg, shape[0], world_size))}). {advice}"
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
@@ -1357,53 +1273,49 @@ def source_problems(cfg: TrainConfig) -> list[str]:
     A new run would clear away those that lie among what an earlier test saved.
     """
     problems, cleared = [], {path.resolve() for path in saved_models(cfg.output_dir) if cfg.resume is None}
-    named = {"--model-config": cfg.model_config, "--tokenizer": cfg.tokenizer, "--init-from": cfg.init_from}
-    for name, source in ((name, source) for name, source in named.items() if source):
-        path = checkpoint_dir(Path(source).expanduser())
-        if not path.exists() and name != "--model-config" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-            continue  # the hub may have it
-        wanted = ("tokenizer.json", "tokenizer_config.json") if name == "--tokenizer" else ("config.json",)
-        if name == "--model-config" and path.suffix == ".json":
+    for name in ("model_config", "tokenizer", "init_from"):
+        source, typed = getattr(cfg, name), as_typed(name)
+        path = checkpoint_dir(Path(source or "").expanduser())
+        on_hub = name != "model_config" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source or "")
+        if source is None or (on_hub and not path.exists()):
+            continue
+        wanted = "tokenizer.json" if name == "tokenizer" else "config.json"
+        usable = (path / wanted).is_file() or (name == "tokenizer" and (path / "tokenizer_config.json").is_file())
+        if name == "model_config" and path.suffix == ".json":
             usable = "model_type" in read_json(path)
-        else:
-            usable = any((path / file).is_file() for file in wanted)
-        if not path.exists():
-            problems.append(f"{name}: 경로가 없습니다: {source} (경로를 확인하세요)")
-        elif not usable:
-            problems.append(f"{name}: {source} 에 쓸 수 있는 {wanted[0]}이 없습니다 (그것이 있는 경로를 주세요)")
+        if not usable:
+            problems.append(f"{typed}: {source} 에 쓸 수 있는 {wanted}이 없습니다 (그것이 있는 경로를 주세요)")
         if cleared & {path.resolve(), *path.resolve().parents}:
-            problems.append(f"{name}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)")
+            problems.append(
+                f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
+            )
     values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json") if cfg.init_from else {}
-    longest, vocabulary = values.get("max_position_embeddings"), values.get("vocab_size")
-    if isinstance(longest, int) and longest < cfg.max_seq_length:
-        problems.append(too_long_for_model(cfg.max_seq_length, longest))
-    words = tokenizer_size(cfg.tokenizer)
-    if isinstance(vocabulary, int) and vocabulary < words:
-        problems.append(too_many_words(words, vocabulary))
+    sizes = (values.get(name) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
+    return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
+
+
+def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: int) -> list[str]:
+    """What doesn't fit into the model of ``--init-from``: a tokenizer of ``words`` tokens, the length of a row."""
+    problems = []
+    if words > vocabulary:
+        text = f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다"
+        problems.append(f"{text}. 모델의 토크나이저를 쓰세요")
+    if cfg.max_seq_length > longest:
+        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다"
+        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
-
-
-def too_long_for_model(length: int, longest: int) -> str:
-    """A sentence for rows that are longer than the model of ``--init-from`` was made for."""
-    text = f"--max-seq-length {length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다"
-    return f"{text}. --max-seq-length {longest} 을(를) 쓰세요"
-
-
-def too_many_words(words: int, have: int) -> str:
-    """A sentence for a tokenizer with more tokens than the model of ``--init-from`` has."""
-    return f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {have:,}개보다 큽니다. 모델의 토크나이저를 쓰세요"
 
 
 def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
     """A sentence if the checkpoints of the steps that are left can't fit beside the output.
 
-    A checkpoint holds the weights in fp32; the newest two, and one that is being written, also the
-    optimizer's state.  Those that are there already, in a resumed run, take no more room.
+    Each holds the weights; the newest two, and one that is being written, also the optimizer's state.
     """
     shape = model_shape(cfg)
     if shape is None or left is None or node_rank(cfg):
         return None
-    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))
+    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))  # these take no more room
     count = -(-left // cfg.save_steps)
     count = min(count, max(0, (cfg.save_total_limit or have + count) - have)) + 1
     models = count + (cfg.save_initial and not have)
@@ -1413,10 +1325,8 @@ def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
     free = shutil.disk_usage(existing).free
     if needed <= free:
         return None
-    return (
-        f"디스크 공간이 부족합니다: 체크포인트에 {needed / 2**30:.1f} GiB가 필요하지만 {existing} 에는 "
-        f"{free / 2**30:.1f} GiB만 남았습니다. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"
-    )
+    figures = f"체크포인트에 {needed / 2**30:.1f} GiB가 필요하지만 {existing} 에는 {free / 2**30:.1f} GiB만 남았습니다"
+    return f"디스크 공간이 부족합니다: {figures}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"
 
 
 @dataclass(frozen=True)
@@ -1441,7 +1351,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         UsageProblem: the options can't be used together.
         EnvironmentProblem: with all that is lacking.
     """
-    gpus = [] if cfg.device == "cpu" else query_gpus()
+    gpus = [] if cfg.device == "cpu" else query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     device, processes, notes, problems = plan_device(cfg, gpus, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
     wrong = validate_config(cfg)
@@ -1449,10 +1359,9 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         raise UsageProblem(wrong)
     files, report, world_size = [], {}, node_count(cfg) * processes
     point = ResumePoint(cfg.gradient_accumulation_steps)
-    with collecting(problems):
-        problems += output_problems(cfg)
-    with collecting(problems):
-        problems += source_problems(cfg)
+    for rule in (output_problems, source_problems):
+        with collecting(problems):
+            problems += rule(cfg)
     with collecting(problems):
         files = corpus_files(cfg)
         folder = cfg.cache_dir / corpus_key(cfg, files)
@@ -1472,8 +1381,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
             refuse_too_few_steps(steps if exact else math.inf, done)
     if problems:
         raise EnvironmentProblem(problems)
-    short = [disk_problem(cfg, left), memory_problem(cfg, gpus[:processes], world_size)]
-    short = [text for text in short if text]
+    short = [text for text in (disk_problem(cfg, left), memory_problem(cfg, gpus[:processes], world_size)) if text]
     if short and not cfg.is_test:
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
@@ -1498,8 +1406,8 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
     except Refusal as error:
         print("\n".join([f"code={error.exit_code}\n", *(f"❌ {problem}" for problem in error.problems)]))
         return
-    cfg, names = plan.cfg, ("device", "output_dir", "logs_dir", "max_restarts")
-    values = {name: getattr(cfg, name) for name in names}
+    cfg = plan.cfg
+    values = {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
     values |= {"code": 0, "processes": plan.processes, "threads": max(1, (os.cpu_count() or 1) // plan.processes)}
     values |= {"nnodes": node_count(cfg), "node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
     blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
@@ -1522,23 +1430,22 @@ def check_lines(plan: LaunchPlan) -> list[str]:
         EnvironmentProblem: PyTorch doesn't see it, or --fp8 can't run on it.
     """
     cfg, lines, ready = plan.cfg, [], not missing_packages()
-    version = importlib.metadata.version("torch") if ready else ""
-    if ready and not plan.gpus:
-        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
-    elif ready:
+    if ready and plan.gpus:
         import torch
 
+        version = torch.__version__.partition("+")[0]
         if not torch.cuda.is_available():
-            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU 전용"
+            command = f"{sys.executable} -m pip install torch=={version}+cu126"
             raise EnvironmentProblem(
-                f"nvidia-smi는 GPU를 보지만 PyTorch {version} ({build})는 쓰지 못합니다. "
-                f"드라이버를 올리거나 드라이버에 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install "
-                f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+                f"nvidia-smi는 GPU를 보지만 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
+                f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {command} --index-url https://download.pytorch.org/whl/cu126"
             )
         problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
         if problem:
             raise EnvironmentProblem(problem)
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
+    elif ready:
+        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {importlib.metadata.version('torch')}, CUDA 사용 안 함)")
     if plan.gpus:
         lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
         lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
@@ -1547,35 +1454,30 @@ def check_lines(plan: LaunchPlan) -> list[str]:
         reason = "--dummy-data" if cfg.dummy_data else f"데이터셋 없음 ({cfg.dataset_path})"
         lines.append(f"⚠️  {reason}: 더미 한국어/영어 데이터를 만들어 씁니다")
     else:
-        files = corpus_files(cfg)
-        lines.append(
-            f"✅ 데이터셋 확인 완료: {len(files)}개 파일" if files else f"✅ 데이터셋: 허브의 {cfg.dataset_path}"
-        )
+        count = len(corpus_files(cfg))
+        lines.append(f"✅ 데이터셋 확인 완료: {f'{count}개 파일' if count else f'허브의 {cfg.dataset_path}'}")
     return [*lines, "✅ 모든 요구사항 충족"]
 
 
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
-    cfg, world_size, count, shape = plan.cfg, plan.world_size, node_count(plan.cfg), model_shape(plan.cfg)
-    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if count > 1 else ""
-    length = "테스트 모드" if cfg.is_test else "실제 학습 모드"
-    length += f" ({cfg.max_steps}스텝" if cfg.max_steps else f" ({cfg.max_epochs}에포크"
-    length += f", 최대 {cfg.max_tokens:,} 토큰)" if cfg.max_tokens else ")"
-    tokens = (plan.steps or 0) * plan.step_tokens
+    cfg, world_size, shape, on_gpu = plan.cfg, plan.world_size, model_shape(plan.cfg), plan.cfg.device == "cuda"
+    parameters, tokens = shape and shape[0].parameter_count(cfg.vocab_size), (plan.steps or 0) * plan.step_tokens
+    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
+    length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
+    length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     run = (
         f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
         if tokens
         else "데이터를 준비한 뒤 정해집니다"
     )
-    parameters = shape and shape[0].parameter_count(cfg.vocab_size)
-    batch = f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"
-    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
+    nodes = f" (머신 {cfg.nnodes}대 x {plan.processes}개, 이 머신은 {cfg.node_rank}번)" if node_count(cfg) > 1 else ""
     lines = [
         "📋 학습 정보",
         "=================================",
-        f"🎯 모드: {length}",
+        f"🎯 모드: {'테스트' if cfg.is_test else '실제 학습'} 모드 ({length})",
         "🔧 하이퍼파라미터:",
-        f"   • 배치 크기: {batch}",
+        f"   • 배치 크기: {cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}",
         f"   • 학습률: {format_value(cfg.learning_rate)}",
         f"   • 최대 시퀀스 길이: {cfg.max_seq_length}",
         f"   • Mixed Precision: {cfg.precision}",
@@ -1593,15 +1495,15 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         f"   • 저장 간격: {cfg.save_steps} 스텝",
         f"   • 초기 모델 저장: {str(cfg.save_initial).lower()}",
         f"   • 백그라운드 실행: {str(background).lower()}",
-        "🚀 H100 설정:" if cfg.device == "cuda" else "🚀 실행 설정 (CPU):",
-        f"   • {'GPU' if cfg.device == 'cuda' else 'CPU 프로세스'} 수: {world_size}{nodes}",
+        "🚀 H100 설정:" if on_gpu else "🚀 실행 설정 (CPU):",
+        f"   • {'GPU' if on_gpu else 'CPU 프로세스'} 수: {world_size}{nodes}",
         f"   • 분산 학습: {'DDP' if world_size > 1 else '없음 (단일 프로세스)'}",
         f"   • 최적화: {cfg.precision.upper()}{' + torch.compile' if cfg.compile else ''}",
     ]
     if shape and not cfg.find_batch_size:
         memory = estimate_memory(cfg, shape[0], world_size)
-        whose, gib = "GPU" if cfg.device == "cuda" else "프로세스", sum(memory.values()) / 2**30
-        lines.append(f"   • 예상 메모리: {whose}당 {gib:.1f} GiB (추정: {memory_words(memory)})")
+        size = f"{'GPU' if on_gpu else '프로세스'}당 {sum(memory.values()) / 2**30:.1f} GiB"
+        lines.append(f"   • 예상 메모리: {size} (추정: {memory_words(memory)})")
     if plan.left is not None:
         gpu = plan.gpus[0].name if plan.gpus else None
         lines.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, plan.left * plan.step_tokens)}")
@@ -1707,9 +1609,8 @@ def run_status(cfg: TrainConfig) -> dict[str, Any]:
     state = "running" if alive else info.get("state")
     gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
     if alive and info.get("options", {}).get("device") == "cuda":
-        visible = info["machine"].get("visible_devices")
         with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
-            gpus = query_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})[: info["world_size"]]
+            gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
     return {
         "state": "failed" if state == "running" and not alive else state,
         "stopping": bool(alive and info.get("stop_requested")),
@@ -1739,7 +1640,7 @@ def print_status(cfg: TrainConfig, as_json: bool) -> int:
         lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
     elif status["pid"]:
         log = read_text(log_path(cfg, "training_console.log")).strip()
-        lines.append(("지금", fit_width(log.splitlines()[-1].strip() if log else "시작하는 중", 55)))
+        lines.append(("지금", wrap_width(log.splitlines()[-1] if log else "시작하는 중", 55)[0]))
     if status["seconds_left"] is not None:
         lines.append(("남은 시간", format_duration(status["seconds_left"])))
     known = [(label, form, status[name]) for name, (label, form) in STATUS_FIGURES.items()]
@@ -1952,7 +1853,6 @@ import multiprocessing
 import pickle
 import random
 import resource
-import unicodedata
 import zlib
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -2521,7 +2421,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     Of files below 16 MB all documents; of larger ones chunks at even distances, of a data set of the hub its
     beginning.  There what is held out can't be known yet, and the documents with the smallest hashes are left out.
     """
-    small = is_small_corpus(files)
+    small = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES
     thinning = 1.0 if small or not files else max(1.0, estimated_bytes(files) / SAMPLE_BYTES)
     size = min(SAMPLE_CHUNK_BYTES, max(4096, SAMPLE_BYTES // (2 * max(1, len(files))))) if thinning > 1 else None
     drawn: list[tuple[int, str, str]] = []
@@ -2612,7 +2512,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
     languages, sources, bad, eojeols = {}, {"": 0}, [], np.zeros(2**16)
     bad_count = line_count = byte_count = offset = 0
     digest, progress = hashlib.blake2b(digest_size=12), Progress("토큰화하는 중", estimated_bytes(files))
-    workers = 0 if is_small_corpus(files) else len(os.sched_getaffinity(0))
+    workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, end)
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records:
         for documents, tokens, index, words in parallel_map(encoding, read_chunks(cfg, files), workers):
@@ -3191,10 +3091,9 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         embedding, longest = model.get_input_embeddings(), context_length(model, default=cfg.max_seq_length)
-        if len(tokenizer) > len(embedding.weight):
-            raise ValueError(too_many_words(len(tokenizer), len(embedding.weight)))
-        if longest < cfg.max_seq_length:
-            raise ValueError(too_long_for_model(cfg.max_seq_length, longest))
+        problems = init_from_problems(cfg, len(tokenizer), len(embedding.weight), longest)
+        if problems:
+            raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
         set_seed(cfg.seed)
@@ -4494,7 +4393,7 @@ def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
     logger.info(f"📝 샘플 (스텝 {step:,}, {run.sample_seconds:.1f}초)")
     quoted, path = [], run.cfg.output_dir / "samples.md"
     for prompt, text in texts.items():
-        lines = "\n     ".join(wrap_width(" ".join(text.split()), 74))
+        lines = "\n     ".join(wrap_width(text, 74))
         logger.info(f"   [{prompt}]\n     {lines}")
         quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
     try:
@@ -4924,7 +4823,7 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
         machine={
             "host": os.uname().nodename,
             "cpus": os.cpu_count(),
-            "gpus": [gpu.name for gpu in query_gpus()] if cfg.device == "cuda" else [],  # not of CUDA: helpers fork yet
+            "gpus": [gpu.name for gpu in query_gpus(visible)] if cfg.device == "cuda" else [],  # CUDA isn't asked yet
             "visible_devices": visible,
         },
         versions=versions(),
