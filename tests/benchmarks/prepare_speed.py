@@ -53,7 +53,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     t = load_ours()
     given = [f"--tokenizer={args.tokenizer}"] if args.tokenizer else [f"--vocab-size={args.vocab_size}"]
     cfg = config(t, args.corpus, args.folder, *given)
-    if t.is_small_corpus([args.corpus]):
+    if args.corpus.stat().st_size < t.SMALL_CORPUS_BYTES:
         sys.exit(
             f"{args.corpus} is so small that ours would use one process only: give a file of 16 MB of text or more"
         )
