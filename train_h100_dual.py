@@ -43,6 +43,7 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -140,29 +141,21 @@ PRESETS = {
 class Refusal(Exception):
     """Why a run can't start: ``problems`` holds one Korean sentence each, that says what to type instead."""
 
-    exit_code = ENVIRONMENT_ERROR
-
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else problems
         super().__init__("\n".join(self.problems))
 
 
 class UsageProblem(Refusal, ValueError):
-    """Options that can't be used."""
-
     exit_code = USAGE_ERROR
 
 
 class EnvironmentProblem(Refusal, RuntimeError):
-    """Something that this machine or its files lack."""
+    exit_code = ENVIRONMENT_ERROR
 
 
 def parse_value(kind: Any, text: str) -> Any:
-    """Read a value by its kind: a function, the choices, or a number's type and limits.
-
-    Raises:
-        ValueError: with the nearest value that would do.
-    """
+    """Read a value by its kind: a function, choices, or a number's type and limits; ValueError names the nearest."""
     if callable(kind):
         return kind(text)
     if isinstance(kind[0], str):
@@ -211,29 +204,16 @@ def parse_mix(text: str) -> str:
         if not name or name in shares:
             raise ValueError(f"'{part}' 부분을 읽을 수 없습니다. 이름=비율을 이름마다 한 번 쓰세요 (예: ko=0.7,en=0.3)")
         shares[name] = parse_value((float, 0, 1e6), number)
-    total = sum(shares.values()) or 1.0
-    exact = {name: MIX_WINDOW * share / total for name, share in sorted(shares.items())}
-    least = min(exact, key=exact.__getitem__)
-    if exact[least] < 1 - 1e-9:
+    names, total = sorted(shares), sum(shares.values()) or 1.0
+    # The rounded ends, so that the parts are whole and so is their sum.
+    ends = [int(MIX_WINDOW * sum(map(shares.get, names[:end])) / total + 0.5) for end in range(len(names) + 1)]
+    rows = [high - low for low, high in itertools.pairwise(ends)]
+    if 0 in rows:
+        least = names[rows.index(0)]
         raise ValueError(f"'{least}' 비율이 너무 작습니다 (합계의 {1 / MIX_WINDOW:g} 이상). 빼거나 늘리세요")
-    by_remainder = sorted(exact, key=lambda name: int(exact[name]) - exact[name])
-    extra = by_remainder[: MIX_WINDOW - sum(map(int, exact.values()))]
-    return ",".join(f"{name}={(int(rows) + (name in extra)) / MIX_WINDOW:g}" for name, rows in exact.items())
+    return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in zip(names, rows, strict=True))
 
 
-GROUPS = {  # titles of --help, by the first field of each
-    "mode": "실행 모드",
-    "dataset_path": "데이터",
-    "output_dir": "출력",
-    "model_size": "모델",
-    "batch_size": "학습 하이퍼파라미터",
-    "precision": "H100 최적화",
-    "save_steps": "저장과 평가",
-    "max_restarts": "장애 대응",
-    "generate": "체크포인트 사용",
-    "nnodes": "여러 머신",
-    "verbose": "실행 제어",
-}
 SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
@@ -242,18 +222,12 @@ def option(metavar: str, kind: Any, help_text: str, **more: Any) -> Any:
 
     ``default`` is its default.  One that depends on the situation is given by ``base``, ``test``,
     ``cpu`` and ``cpu_test`` instead, the last that applies counting; the field is then None until
-    ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare.
+    ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare,
+    ``group`` the title over it and those below in --help.
     """
     adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
-    details = {
-        "metavar": metavar or "|".join(kind or ()),
-        "kind": kind,
-        "help": help_text,
-        "flags": {},
-        "empty": None,
-        "adapt": adapt,
-    }
-    return field(default=more.pop("default", None), metadata={**details, **more})
+    details = {"metavar": metavar or "|".join(kind or ()), "kind": kind, "help": help_text, "adapt": adapt}
+    return field(default=more.pop("default", None), metadata={"flags": {}, "empty": None, **details, **more})
 
 
 def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
@@ -262,11 +236,8 @@ def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
 
 
 POSITIVE, SHARE = (int, 1), (float, 0, 1)
-DEVICES = ("auto", "cuda", "cpu")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("wsd", "cosine", "linear", "constant")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
-ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,22 +246,21 @@ class TrainConfig:
 
     # One option a line or two: this is the table that people look things up in.
     # fmt: off
-    # run
     mode: str = switch({
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
         "--train": ("train", "실제 학습 모드: 전체 에포크"),
-    }, default="test")
+    }, default="test", group="실행 모드")
     max_steps: int | None = option("N", POSITIVE, "최대 스텝", base=None, test=10)
     max_epochs: int = option("N", POSITIVE, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("N", POSITIVE, "최대 학습 토큰 수")
     max_hours: float | None = option("H", (float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
     resume: str | None = option("[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
-    device: str = option("", DEVICES, "연산 장치", default="auto")
+    device: str = option("", ("auto", "cuda", "cpu"), "연산 장치", default="auto")
     seed: int = option("N", (int, 0, 2**31 - 1), "난수 시드", default=42)
     logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", base=10, test=1)
-    # data
     dataset_path: Path = option("PATH", parse_path,
-        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]", default=Path("../../../../datasets"))
+        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
+        default=Path("../../../../datasets"), group="데이터")
     tokenizer: str | None = option("PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
     vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
         base=65536, cpu_test=2048)
@@ -299,64 +269,57 @@ class TrainConfig:
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
     dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
     cache_dir: Path | None = option("PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
-    # output
-    output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default=Path("./outputs"))
+    output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default=Path("./outputs"), group="출력")
     logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
-    # model
-    model_size: str | None = option("", tuple(PRESETS), "모델 크기", base="1.3b", cpu_test="tiny")
+    model_size: str | None = option("", tuple(PRESETS), "모델 크기", base="1.3b", cpu_test="tiny", group="모델")
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: str | None = option("PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
-    # optimisation
-    batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4)
+    batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4, group="학습 하이퍼파라미터")
     learning_rate: float = option("LR", (float, 1e-9, 1), "학습률", default=1e-4)
     max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
     gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", base=8, test=1)
     optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
-    lr_schedule: str = option("", SCHEDULES, "학습률 스케줄", default="wsd")
+    lr_schedule: str = option("", ("wsd", "cosine", "linear", "constant"), "학습률 스케줄", default="wsd")
     warmup_ratio: float = option("F", SHARE, "워밍업 비율", default=0.05)
     weight_decay: float = option("F", (float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
     max_grad_norm: float = option("F", (float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
-    # hopper
     precision: str | None = switch({
         "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
         "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
         "--fp8": ("fp8", "FP8 행렬곱 + BF16 (실험 기능, Hopper 전용, torchao 필요)"),
         "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
-    }, base="bf16", cpu="fp32")
+    }, base="bf16", cpu="fp32", group="H100 최적화")
     compile: bool | None = switch({
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
     }, base=True, cpu=False)
     num_gpus: int = option("N", (int, 1, 64), "사용할 GPU 수", default=2)
-    attention: str = option("", ATTENTION, "어텐션 커널", default="auto")
+    attention: str = option("", ("auto", "cudnn", "flash", "efficient", "math"), "어텐션 커널", default="auto")
     gradient_checkpointing: bool = switch({"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")},
         default=False)
     find_batch_size: bool = switch({"--find-batch-size": (True, "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")},
         default=False)
     profile: bool = switch({"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")}, default=False)
-    # saving and evaluating
-    save_steps: int = option("N", POSITIVE, "모델 저장 간격 (스텝)", default=500)
+    save_steps: int = option("N", POSITIVE, "모델 저장 간격 (스텝)", default=500, group="저장과 평가")
     save_initial: bool = switch({"--no-save-initial": (False, "초기 모델 저장 비활성화")}, default=True)
     save_total_limit: int | None = option("N", POSITIVE, "남겨 둘 체크포인트 수 (기본: 전부)")
     eval_steps: int = option("N", POSITIVE, "평가 간격 (스텝)", default=500)
     sample_steps: int = option("N", POSITIVE, "샘플 생성 간격 (스텝)", default=1000)
     prompt: str | None = option("TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
     report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
-    # faults
-    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0)
+    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0,
+        group="장애 대응")
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행 없이 기다릴 시간 (분)", default=30)
-    # use
-    generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄")
+    generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
+        group="체크포인트 사용")
     evaluate: str | None = option("CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
     max_new_tokens: int = option("N", POSITIVE, "이어 쓸 최대 토큰 수", default=200)
     temperature: float = option("F", (float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
     top_p: float = option("F", (float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
-    # machines
-    nnodes: int | None = option("N", (int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)")
+    nnodes: int | None = option("N", (int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)", group="여러 머신")
     node_rank: int | None = option("N", (int, 0, 998), "이 머신의 번호 (0번이 저장)")
     rdzv_endpoint: str | None = option("HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
-    # control
-    verbose: bool = switch({"--verbose": (True, "상세 로그 출력")}, default=False)
+    verbose: bool = switch({"--verbose": (True, "상세 로그 출력")}, default=False, group="실행 제어")
     # fmt: on
 
     @property
@@ -365,7 +328,6 @@ class TrainConfig:
 
     @property
     def uses_checkpoint(self) -> bool:
-        """Whether a checkpoint is used, in the foreground, instead of a run being started."""
         return self.generate is not None or self.evaluate is not None
 
     @property
@@ -390,24 +352,18 @@ def option_names() -> dict[str, Any]:
 
 
 def default_path(name: str) -> Path:
-    """The default of a path, which is relative to the script and not to the caller."""
+    """The default of a path: relative to the script, where a typed one is to the caller."""
     return Path(os.path.abspath(SCRIPT_DIR / getattr(TrainConfig, name)))
 
 
 def parse_args(argv: Iterable[str]) -> TrainConfig:
-    """Read the command line.
-
-    argparse only splits it into options and texts; it would stop at the first mistake, in English.
-
-    Raises:
-        UsageProblem: with all mistakes, so that they can be mended in one go.
-    """
+    """Read the command line; UsageProblem holds all mistakes, so that they can be mended in one go."""
     names, problems, values = option_names(), [], {}
+    # It only splits the line into options and texts: it would stop at the first mistake, in English.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, item in names.items():  # one that stands alone may get a value too: that is said below
-        parser.add_argument(
-            name, dest=item.name, nargs="?", type=lambda text, name=name: (name, text), const=(name, None)
-        )
+    for name, item in names.items():
+        pair = {"type": lambda text, name=name: (name, text), "const": (name, None)}
+        parser.add_argument(name, dest=item.name, nargs="?", **pair)
     typed, unknown = parser.parse_known_args(list(argv))
     known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
     alone = "{0}: 값을 받지 않는 옵션입니다. {0} 만 쓰세요".format
@@ -455,8 +411,11 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
         if adapt[-1].startswith("cpu") and not brought.get(item.name):
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
-    cfg, note = replace(cfg, **chosen), f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"
-    return replace(cfg, vocab_size=planned_vocab_size(cfg)), [note] if adapted else []
+    cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
+    words = -(-tokenizer_size(cfg.tokenizer) // 128) * 128
+    if cfg.init_from:
+        words = read_config(cfg.init_from).get("vocab_size")
+    return replace(cfg, vocab_size=words or cfg.vocab_size), notes  # as far as the files tell it
 
 
 def validate_config(cfg: TrainConfig) -> list[str]:
@@ -521,8 +480,8 @@ def help_text() -> str:
     """The options of the script by group, with defaults; the launcher adds its own."""
     lines = []
     for item in fields(TrainConfig):
-        if item.name in GROUPS:
-            lines += ["", f"{GROUPS[item.name]}:"]
+        if "group" in item.metadata:
+            lines += ["", f"{item.metadata['group']}:"]
         rows = {name: text for name, (_, text) in item.metadata["flags"].items()}
         if not rows:
             values = item.metadata["adapt"] if item.default is None else {"base": item.default}
@@ -600,12 +559,17 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     ]
 
 
-def list_data_files(path: Path) -> list[Path]:
-    """The data files that ``path`` stands for, in a stable order.
+def uses_dummy_data(cfg: TrainConfig) -> bool:
+    """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
+    at_default = cfg.dataset_path == default_path("dataset_path")
+    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
 
-    Raises:
-        FileNotFoundError: nothing is there that can be read, or a file is empty.
-    """
+
+def corpus_files(cfg: TrainConfig) -> list[Path]:
+    """The files of the corpus in a stable order; none where dummy text or a hub data set stands in for them."""
+    path = cfg.dataset_path
+    if uses_dummy_data(cfg) or str(path).startswith("hf:"):
+        return []
     if not path.exists():
         advice = "있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요"
         raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
@@ -617,19 +581,6 @@ def list_data_files(path: Path) -> list[Path]:
     if not any(item.stat().st_size for item in files):
         raise FileNotFoundError(f"데이터 파일이 비어 있습니다: {files[0]}")
     return files
-
-
-def uses_dummy_data(cfg: TrainConfig) -> bool:
-    """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    at_default = cfg.dataset_path == default_path("dataset_path")
-    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
-
-
-def corpus_files(cfg: TrainConfig) -> list[Path]:
-    """The files of the corpus; empty where dummy text or a hub data set stands in for them."""
-    if uses_dummy_data(cfg) or str(cfg.dataset_path).startswith("hf:"):
-        return []
-    return list_data_files(cfg.dataset_path)
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -837,7 +788,14 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     problems = []
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
-        if not can_write(path):
+        usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+        if not path.exists():  # tried, as permission bits don't tell all
+            probe = next(folder for folder in (path, *path.parents) if folder.parent.exists())
+            with suppress(OSError):
+                probe.mkdir()
+                probe.rmdir()
+                usable = True
+        if not usable:
             problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {as_typed(name)} 로 주세요)")
     info = read_json(cfg.output_dir / "run_info.json")
     # In a shared directory the first machine, which judges it, may be at work already.
@@ -857,19 +815,6 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         hint = "이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요"
         problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({hint})")
     return problems
-
-
-def can_write(folder: Path) -> bool:
-    """Whether files can be made in ``folder``, or it itself: tried, as permission bits don't tell all."""
-    if folder.exists():
-        return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    probe = next(path for path in (folder, *folder.parents) if path.parent.exists())
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError:
-        return False
-    return True
 
 
 def node_rank(cfg: TrainConfig) -> int:
@@ -1110,8 +1055,8 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
     """Shape and name of the model as far as it can be told without importing transformers."""
     if cfg.model_config is None and cfg.init_from is None:
         return PRESETS[cfg.model_size], cfg.model_size
-    source = checkpoint_dir(cfg.model_config or cfg.init_from)
-    values = read_json(source if source.suffix == ".json" else source / "config.json")
+    source = cfg.model_config or cfg.init_from
+    values = read_config(source)
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     layers, hidden, mlp, heads = sizes = [values.get(name) for name in needed]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or any("experts" in name for name in values):
@@ -1122,12 +1067,10 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
     return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {source}"
 
 
-def planned_vocab_size(cfg: TrainConfig) -> int:
-    """Vocabulary that the model will have, as far as the files of ``--init-from`` or ``--tokenizer`` tell it."""
-    if cfg.init_from:
-        folder = checkpoint_dir(Path(cfg.init_from).expanduser())
-        return read_json(folder / "config.json").get("vocab_size") or cfg.vocab_size
-    return -(-tokenizer_size(cfg.tokenizer) // 128) * 128 or cfg.vocab_size
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The config.json that ``source``, a checkpoint, its weights or the file itself, stands for; empty if not there."""
+    path = checkpoint_dir(Path(source).expanduser())
+    return read_json(path if path.suffix == ".json" else path / "config.json")
 
 
 def tokenizer_size(source: str | None) -> int:
@@ -1165,9 +1108,11 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     """
     half = 4 if cfg.precision == "fp32" else 2
     parameters, tokens = shape.parameter_count(cfg.vocab_size), cfg.batch_size * cfg.max_seq_length
-    layer = tokens * LAYER_BYTES[half, bool(cfg.compile)] * shape.width
+    query = shape.query or shape.hidden
+    width = shape.hidden + query + (shape.key or query) + shape.mlp
+    layer = tokens * LAYER_BYTES[half, bool(cfg.compile)] * width
     if cfg.attention == "math":  # the only one that keeps the scores
-        layer += tokens * (4 + (half == 2)) * cfg.max_seq_length * (shape.query or shape.hidden) // shape.head
+        layer += tokens * (4 + (half == 2)) * cfg.max_seq_length * query // shape.head
     stream = tokens * 4 * shape.hidden
     kept = 2 * stream + shape.layers * (stream if cfg.gradient_checkpointing else layer)
     head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
@@ -1236,10 +1181,7 @@ def named_peak_flops(gpu_name: str) -> float | None:
 
 
 def training_flops(parameters: int, layers: int, hidden: int, length: int) -> int:
-    """Training FLOPs of a token; ``parameters`` are without an untied input embedding.
-
-    Source: Chowdhery et al., "PaLM" (2022), appendix B.
-    """
+    """FLOPs of a token, ``parameters`` without an untied input embedding (Chowdhery et al., PaLM, 2022, appendix B)."""
     return 6 * parameters + 12 * layers * hidden * length
 
 
@@ -1279,17 +1221,16 @@ def source_problems(cfg: TrainConfig) -> list[str]:
         on_hub = name != "model_config" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source or "")
         if source is None or (on_hub and not path.exists()):
             continue
-        wanted = "tokenizer.json" if name == "tokenizer" else "config.json"
-        usable = (path / wanted).is_file() or (name == "tokenizer" and (path / "tokenizer_config.json").is_file())
-        if name == "model_config" and path.suffix == ".json":
-            usable = "model_type" in read_json(path)
+        wanted, usable = "config.json", bool(read_config(source))
+        if name == "tokenizer":
+            wanted, usable = "tokenizer.json", any((path / file).is_file() for file in TOKENIZER_FILES[:2])
         if not usable:
             problems.append(f"{typed}: {source} 에 쓸 수 있는 {wanted}이 없습니다 (그것이 있는 경로를 주세요)")
         if cleared & {path.resolve(), *path.resolve().parents}:
             problems.append(
                 f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
             )
-    values = read_json(checkpoint_dir(Path(cfg.init_from).expanduser()) / "config.json") if cfg.init_from else {}
+    values = read_config(cfg.init_from) if cfg.init_from else {}
     sizes = (values.get(name) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
     return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
@@ -1308,10 +1249,7 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
 
 
 def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
-    """A sentence if the checkpoints of the steps that are left can't fit beside the output.
-
-    Each holds the weights; the newest two, and one that is being written, also the optimizer's state.
-    """
+    """A sentence if what the steps that are ``left`` save can't fit: weights, of three also the optimizer's state."""
     shape = model_shape(cfg)
     if shape is None or left is None or node_rank(cfg):
         return None
@@ -1345,12 +1283,7 @@ class LaunchPlan:
 
 
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
-    """Complete the options on this machine, and refuse what can't run here.
-
-    Raises:
-        UsageProblem: the options can't be used together.
-        EnvironmentProblem: with all that is lacking.
-    """
+    """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
     gpus = [] if cfg.device == "cpu" else query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
     device, processes, notes, problems = plan_device(cfg, gpus, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
@@ -1424,16 +1357,12 @@ def refuse_too_few_steps(total: int, done: int) -> None:
 
 
 def check_lines(plan: LaunchPlan) -> list[str]:
-    """The lines of the environment check; PyTorch is imported only where nvidia-smi saw a GPU.
-
-    Raises:
-        EnvironmentProblem: PyTorch doesn't see it, or --fp8 can't run on it.
-    """
+    """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, ready = plan.cfg, [], not missing_packages()
+    version = importlib.metadata.version("torch").partition("+")[0] if ready else ""
     if ready and plan.gpus:
         import torch
 
-        version = torch.__version__.partition("+")[0]
         if not torch.cuda.is_available():
             command = f"{sys.executable} -m pip install torch=={version}+cu126"
             raise EnvironmentProblem(
@@ -1445,7 +1374,7 @@ def check_lines(plan: LaunchPlan) -> list[str]:
             raise EnvironmentProblem(problem)
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
     elif ready:
-        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {importlib.metadata.version('torch')}, CUDA 사용 안 함)")
+        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
     if plan.gpus:
         lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
         lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
@@ -1847,7 +1776,6 @@ if __name__ == "__main__":
 import functools
 import gzip
 import io
-import itertools
 import logging
 import multiprocessing
 import pickle

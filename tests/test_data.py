@@ -227,9 +227,15 @@ def test_languages_are_taken_from_the_line_or_told_from_hangul(tmp_path):
 def test_a_directory_stands_for_its_files_in_a_stable_order(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "c.parquet", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
-    assert [path.name for path in t.list_data_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    assert [path.name for path in t.corpus_files(config(tmp_path, "--dataset-path", str(tmp_path)))] == [
+        "a.jsonl.gz",
+        "b.jsonl",
+        "c.parquet",
+    ]
     (tmp_path / "mixed_pretraining.jsonl").write_bytes(b"x")
-    assert [path.name for path in t.list_data_files(tmp_path)] == ["mixed_pretraining.jsonl"]
+    assert [path.name for path in t.corpus_files(config(tmp_path, "--dataset-path", str(tmp_path)))] == [
+        "mixed_pretraining.jsonl"
+    ]
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty file", "empty directory", "other kind"])
@@ -240,7 +246,7 @@ def test_missing_and_empty_data_is_refused_by_name(tmp_path, make):
     elif make != "nothing":
         path.write_bytes(b"x" if make == "other kind" else b"")
     with pytest.raises(FileNotFoundError, match=str(path)):
-        t.list_data_files(path)
+        t.corpus_files(config(tmp_path, "--dataset-path", str(path)))
 
 
 # --- the cache ---
