@@ -105,6 +105,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
+# What may change at a resume, but has an effect on what is learnt: it is told.
+LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
 
 
 @dataclass(frozen=True)
@@ -600,11 +602,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted((path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0), key=checkpoint_step)
 
 
-def saved_models(output_dir: Path) -> list[Path]:
-    """All that a run saved of its model: what a new one clears away where a test has run."""
-    return [*list_checkpoints(output_dir), *output_dir.glob("initial_model")]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or torn file is an empty one, and so is one with something else in it."""
     try:
@@ -619,11 +616,9 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def known_numbers(value: Any) -> Any:
+def known_numbers(content: dict[str, Any]) -> dict[str, Any]:
     """Replace what JSON has no word for, NaN and infinities, by null."""
-    if isinstance(value, dict):
-        return {name: known_numbers(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(content), parse_constant=lambda word: None)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -632,7 +627,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     On a full disk the old file's own room has to do: better a state that a kill may tear than none.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(known_numbers(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(known_numbers(content), ensure_ascii=False, indent=2) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -652,21 +647,15 @@ def file_checksum(path: Path) -> str:
 
 
 def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
-    """What is wrong with a checkpoint, as a Korean phrase; None if it is as its manifest says.
-
-    Looks at the names and sizes of its files, and if ``thorough`` reads them for their checksums,
-    which takes a few seconds for each 10 GB.
-    """
+    """What is not as the manifest says, as a Korean phrase: a file's size or, if ``thorough``, its checksum."""
     try:
         files = read_json(checkpoint / MANIFEST).get("files") or {}
         if "training_state/state.pt" not in files:
             return f"{MANIFEST} 파일이 없거나 깨졌습니다"
         for name, entry in files.items():
             path = checkpoint / name
-            if not path.is_file():
-                return f"{name} 파일이 없습니다"
-            if path.stat().st_size != entry.get("bytes"):
-                return f"{name} 파일의 크기가 다릅니다"
+            if not path.is_file() or path.stat().st_size != entry.get("bytes"):
+                return f"{name} 파일이 없거나 크기가 다릅니다"
             if thorough and file_checksum(path) != entry.get("sha256"):
                 return f"{name} 파일의 내용이 저장한 것과 다릅니다"
     except OSError as error:
@@ -675,19 +664,14 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last of ``checkpoints`` that is whole, and a phrase on each damaged one after it."""
+    """The last whole one of ``checkpoints`` that has its training state yet, and a phrase on each damaged one after."""
     damaged = []
-    for path in reversed(checkpoints):
+    for path in reversed([path for path in checkpoints if (path / "training_state").is_dir()]):
         damage = checkpoint_damage(path, thorough)
         if damage is None:
             return path, damaged
         damaged.append(f"{display_path(path)} ({damage})")
     return None, damaged
-
-
-def resumable(output_dir: Path) -> list[Path]:
-    """The checkpoints that hold a training state: the run itself takes it away from all but the newest two."""
-    return [path for path in list_checkpoints(output_dir) if (path / "training_state").is_dir()]
 
 
 @dataclass(frozen=True)
@@ -705,22 +689,20 @@ def find_resume_point(
 ) -> ResumePoint:
     """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did.
 
-    The plan asks before the start, rank 0 asks again with the corpus's ``fingerprint`` and, if
-    ``thorough``, the files' checksums.  The other machines, which may not have the checkpoints, don't.
-
-    Raises:
-        EnvironmentProblem: there is nothing whole to go on from, or it doesn't fit the options or the corpus.
+    The plan asks before the start, rank 0 again with the corpus's ``fingerprint`` and ``thorough``; other
+    machines, which may not have the checkpoints, don't.  EnvironmentProblem: it can't go on from there.
     """
     if cfg.resume is None or node_rank(cfg):
         return ResumePoint(cfg.gradient_accumulation_steps)
-    named = [checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))] if cfg.resume != "auto" else None
-    checkpoint, damaged = newest_whole(named or resumable(cfg.output_dir), thorough)
+    place, checkpoints = cfg.output_dir, list_checkpoints(cfg.output_dir)
+    if cfg.resume != "auto":
+        place = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
+        checkpoints = [place]
+    elif not checkpoints and read_json(cfg.output_dir / "run_info.json").get("mode") == "train":
+        return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
+    checkpoint, damaged = newest_whole(checkpoints, thorough)
     if checkpoint is None:
-        begun = read_json(cfg.output_dir / "run_info.json").get("mode") == "train"
-        if begun and not named and not list_checkpoints(cfg.output_dir):  # all there is to resume is its start
-            return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
-        place = named[0] if named else cfg.output_dir
-        advice = "--resume auto 는 온전한 것을 찾고, --init-from 은 가중치만 이어받습니다"
+        advice = "학습 상태는 최신 둘에만 있습니다. --resume auto 로 찾거나 --init-from 으로 가중치만 이어받으세요"
         problems = [f"이어서 학습할 체크포인트가 없습니다: {place} ({advice})"]
         raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
     notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
@@ -740,6 +722,9 @@ def find_resume_point(
             f"스텝당 토큰({tokens:,})을 체크포인트와 같게 두려고 기울기 누적을 {cfg.gradient_accumulation_steps} → "
             f"{accumulation} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
         )
+    pairs = [(name, info["options"][name], getattr(cfg, name)) for name in LEARNING_OPTIONS]
+    changed = ", ".join(f"{name} {before} → {after}" for name, before, after in pairs if before != after)
+    notes += [f"바뀐 옵션: {changed}"] if changed else []
     return ResumePoint(accumulation, checkpoint, info, tuple(notes))
 
 
@@ -752,14 +737,10 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str | None) -> list[str]:
-    """What keeps a run from going on from a checkpoint with this ``training_info.json``, one sentence each.
-
-    Other rows than those that an undisturbed run would read next are never read in silence.
-    """
+    """What keeps a run from reading on where a checkpoint with this ``training_info.json`` is, a sentence each."""
     if info.get("layout_version") != LAYOUT_VERSION:
         return [
-            f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint} "
-            "(행의 순서와 학습 상태의 형식이 다릅니다). "
+            f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint} (행의 순서와 상태의 형식이 다름). "
             f"가중치만 이어받아 새로 시작하려면 --resume 대신 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요"
         ]
     if info["mode"] == "test":
@@ -776,10 +757,8 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
             instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
             problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
     if fingerprint not in (None, info["data_fingerprint"]):
-        problems.append(
-            "체크포인트와 데이터의 내용이 다릅니다. 같은 데이터와 토크나이저로 이어서 학습하거나, "
-            "새 데이터로는 --init-from 을 쓰세요"
-        )
+        text = "체크포인트와 데이터의 내용이 다릅니다. 같은 데이터와 토크나이저로 이어서 학습하거나"
+        problems.append(f"{text}, 새 데이터로는 --init-from 을 쓰세요")
     return problems
 
 
@@ -1214,7 +1193,9 @@ def source_problems(cfg: TrainConfig) -> list[str]:
 
     A new run would clear away those that lie among what an earlier test saved.
     """
-    problems, cleared = [], {path.resolve() for path in saved_models(cfg.output_dir) if cfg.resume is None}
+    problems, cleared = [], set()
+    if cfg.resume is None:
+        cleared = {path.resolve() for path in (*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model")}
     for name in ("model_config", "tokenizer", "init_from"):
         source, typed = getattr(cfg, name), as_typed(name)
         path = checkpoint_dir(Path(source or "").expanduser())
@@ -1799,6 +1780,9 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
     set_seed,
 )
 from torch import nn
@@ -3491,30 +3475,26 @@ class Run:
 # ======================================================================================
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a run is made of."""
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in MINIMUM_VERSIONS}}
-
-
-def git_commit() -> str | None:
-    """Commit of this script's checkout, with a plus where it was changed; None outside of one."""
-    command = ["git", "-C", str(SCRIPT_DIR), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """What a run is made of: versions, and the commit of this checkout, with a plus where it was changed."""
+    packages = {name: importlib.metadata.version(name) for name in MINIMUM_VERSIONS}
+    command, commit = ["git", "-C", str(SCRIPT_DIR), "describe", "--always", "--abbrev=40", "--dirty=+"], None
+    with suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit}
 
 
 def write_model(folder: Path, run: Run) -> None:
     """Write what makes weights a Hugging Face model: configuration and tokenizer."""
     from transformers import GenerationConfig
 
-    decoder, tokenizer = run.model, run.corpus.tokenizer
-    config = decoder.config.to_dict()
+    tokenizer = run.corpus.tokenizer
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config.update(use_cache=True, architectures=[type(decoder).__name__], dtype="float32")
+    config = run.model.config.to_dict()
+    config.update(use_cache=True, architectures=[type(run.model).__name__], dtype="float32")
     config.get("text_config", config).update(ids)  # the tokenizer may not be the one that --init-from came with
-    type(decoder.config).from_dict(config).save_pretrained(folder)
+    type(run.model.config).from_dict(config).save_pretrained(folder)
     # transformers 4, and what reads configurations as it did, knows no rope_parameters and would take its defaults.
     saved = read_json(folder / "config.json")
     rope = dict(saved.get("rope_parameters") or {})
@@ -3523,9 +3503,8 @@ def write_model(folder: Path, run: Run) -> None:
         if rope.get("rope_type", "default") != "default":
             saved["rope_scaling"] = rope
         write_json(folder / "config.json", saved)
-    GenerationConfig(
-        **ids, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_k=0, top_p=0.95
-    ).save_pretrained(folder)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+    GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, **sampling).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
@@ -3543,11 +3522,7 @@ def write_tensors(path: Path, content: dict[str, Any]) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Map what ``write_tensors`` wrote into host memory; nothing in it is ever executed.
-
-    Raises:
-        RuntimeError: it holds something other than tensors and plain values.
-    """
+    """Map what ``write_tensors`` wrote into host memory; RuntimeError if something in it would be executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -3583,59 +3558,53 @@ def remove_directory(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def save_initial_model(run: Run) -> None:
-    """Write the untrained model to ``initial_model/`` with ``model_info.json``; a run can do without it."""
-    folder = run.cfg.output_dir / "initial_model"
-    begun = time.monotonic()
-    if run.is_main:
-        logger.info("🚀 초기 모델 저장 중...")
-        weights = run.saver.copy_weights(run.model)
-        try:
-            check_room(run)
-            with atomic_dir(folder) as temporary:
-                write_tensors(temporary / "pytorch_model.bin", weights)
-                write_model(temporary, run)
-                write_json(temporary / "model_info.json", model_info(run))
-            logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
-        except OSError as error:
-            logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
-    run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
-
-
-def model_info(run: Run) -> dict[str, Any]:
-    """Content of ``model_info.json``."""
-    decoder, tokenizer = run.model, run.corpus.tokenizer
-    weights = list(decoder.parameters())
-    return {
-        "parameters": {
-            "total": sum(weight.numel() for weight in weights),
-            "trainable": sum(weight.numel() for weight in weights if weight.requires_grad),
-            "embedding": decoder.get_input_embeddings().weight.numel(),
-        },
-        "architecture": type(decoder).__name__,
-        "model_size": options_of(run.cfg)["model_size"],
-        "dtype": "float32",
-        "vocab_size": decoder.get_input_embeddings().weight.shape[0],
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "created": timestamp(),
-        "versions": versions(),
-    }
-
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of everything that decides how text becomes tokens."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=12).hexdigest()
 
 
+def save_initial_model(run: Run) -> None:
+    """Write the untrained model to ``initial_model/`` with ``model_info.json``; a run can do without it."""
+    if not run.is_main:
+        return
+    logger.info("🚀 초기 모델 저장 중...")
+    folder, begun = run.cfg.output_dir / "initial_model", time.monotonic()
+    parameters, embedding = list(run.model.parameters()), run.model.get_input_embeddings().weight
+    info = {
+        "parameters": {
+            "total": sum(weight.numel() for weight in parameters),
+            "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),
+            "embedding": embedding.numel(),
+        },
+        "architecture": type(run.model).__name__,
+        "model_size": options_of(run.cfg)["model_size"],
+        "dtype": "float32",
+        "vocab_size": embedding.shape[0],
+        "tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer),
+        "created": timestamp(),
+        **provenance(),
+    }
+    weights = run.saver.copy_weights(run.model)
+    try:
+        check_room(run)
+        with atomic_dir(folder) as temporary:
+            write_tensors(temporary / "pytorch_model.bin", weights)
+            write_model(temporary, run)
+            write_json(temporary / "model_info.json", info)
+        logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
+    except OSError as error:
+        logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
+    run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
+
+
 def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
-    rows = run.corpus.rows(run.cfg.max_seq_length)
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
     return {
         "layout_version": LAYOUT_VERSION,
         **{name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))},
         "total_steps": run.total_steps,
-        "epoch": state.tokens_seen / (rows * run.cfg.max_seq_length),
+        "epoch": state.tokens_seen / (run.corpus.rows(run.cfg.max_seq_length) * run.cfg.max_seq_length),
         "stream_epochs": domain_epochs(run.cfg, run.corpus, state.tokens_seen),
         **state.evaluation,
         "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
@@ -3647,29 +3616,25 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         "corpus": run.corpus.report,
         "options": {**options_of(run.cfg), **batch},
         "attention_backend": run.backend,
-        "versions": versions(),
-        "git_commit": git_commit(),
         "created": timestamp(),
+        **provenance(),
     }
 
 
 class Saver:
     """Writes checkpoints in a thread of rank 0 beside training, one at a time.
 
-    The loop waits only for the copy to host memory; its buffers are allocated once and serve every
-    save.  A failure is kept until the loop asks how the save ended.
+    The loop waits only for the copy to host memory; its buffers are allocated once and serve every save.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
-        self.thread: threading.Thread | None = None
-        self.step = -1
+        self.thread: threading.Thread | None = None  # until the loop has told how the save ended
+        self.step = 0
         self.error: Exception | None = None
-        self.seconds = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether a save is being written."""
         return self.thread is not None and self.thread.is_alive()
 
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -3693,19 +3658,19 @@ class Saver:
             torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
         return weights
 
-    def start(self, step: int, write: Callable[..., None], *arguments: Any) -> None:
-        """Call ``write`` in the thread; none may be running."""
+    def start(self, run: Run, *content: dict[str, Any]) -> None:
+        """Call ``write_checkpoint`` in the thread; none may be running."""
 
         def work() -> None:
             begun = time.monotonic()
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on a CPU, training needs the same cores
             try:
-                write(*arguments)
+                write_checkpoint(run, *content)
             except Exception as error:  # reported at the next step
                 self.error = error
-            self.seconds = time.monotonic() - begun
+            run.save_seconds = time.monotonic() - begun
 
-        self.step, self.error = step, None
+        self.step, self.error = content[-1]["step"], None
         self.thread = threading.Thread(target=work, name="saver", daemon=True)
         self.thread.start()
 
@@ -3725,9 +3690,7 @@ def wait_for_saver(run: Run) -> None:
         while busy:
             if run.saver.busy:
                 run.saver.thread.join(1.0)
-            busy.fill_(run.saver.busy)  # other ranks have none
-            if dist.is_initialized():
-                dist.broadcast(busy, src=0)
+            broadcast(busy.fill_(run.saver.busy))  # other ranks have none
             run.stop.heartbeat()
     report_save(run)
 
@@ -3737,51 +3700,38 @@ def check_room(run: Run) -> None:
     needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
     free = shutil.disk_usage(run.cfg.output_dir).free
     if free < needed:
-        text = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        text = f"디스크 공간이 부족합니다 ({needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다)"
         raise OSError(errno.ENOSPC, text)
 
 
 def save_problem(error: Exception) -> str:
-    """Why a save failed, in Korean."""
+    """Why something could not be written, in Korean where it is for want of room."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        more = f" ({error.strerror})" if error.filename is None and "GiB" in str(error.strerror) else ""
-        return f"디스크 공간이 부족합니다{more}"
+        return error.strerror if "GiB" in str(error) else "디스크 공간이 부족합니다"
     return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there; all ranks call it.
-
-    The directory is whole or not there at all, also when killed while writing.
-    """
+    """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there; all ranks call it."""
     wait_for_saver(run)
-    device = run.accelerator.device
     generators = {"cpu": torch.get_rng_state()}  # that a model with dropout draws from
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    gathered = [generators] * run.accelerator.num_processes
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, generators)
-    if run.is_main:
-        logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
-        weights, content = snapshot(run, state, gathered)
-        run.saver.start(state.step, write_checkpoint, run, weights, content, training_info(run, state))
-
-
-def snapshot(run: Run, state: TrainState, generators: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights, and everything else that going on needs, in host memory that the next steps don't touch."""
-    moments = {
-        name: {kind: run.saver.copy(f"{name} {kind}", value) for kind, value in run.optimizer.state[weight].items()}
-        for name, weight in run.model.named_parameters()
-        if weight in run.optimizer.state
-    }
+    if run.cfg.device == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(run.accelerator.device)
+    gathered = gather_object([generators])
+    if not run.is_main:
+        return
+    logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
     content = {
-        "optimizer": moments,
+        "optimizer": {
+            name: {kind: run.saver.copy(f"{name} {kind}", value) for kind, value in run.optimizer.state[weight].items()}
+            for name, weight in run.model.named_parameters()
+            if weight in run.optimizer.state
+        },
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        "generators": generators,
+        "generators": gathered,
         "progress": asdict(state),
     }
-    return run.saver.copy_weights(run.model), content
+    run.saver.start(run, run.saver.copy_weights(run.model), content, training_info(run, state))
 
 
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
@@ -3789,19 +3739,23 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
     check_room(run)
     with atomic_dir(run.cfg.output_dir / f"checkpoint-{info['step']}") as temporary:
         (temporary / "training_state").mkdir()
-        hashes = {
-            name: write_tensors(temporary / name, tensors)
-            for name, tensors in (("pytorch_model.bin", weights), ("training_state/state.pt", content))
-        }
+        hashes = {"pytorch_model.bin": write_tensors(temporary / "pytorch_model.bin", weights)}
+        hashes["training_state/state.pt"] = write_tensors(temporary / "training_state" / "state.pt", content)
         write_model(temporary, run)
         write_json(temporary / "training_info.json", info)
-        paths = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
-        files = {
-            name: {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_checksum(path)}
-            for name, path in sorted(paths.items())
-        }
+        files = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            name = path.relative_to(temporary).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_checksum(path)}
         write_json(temporary / MANIFEST, {"files": files})
-    remove_old_checkpoints(run.cfg)
+    # The training state stays in the newest two only.
+    checkpoints = list_checkpoints(run.cfg.output_dir)
+    kept = run.cfg.save_total_limit or len(checkpoints)
+    for path in checkpoints[:-kept]:
+        remove_directory(path)
+    for path in checkpoints[-kept:-2]:
+        if (path / "training_state").is_dir():
+            remove_directory(path / "training_state")
 
 
 def report_save(run: Run) -> None:
@@ -3810,12 +3764,13 @@ def report_save(run: Run) -> None:
     if saver.thread is None or saver.busy:
         return
     saver.thread = None
-    run.save_seconds = saver.seconds
     if saver.error is None:
         folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
-        logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({saver.seconds:.1f}초)")
+        logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({run.save_seconds:.1f}초)")
         return
-    note_count(run, "failed_saves", read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1)
+    failed = read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1
+    with suppress(OSError):  # a full disk
+        update_run_info(run.cfg.output_dir, failed_saves=failed)
     logging.getLogger("traceback").error("a save failed", exc_info=saver.error)
     logger.warning(
         f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {save_problem(saver.error)}. "
@@ -3825,139 +3780,77 @@ def report_save(run: Run) -> None:
 
 def last_checkpoint(cfg: TrainConfig) -> str:
     """What is left after a failure, in Korean."""
-    newest, _ = newest_whole(resumable(cfg.output_dir))
+    newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
 
 
-def note_count(run: Run, name: str, count: int) -> None:
-    """Keep in ``run_info.json`` how often something went wrong, for ``--status``; not on a full disk."""
-    if run.is_main:
-        with suppress(OSError):
-            update_run_info(run.cfg.output_dir, **{name: count})
-
-
 def finish_saving(run: Run, state: TrainState) -> None:
-    """Wait, on rank 0 alone, for the last save.
-
-    Raises:
-        RuntimeError: the last step could not be saved.
-    """
+    """Wait, on rank 0 alone, for the last step's save; RuntimeError if it failed."""
     run.saver.wait()
     report_save(run)
-    if run.saver.step == state.step and run.saver.error is not None:
+    if run.saver.error is not None:
         raise RuntimeError(
             f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {save_problem(run.saver.error)}. "
             f"공간을 비우고 --train --resume 으로 이어서 하세요. {last_checkpoint(run.cfg)}"
         ) from run.saver.error
 
 
-def remove_old_checkpoints(cfg: TrainConfig) -> None:
-    """Keep the training state in the newest two checkpoints; remove whole ones past ``save_total_limit``.
-
-    Called right after a new one was written, so the last good one never goes.
-    """
-    found = list_checkpoints(cfg.output_dir)
-    if cfg.save_total_limit is not None:
-        for path in found[: -cfg.save_total_limit]:
-            remove_directory(path)
-        found = found[-cfg.save_total_limit :]
-    for path in found[:-2]:
-        if (path / "training_state").is_dir():
-            remove_directory(path / "training_state")
-
-
 def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> ResumePoint:
     """Let rank 0, which may be the only one to see the checkpoints, decide where every rank begins.
 
-    Raises:
-        EnvironmentProblem: as ``find_resume_point``.
-        RuntimeError: the ranks have different corpora.
+    EnvironmentProblem as ``find_resume_point``; RuntimeError: the ranks have different corpora.
     """
-    decided: list[Any] = [None, fingerprint]
+    point = None
     if accelerator.is_main_process:
-        decided[0] = find_resume_point(cfg, accelerator.num_processes, fingerprint, thorough=True)
-        for note in decided[0].notes:
+        point = find_resume_point(cfg, accelerator.num_processes, fingerprint, thorough=True)
+        for note in point.notes:
             logger.info(f"⚠️  {note}")
-    if dist.is_initialized():
-        dist.broadcast_object_list(decided, src=0)
-    if decided[1] != fingerprint:
+    point, first = broadcast_object_list([point, fingerprint])
+    if first != fingerprint:
         raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
-    return decided[0]
+    return point
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Bring model, optimizer, scaler and generators back to where a checkpoint was written.
 
-    Rank 0 reads it; the others, which may be on other machines, get all of it from there.
-
-    Raises:
-        EnvironmentProblem: its weights don't fit the model, or the run would end before its step.
+    Rank 0 reads it; the others, which may be on other machines, get it from there, a tensor at a time.
+    EnvironmentProblem: its weights don't fit the model, or the run would end before its step.
     """
-    content = broadcast_checkpoint(run, read_checkpoint(run, folder) if run.is_main else {})
-    info = content["info"]
+    content: dict[str, Any] = {}
+    if run.is_main:
+        info = read_json(folder / "training_info.json")
+        refuse_too_few_steps(run.total_steps, info["step"])
+        weights = read_tensors(folder / "pytorch_model.bin")
+        try:
+            run.model.load_state_dict(weights)
+        except RuntimeError as error:
+            problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
+            raise EnvironmentProblem(problem) from error
+        content = {**read_tensors(folder / "training_state" / "state.pt"), "total_steps": info["total_steps"]}
+    moments = content.pop("optimizer", {})
+    shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
+    content, shapes = broadcast_object_list([content, shapes])
+    broadcast(run.model.state_dict())
+    for name, weight in run.model.named_parameters():
+        for kind, shape in shapes.get(name, {}).items():
+            moment = torch.empty_like(shape, device=weight.device)
+            if run.is_main:
+                moment.copy_(moments[name][kind])
+            run.optimizer.state[weight][kind] = broadcast(moment)
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
     rank = run.accelerator.process_index
     if rank < len(content["generators"]):
-        torch.set_rng_state(content["generators"][rank]["cpu"])
-        if "cuda" in content["generators"][rank] and run.cfg.device == "cuda":
-            torch.cuda.set_rng_state(content["generators"][rank]["cuda"], run.accelerator.device)
-    state = TrainState(**content["progress"])
+        generators = content["generators"][rank]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and run.cfg.device == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], run.accelerator.device)
+    state, before = TrainState(**content["progress"]), content["total_steps"]
     logger.info(f"🔁 이어서 학습: {display_path(folder)} (스텝 {state.step:,}부터)")
-    if info["total_steps"] != run.total_steps:
-        logger.info(
-            f"⚠️  전체 스텝: {info['total_steps']:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다"
-        )
-    free = {"resume", "output_dir", "logs_dir", "cache_dir", "verbose", "dataset_path", "report_to", "sample_steps"}
-    free |= {"num_gpus", "nnodes", "node_rank", "rdzv_endpoint", "prompt"}
-    before, after = info["options"], training_info(run, state)["options"]
-    changed = [
-        f"{name} {before[name]} → {after[name]}"
-        for name in sorted(before.keys() & after.keys() - free)
-        if before[name] != after[name]
-    ]
-    if changed:
-        logger.info(f"⚠️  바뀐 옵션: {', '.join(changed)}")
+    if before != run.total_steps:
+        logger.info(f"⚠️  전체 스텝: {before:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다")
     return state
-
-
-def read_checkpoint(run: Run, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint, put its weights into the model, and return the rest; EnvironmentProblem if it doesn't fit."""
-    info = read_json(folder / "training_info.json")
-    refuse_too_few_steps(run.total_steps, info["step"])
-    weights = read_tensors(folder / "pytorch_model.bin")
-    try:
-        run.model.load_state_dict(weights)
-    except RuntimeError as error:
-        problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
-        raise EnvironmentProblem(problem) from error
-    return {**read_tensors(folder / "training_state" / "state.pt"), "info": info}
-
-
-def broadcast_checkpoint(run: Run, content: dict[str, Any]) -> dict[str, Any]:
-    """Give every rank the weights of rank 0's model and, a tensor at a time, the optimizer's state in ``content``.
-
-    Returns rank 0's content, of which the others have only the shapes of the optimizer's tensors.
-    """
-    if dist.is_initialized():
-        shapes = {
-            name: {kind: value.to("meta") for kind, value in moments.items()}
-            for name, moments in content.get("optimizer", {}).items()
-        }
-        box = [{**content, "optimizer": shapes}]
-        dist.broadcast_object_list(box, src=0)
-        content = content or box[0]
-        for weight in run.model.state_dict().values():
-            dist.broadcast(weight, src=0)
-    for name, weight in run.model.named_parameters():
-        for kind, value in content["optimizer"].get(name, {}).items():
-            moment = torch.empty_like(value, device=weight.device)
-            if run.is_main:
-                moment.copy_(value)
-            if dist.is_initialized():
-                dist.broadcast(moment, src=0)
-            run.optimizer.state[weight][kind] = moment
-    return content
 
 
 # ======================================================================================
@@ -4112,15 +4005,6 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
     if wait and run.painter is not None and run.painter.wait():
         log = display_path(run.cfg.logs_dir / "training_detail_rank_0.log")
         logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {log}")
-
-
-def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Rename the checkpoints after ``step``: the run that goes on from there will write its own."""
-    for path in list_checkpoints(output_dir):
-        if checkpoint_step(path) > step:
-            aside = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-            path.rename(aside)
-            logger.info(f"⚠️  스텝 {step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -4549,7 +4433,9 @@ def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float,
             f"⚠️  스텝 {step:,}: 손실이나 기울기가 유한하지 않아(NaN/Inf) 이 스텝의 갱신을 건너뜁니다 "
             f"(모두 {state.skipped_steps}번, {place})"
         )
-        note_count(run, "skipped_steps", state.skipped_steps)
+        if run.is_main:
+            with suppress(OSError):  # a full disk
+                update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
         stop_if_skipping(run, state)
     else:
         state.skipped_in_a_row = 0
@@ -4713,7 +4599,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     for torn in cfg.output_dir.glob(".*.tmp"):
         shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     if cfg.resume is None:
-        for path in saved_models(cfg.output_dir):
+        for path in (*list_checkpoints(cfg.output_dir), *cfg.output_dir.glob("initial_model")):
             remove_directory(path)
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
@@ -4754,10 +4640,9 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
             "gpus": [gpu.name for gpu in query_gpus(visible)] if cfg.device == "cuda" else [],  # CUDA isn't asked yet
             "visible_devices": visible,
         },
-        versions=versions(),
-        git_commit=git_commit(),
         started=timestamp(),
         run_id=run_id(),
+        **provenance(),
     )
 
 
@@ -4866,7 +4751,10 @@ def begin_at(run: Run, state: TrainState) -> None:
         return
     cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
     cut_samples(cfg.output_dir / "samples.md", state.step)
-    set_aside_later_checkpoints(cfg.output_dir, state.step)
+    for path in list_checkpoints(cfg.output_dir):
+        if checkpoint_step(path) > state.step:  # the run will write its own
+            aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+            logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
     begun = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
     update_run_info(cfg.output_dir, **begun)
     count = read_json(cfg.output_dir / "run_info.json").get("restarts")

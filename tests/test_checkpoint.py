@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAUNCHER, SCRIPT, wait_for
-from samples import ROOT, WILD_TEXTS, config, options, tiny_run, write_corpus
+from samples import ROOT, WILD_TEXTS, options, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train_h100_dual as t
@@ -155,17 +155,19 @@ def test_a_save_that_fails_leaves_what_was_there_and_no_directory_of_its_name(tm
 
 
 def test_the_newest_two_keep_their_training_state_and_a_limit_removes_older_ones(tmp_path):
-    cfg = t.TrainConfig(output_dir=tmp_path)
-    for step in (5, 10, 100, 20):
-        (tmp_path / f"checkpoint-{step}" / "training_state").mkdir(parents=True)
-        (tmp_path / f"checkpoint-{step}" / "training_state" / "state.pt").touch()
-    t.remove_old_checkpoints(cfg)
-    kept = [t.checkpoint_step(path.parent) for path in tmp_path.glob("checkpoint-*/training_state")]
-    assert sorted(kept) == [20, 100]
-    assert len(t.list_checkpoints(tmp_path)) == 4
-    t.remove_old_checkpoints(t.TrainConfig(output_dir=tmp_path, save_total_limit=1))
-    assert [path.name for path in t.list_checkpoints(tmp_path)] == ["checkpoint-100"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-100"]
+    run, state = tiny_run(tmp_path, "--max-steps", "1000"), t.TrainState(step=100)
+    output = run.cfg.output_dir
+    for step in (5, 10, 20):
+        (output / f"checkpoint-{step}" / "training_state").mkdir(parents=True)
+        (output / f"checkpoint-{step}" / "training_state" / "state.pt").touch()
+    t.save_checkpoint(run, state)
+    t.finish_saving(run, state)
+    assert {path.parent.name for path in output.glob("*/training_state")} == {"checkpoint-20", "checkpoint-100"}
+    assert len(t.list_checkpoints(output)) == 4
+    run.cfg = t.replace(run.cfg, save_total_limit=1)
+    t.save_checkpoint(run, state)
+    t.finish_saving(run, state)
+    assert [path.name for path in output.iterdir() if path.is_dir()] == ["checkpoint-100"]
 
 
 def test_the_manifest_is_what_sha256sum_says_of_every_file(trained):
@@ -228,7 +230,7 @@ def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(tra
     point = t.find_resume_point(cfg, 1, thorough=True)
     assert point.checkpoint == tmp_path / "checkpoint-8"
     assert len(point.notes) == 2
-    assert "checkpoint-16 (config.json 파일이 없습니다)" in point.notes[0]
+    assert "checkpoint-16 (config.json 파일이 없거나" in point.notes[0]
     assert "checkpoint-12 (pytorch_model.bin 파일의 내용이" in point.notes[1]
     with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
         t.find_resume_point(t.replace(cfg, resume=str(tmp_path / "checkpoint-12")), 1, thorough=True)
@@ -296,8 +298,9 @@ class Torn:
 
 def save_and_die(run, state, boundary: int) -> bool:
     """Save in a child process that is killed at one of its writes; returns whether it got that far."""
-    weights, content = t.snapshot(run, state, [{"cpu": torch.get_rng_state()}])
-    info = t.training_info(run, state)
+    written = []
+    run.saver.start = lambda *arguments: written.extend(arguments)
+    t.save_checkpoint(run, state)
     child = os.fork()
     if child == 0:
         killed = Killed(boundary)
@@ -305,7 +308,7 @@ def save_and_die(run, state, boundary: int) -> bool:
             setattr(os, name, killed.wrap(getattr(os, name)))
         builtins.open = io.open = killed.open(open)
         try:
-            t.write_checkpoint(run, weights, content, info)
+            t.write_checkpoint(*written)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -371,20 +374,6 @@ def test_a_checkpoint_whose_pickle_would_run_code_is_refused(trained, tmp_path, 
         t.load_checkpoint(run, folder)
     assert not (tmp_path / "was here").exists()
     torch.load(folder / name, weights_only=False)  # the bomb is a real one
-    assert (tmp_path / "was here").exists()
-
-
-def test_a_python_loader_beside_the_data_is_not_executed(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    write_corpus(folder / "a.jsonl", [f"문서 {n}번입니다. 오늘은 날씨가 맑습니다. It is sunny." for n in range(500)])
-    code = f"import os\nos.mkdir({str(tmp_path / 'was here')!r})\n"
-    for name in ("corpus.py", "__init__.py", "dataset_loading_script.py"):
-        (folder / name).write_text(code)
-    corpus = t.prepare_corpus(config(tmp_path, "--dataset-path", str(folder)))
-    assert corpus.report["documents"] == 500
-    assert not (tmp_path / "was here").exists()
-    exec(code)  # it is a real one
     assert (tmp_path / "was here").exists()
 
 
