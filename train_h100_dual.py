@@ -2881,20 +2881,15 @@ ATTENTION_NAME = "packed_causal"
 def causal_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of packed rows through SDPA, without a mask tensor.
+    """Causal attention of packed rows through SDPA: (batch, heads, tokens, size) to (batch, tokens, heads, size).
 
-    Takes (batch, heads, tokens, head size) and returns (batch, tokens, heads, head size).  Under
-    torch.compile transformers builds an explicit mask for its own "sdpa", and with a mask the
-    flash and cuDNN kernels are out of reach.  While generating, a single query sees all cached keys.
+    Without a mask: under torch.compile transformers builds one for its own "sdpa", which puts the flash
+    and cuDNN kernels out of reach.  While generating, a single query sees all cached keys.
     """
+    dropout, scale = options.get("dropout") or 0.0, options.get("scaling")
+    causal, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=options.get("dropout") or 0.0,
-        is_causal=query.shape[2] == key.shape[2],
-        scale=options.get("scaling"),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -2913,7 +2908,7 @@ def attention_kernels(attention: str) -> Any:
 
 
 def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> str:
-    """The kernel that SDPA takes for this run's shapes; EnvironmentProblem if it isn't the one that was asked for."""
+    """The kernel that SDPA takes for this run's shapes; EnvironmentProblem if the one that was asked for can't."""
     from torch.nn.attention import SDPBackend
 
     config = model.config.get_text_config()
@@ -2937,13 +2932,12 @@ def choose_attention(model: nn.Module) -> None:
 
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
-    plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    plain = plain and not getattr(config, "sliding_window", None)
-    capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA can't do
+    kinds, window = getattr(config, "layer_types", None) or ["full_attention"], getattr(config, "sliding_window", None)
+    name = ATTENTION_NAME if set(kinds) == {"full_attention"} and not window else "sdpa"
+    if getattr(config, "attn_logit_softcapping", None):  # which SDPA can't do
+        name = "eager"
     with suppress(ValueError):  # the model knows its own only
-        model.set_attn_implementation("eager" if capped else ATTENTION_NAME if plain else "sdpa")
-    if config._attn_implementation != ATTENTION_NAME:
-        logger.info("⚠️  이 모델은 특별한 어텐션을 써서 transformers의 기본 구현으로 학습합니다")
+        model.set_attn_implementation(name)
 
 
 def short_error(error: Exception) -> str:
@@ -2954,11 +2948,7 @@ def short_error(error: Exception) -> str:
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
     """Configuration of the model to build: a preset's, or the one that ``--model-config`` names.
 
-    ``pad_token_id`` stays unset: an Embedding doesn't train its padding row, and here the padding
-    token is the end-of-text token.
-
-    Raises:
-        RuntimeError: ``--model-config`` can't be read.
+    ``pad_token_id`` stays unset: an Embedding doesn't train its padding row, which is the end of text's here.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -2969,10 +2959,7 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         "pad_token_id": None,
     }
     if cfg.model_config:
-        try:
-            config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
-        except Exception as error:  # each check of transformers has its own
-            raise RuntimeError(f"모델 설정을 읽을 수 없습니다: {cfg.model_config} ({short_error(error)})") from error
+        config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
         text = config.get_text_config()
         text.update(ours)
         if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
@@ -2992,12 +2979,7 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
-    """The transformers model with fp32 weights on ``device``; the same weights on every rank.
-
-    Raises:
-        RuntimeError: transformers can't make or open it.
-        ValueError: the rows or the vocabulary are larger than those of ``--init-from``.
-    """
+    """The transformers model with fp32 weights on ``device``; the same weights on every rank."""
     from transformers import AutoModelForCausalLM
 
     if cfg.init_from:
@@ -3009,11 +2991,11 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
         set_seed(cfg.seed)
-        config = model_settings(cfg, tokenizer)
         try:
+            config = model_settings(cfg, tokenizer)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except Exception as error:
+        except Exception as error:  # each check of transformers has its own
             if not cfg.model_config:
                 raise
             raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
@@ -3025,24 +3007,18 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     return model.train()
 
 
+@torch.no_grad()
 def shrink_residual_projections(model: nn.Module) -> None:
-    """Scale the projections into the residual stream by 1 / sqrt(2 * layers).
-
-    So its variance doesn't grow with depth (Radford et al., 2019).
-    """
-    factor = (2 * model.config.num_hidden_layers) ** -0.5
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_(factor)
+    """Scale by 1 / sqrt(2 * layers), so that the stream's variance doesn't grow with depth (Radford et al., 2019)."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_((2 * model.config.num_hidden_layers) ** -0.5)
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed.
 
-    Raises:
-        RuntimeError: there is none that can be read, or it lacks weights, for which transformers would
-            take random ones.
+    RuntimeError also where weights are lacking, for which transformers would take random ones.
     """
     from transformers import AutoModelForCausalLM
 
@@ -3064,7 +3040,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
 
 
 def context_length(model: nn.Module, default: int = 2048) -> int:
-    """Tokens that a model was made for; ``default`` where its configuration doesn't say."""
+    """Tokens that a model was made for, where its configuration says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or default
 
 
@@ -3097,7 +3073,6 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale what ``forward`` worked out."""
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = scale / len(hidden_grad)
         return hidden_grad * scale, weight_grad * scale, None, None
@@ -3106,8 +3081,7 @@ class HeadLoss(torch.autograd.Function):
 def has_plain_head(model: nn.Module) -> bool:
     """Whether a model's logits are its last hidden states times one matrix: not softcapped, scaled or shifted.
 
-    Tried on a few tokens, as each architecture has its own names for what it does there: in a kernel's
-    own precision and through the one kernel that takes anything, whatever the run uses.
+    Tried on a few tokens, as each architecture has its own names for what it does there.
     """
     head, base, training = model.get_output_embeddings(), model.base_model, model.training
     if type(head) is not nn.Linear or head.bias is not None or base is model:
@@ -3115,6 +3089,7 @@ def has_plain_head(model: nn.Module) -> bool:
     device = head.weight.device
     tokens = {"input_ids": torch.arange(8, device=device)[None], "use_cache": False}
     model.eval()
+    # In a kernel's own precision, and through the one kernel that takes anything, whatever the run uses.
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), attention_kernels("math"):
         plain = torch.equal(model(**tokens).logits, head(base(**tokens)[0]))
     model.train(training)
@@ -3122,10 +3097,9 @@ def has_plain_head(model: nn.Module) -> bool:
 
 
 class LMWithLoss(nn.Module):
-    """A causal language model with its loss on packed rows.
+    """A causal language model with its loss on packed rows (batch, tokens + 1).
 
-    ``forward`` takes rows (batch, tokens + 1): inputs and targets are the same rows, one apart, so
-    nothing is shifted or copied.
+    Inputs and targets are the same rows, one apart, so nothing is shifted or copied.
     """
 
     def __init__(self, model: nn.Module):
@@ -3152,9 +3126,7 @@ class LMWithLoss(nn.Module):
         if reduction == "mean":
             return HeadLoss.apply(hidden, weight, targets, size)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat(
-            [F.cross_entropy((part @ weight.t()).float(), target, reduction="none") for part, target in parts]
-        )
+        return torch.cat([F.cross_entropy((part @ weight.t()).float(), goal, reduction="none") for part, goal in parts])
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the layers, which are one graph for all of them, and the head with its loss apart.
@@ -3162,30 +3134,21 @@ class LMWithLoss(nn.Module):
         Compiled as a whole under DDP a model is cut at the borders of its buckets, into a graph for each.
         """
         torch._dynamo.config.optimize_ddp = False
-        layers = next((module for module in self.model.modules() if isinstance(module, nn.ModuleList)), ())
-        for layer in layers:
+        for layer in next((module for module in self.model.modules() if isinstance(module, nn.ModuleList)), ()):
             layer.compile(**options)
         self.head_loss = torch.compile(self.head_loss, **options)
-
-
-def convert_to_fp8(model: nn.Module) -> None:
-    """Let the linear layers multiply in FP8 (scaled a tensor at a time, as it comes), as accelerate's recipe does.
-
-    The first one, the output head and widths that are no multiple of 16 stay as they are.  Not
-    through ``prepare``: its default recipe, made for FSDP2, wraps the weights in a tensor of its own,
-    after the optimizer has taken them.  So the weights stay the same fp32 parameters, with their names.
-    """
-    from accelerate.utils.ao import convert_model_to_fp8_ao
-    from torchao.float8 import Float8LinearConfig
-
-    convert_model_to_fp8_ao(model, config=Float8LinearConfig(pad_inner_dim=True))
 
 
 def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> LMWithLoss:
     """The model with its loss as a run trains it."""
     loss_module = LMWithLoss(build_model(cfg, tokenizer, device))
     if cfg.precision == "fp8":
-        convert_to_fp8(loss_module.model)
+        from accelerate.utils.ao import convert_model_to_fp8_ao
+        from torchao.float8 import Float8LinearConfig
+
+        # All but the first linear layer, the head and odd widths.  Not through ``prepare``, whose recipe, made for
+        # FSDP2, wraps the weights after the optimizer took them: so they stay the same fp32 parameters.
+        convert_model_to_fp8_ao(loss_module.model, config=Float8LinearConfig(pad_inner_dim=True))
     if cfg.compile:
         loss_module.compile_parts()
     return loss_module
@@ -3237,13 +3200,12 @@ def to_wide(matrix: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.AdamW):
     """Muon for the first group's matrices; the other groups are fused AdamW's.
 
-    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that
-    AdamW's learning rate and weight decay carry over (Liu et al., "Muon is Scalable for LLM
-    Training", 2025).  Every rank has all gradients and keeps all of the momentum, so rank 0's
-    checkpoint is complete.  Each rank orthogonalises its share of the matrices of a shape and
-    gathers the others' while it computes the next ones; all apply what was gathered, so that
-    weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing,
-    and no host waits to hear of it.
+    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that its
+    learning rate and decay carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank
+    keeps all of the momentum, so rank 0's checkpoint is complete; each orthogonalises its share of the
+    matrices of a shape and gathers the others' while it computes the next ones; all apply what was
+    gathered, so that weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes
+    nothing, and no host waits to hear of it.
     """
 
     momentum = 0.95
@@ -3259,12 +3221,6 @@ class Muon(torch.optim.AdamW):
         for shape, alike in shapes.items():
             most = self.ranks * max(1, MUON_BATCH // shape.numel())
             self.chunks += [alike[first : first + most] for first in range(0, len(alike), most)]
-        largest = max(-(-len(chunk) // self.ranks) * chunk[0].numel() for chunk in self.chunks)
-        device = self.chunks[0][0].device
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # 22 times slower on a CPU with AVX2 only
-        self.scratch = torch.empty(largest, dtype=dtype, device=device)
-        # One is filled while the other travels.
-        self.gathered = torch.empty(2, self.ranks * largest, dtype=dtype, device=device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As any optimizer does: AdamW's looks for AdamW's state in every group."""
@@ -3274,20 +3230,18 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Update every weight from its gradient, which is used up."""
         groups, found_inf = self.param_groups, getattr(self, "found_inf", None)
-        weights, decay = groups[0]["params"], groups[0]["lr"] * groups[0]["weight_decay"]
-        kept = 1.0 if found_inf is None else 1 - found_inf
-        gradients, momenta = [weight.grad for weight in weights], []
-        for weight in weights:
+        decay, kept = groups[0]["lr"] * groups[0]["weight_decay"], 1.0 if found_inf is None else 1 - found_inf
+        for weight in groups[0]["params"]:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            momenta.append(self.state[weight]["momentum_buffer"])
-        for gradient, momentum in zip(gradients, momenta, strict=True) if found_inf is not None else ():
-            torch.where(found_inf.bool(), momentum, gradient, out=gradient)  # a NaN times 0 would stay one
-        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        torch._foreach_mul_(weights, 1 - kept * decay)
+            momentum = self.state[weight]["momentum_buffer"]
+            if found_inf is not None:
+                torch.where(found_inf.bool(), momentum, weight.grad, out=weight.grad)  # a NaN times 0 would stay one
+            momentum.lerp_(weight.grad, 1 - self.momentum)
+            weight.mul_(1 - kept * decay)
         waiting: Iterator[None] = iter(())
-        for number, chunk in enumerate(self.chunks):
-            sent = self.update(chunk, self.gathered[number % 2], kept)
+        for chunk in self.chunks:
+            sent = self.update(chunk, kept)
             next(sent)
             next(waiting, None)
             waiting = sent
@@ -3296,91 +3250,82 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
         next(waiting, None)
 
-    def update(self, chunk: list[nn.Parameter], buffer: torch.Tensor, kept: torch.Tensor | float) -> Iterator[None]:
+    def update(self, chunk: list[nn.Parameter], kept: torch.Tensor | float) -> Iterator[None]:
         """Compute this rank's share of a chunk's updates and send it; resumed, wait for all of them and apply them."""
-        shape = to_wide(chunk[0]).shape
-        share = -(-len(chunk) // self.ranks)
-        mine = chunk[self.rank * share : (self.rank + 1) * share]
-        updates = buffer[: self.ranks * share * shape.numel()].view(-1, *shape)
-        scratch = self.scratch[: share * shape.numel()].view(-1, *shape)
-        part = updates[self.rank * share : (self.rank + 1) * share]
-        if mine:
-            nesterov = [weight.grad for weight in mine]
-            torch._foreach_lerp_(nesterov, [self.state[weight]["momentum_buffer"] for weight in mine], self.momentum)
-            torch._foreach_copy_(list(scratch[: len(mine)]), list(map(to_wide, nesterov)))
-        scratch[len(mine) :].zero_()
-        newton_schulz(scratch, part)
-        work = dist.all_gather_into_tensor(updates, part, async_op=True) if self.ranks > 1 else None
+        shape, share = to_wide(chunk[0]).shape, -(-len(chunk) // self.ranks)
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        on_cpu = chunk[0].device.type == "cpu"
+        dtype = torch.float32 if on_cpu else torch.bfloat16  # which is 22 times slower on a CPU with AVX2 only
+        scratch = torch.zeros(share, *shape, dtype=dtype, device=chunk[0].device)
+        updates = scratch.new_empty(self.ranks * share, *shape)
+        for row, weight in zip(scratch, chunk[mine], strict=False):  # the last rank may have fewer, or none
+            row.copy_(to_wide(weight.grad.lerp_(self.state[weight]["momentum_buffer"], self.momentum)))
+        newton_schulz(scratch, updates[mine])
+        work = dist.all_gather_into_tensor(updates, updates[mine], async_op=True) if self.ranks > 1 else None
         yield
         if work:
             work.wait()  # on a GPU its stream waits, not the host
-        alpha = -0.2 * shape[1] ** 0.5 * self.param_groups[0]["lr"]
-        torch._foreach_add_(list(map(to_wide, chunk)), list(updates.mul_(kept)[: len(chunk)]), alpha=alpha)
+        rate = -0.2 * shape[1] ** 0.5 * self.param_groups[0]["lr"]
+        for weight, update in zip(chunk, updates.mul_(kept), strict=False):
+            to_wide(weight).add_(update, alpha=rate)
         yield
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
     """Learning rate of the ``step``-th of ``total`` steps, counted from 0.
 
-    A linear rise over ``warmup_ratio`` of the steps, then the schedule: half a cosine or a line
-    down to zero, a constant, or "wsd", constant with a line to zero over the last fifth.
+    After a linear rise over ``warmup_ratio`` of the steps "wsd" is constant, with a line to zero over the last fifth.
     """
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    factor = {
+    factors = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "wsd": min(1.0, (1 - progress) / WSD_DECAY),
         "constant": 1.0,
-    }[cfg.lr_schedule]
-    return cfg.learning_rate * factor
+    }
+    return cfg.learning_rate * factors[cfg.lr_schedule]
 
 
 def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
-    """The first batch size that every rank's memory holds, from a rank's ``rows`` of a step on, halved each time.
+    """The first batch size with which steps run on every rank within ``MEMORY_TO_USE`` of its GPU.
 
-    Tried on models that are thrown away, so that the run begins as if that size had been typed.
-
-    Raises:
-        EnvironmentProblem: not even one row fits.
+    From a rank's ``rows`` of a step on, halved each time.  Tried on models that are thrown away, so that the run
+    begins as if that size had been typed.
     """
-    size = rows
+    size, on_gpu = rows, cfg.device == "cuda"
     logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개에서 시작해 절반씩 줄임)")
-    while size and not batch_fits(cfg, size, tokenizer, accelerator):
-        logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
-        size = next((smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0), 0)
-    if not size:
-        raise EnvironmentProblem(
-            "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
-            "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
-        )
-    set_seed(cfg.seed)
-    tokens = rows * cfg.max_seq_length * accelerator.num_processes
-    logger.info(f"✅ 배치 크기 {size}, 기울기 누적 {rows // size} (스텝당 {tokens:,} 토큰은 그대로)")
-    return size
-
-
-def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
-    """Whether two steps run on every rank within ``MEMORY_TO_USE`` of its GPU; leaves the memory as it was."""
-    fits, on_gpu = torch.ones((), device=accelerator.device), cfg.device == "cuda"
     if on_gpu:
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
-    try:
-        try_steps(cfg, size, tokenizer, accelerator)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        fits.zero_()
-    torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
-    accelerator.free_memory()  # it keeps the models that it prepared
+    while True:
+        fits = torch.ones((), device=accelerator.device)
+        try:
+            try_steps(cfg, size, tokenizer, accelerator)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fits.zero_()
+        torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
+        accelerator.free_memory()  # it keeps the models that it prepared
+        if dist.is_initialized():
+            dist.all_reduce(fits, dist.ReduceOp.MIN)
+        if fits:
+            break
+        logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
+        if size == 1:
+            raise EnvironmentProblem(
+                "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
+                "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
+            )
+        size = next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
     if on_gpu:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.reset_peak_memory_stats()
-    if dist.is_initialized():
-        dist.all_reduce(fits, dist.ReduceOp.MIN)
-    return bool(fits)
+    set_seed(cfg.seed)
+    logger.info(f"✅ 배치 크기 {size}, 기울기 누적 {rows // size} (스텝당 토큰은 그대로)")
+    return size
 
 
 def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
@@ -3402,10 +3347,7 @@ def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelera
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was too small: libraries that take it by themselves have errors of their own.
-
-    PyTorch's own turns into another where NVML doesn't know the GPU, which it asks before it raises.
-    """
+    """Whether a GPU's memory was too small; NVML, which PyTorch asks before it says so, may not know the GPU."""
     words = "OutOfMemory|out of memory|ALLOC_FAILED|NVML_SUCCESS"
     return isinstance(error, RuntimeError) and re.search(words, repr(error)) is not None
 
@@ -4021,8 +3963,7 @@ def cut_metrics(path: Path, step: int) -> None:
 def start_profile(run: Run, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0: a table in the log, and the trace.
 
-    Returns a started ``torch.profiler.profile``, whose ``step`` the loop calls after each step; None
-    without ``--profile`` and where there is nothing to profile.
+    Returns a started ``torch.profiler.profile``, whose ``step`` the loop calls after each step, or None.
     """
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -4031,21 +3972,19 @@ def start_profile(run: Run, left: int) -> Any:
     if left < 2:
         logger.warning("⚠️  --profile: 두 스텝은 있어야 합니다. --max-steps 를 늘리세요")
         return None
-    path, count = run.cfg.output_dir / "profile_trace.json.gz", min(3, left - 1)
-    on_gpu = run.cfg.device == "cuda"
+    path, count, kinds = run.cfg.output_dir / "profile_trace.json.gz", min(3, left - 1), [ProfilerActivity.CPU]
+    order = "self_cpu_time_total"
+    if run.cfg.device == "cuda":
+        kinds, order = [*kinds, ProfilerActivity.CUDA], "self_device_time_total"
 
     def report(profiler: Any) -> None:
         profiler.export_chrome_trace(str(path))
-        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: {count}스텝의 합, 자기 시간이 긴 연산부터\n{table}")
         logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
 
-    profiler = profile(
-        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
-        schedule=schedule(skip_first=min(5, left - count) - 1, wait=0, warmup=1, active=count, repeat=1),
-        on_trace_ready=report,
-    )
+    steps = schedule(skip_first=min(5, left - count) - 1, wait=0, warmup=1, active=count, repeat=1)
+    profiler = profile(activities=kinds, schedule=steps, on_trace_ready=report)
     profiler.start()
     return profiler
 
@@ -4066,14 +4005,11 @@ def evaluation_rows(corpus: Corpus, max_seq_length: int) -> tuple[np.ndarray, np
     count = max(1, int(np.searchsorted(ends, MOST_EVALUATION_TOKENS - 1, "right")))  # one token stands before them
     chosen, ends = corpus.documents[documents[:count]], ends[:count]
     stream = corpus.val.read(np.zeros(1, np.int64), int(ends[-1]))[0].astype(np.int64)
-    languages = np.repeat(chosen["language"].astype(np.int64), np.diff(ends, prepend=0))
-    names = len(corpus.report["languages"])
-    text_bytes = np.bincount(chosen["language"], chosen["bytes"], minlength=names)
-    rows = -(-len(languages) // max_seq_length)
-    filled = np.full(rows * max_seq_length + 1, stream[0])
+    text_bytes = np.bincount(chosen["language"], chosen["bytes"], minlength=len(corpus.report["languages"]))
+    rows = -(-(len(stream) - 1) // max_seq_length)
+    filled, tags = np.full(rows * max_seq_length + 1, stream[0]), np.full(rows * max_seq_length, -1)
     filled[: len(stream)] = stream
-    tags = np.full(rows * max_seq_length, -1)
-    tags[: len(languages)] = languages
+    tags[: len(stream) - 1] = np.repeat(chosen["language"], np.diff(ends, prepend=0))
     windows = np.lib.stride_tricks.sliding_window_view(filled, max_seq_length + 1)[::max_seq_length]
     return windows, tags.reshape(rows, max_seq_length), text_bytes
 
@@ -4089,35 +4025,27 @@ def evaluate(run: Run) -> dict[str, float | None]:
     size = max(run.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
     world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
     names = run.corpus.report["languages"]
-    # By language: nats, targets, nats of text.
+    # By language: nats, targets, nats of text; column 0 takes the filling.
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     run.loss_module.eval()
     for first in range(rank * size, len(rows), world_size * size):
-        # One shape for every batch, so that nothing recompiles; column 0 of the sums takes the filling.
-        numbers = np.arange(first, first + size)
+        numbers = np.arange(first, first + size)  # one shape for every batch, so that nothing recompiles
         filling, numbers = numbers >= len(rows), numbers.clip(max=len(rows) - 1)
         batch = torch.from_numpy(rows[numbers]).to(sums.device)
         tag = torch.from_numpy(np.where(filling[:, None], 0, tags[numbers] + 1)).to(sums.device).flatten()
         loss = run.loss_module(batch, reduction="none").double()
-        is_text = (batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id).double()
-        for line, value in zip(sums, (loss, torch.ones_like(loss), loss * is_text), strict=True):
-            line.index_add_(0, tag, value)
+        is_text = batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id
+        sums.index_add_(1, tag, torch.stack([loss, torch.ones_like(loss), loss * is_text]))
         run.stop.heartbeat()
     run.loss_module.train()
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return evaluation_figures(sums[:, 1:].cpu().numpy(), text_bytes, names)
-
-
-def evaluation_figures(sums: np.ndarray, text_bytes: np.ndarray, names: list[str]) -> dict[str, float | None]:
-    """Turn sums by language (loss, targets, loss of text) into losses and bits per byte."""
-    figures = {}
+    figures, sums = {}, sums[:, 1:].cpu().numpy()
     for suffix, chosen in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
         columns = [names.index(name) for name in chosen if name in names]
-        loss, targets, text_loss = sums[:, columns].sum(axis=1)
-        size = text_bytes[columns].sum()
+        (loss, targets, text_loss), length = sums[:, columns].sum(axis=1), text_bytes[columns].sum()
         figures[f"val_loss{suffix}"] = float(loss / targets) if targets else None
-        figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / size) if size else None
+        figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / length) if length else None
     return figures
 
 
@@ -4144,18 +4072,20 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 def generate_continuation(
     model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any
 ) -> list[int]:
-    """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed."""
+    """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed.
+
+    ValueError: the prompt leaves no room in the model's context.
+    """
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(
-        max_new_tokens=most,
-        do_sample=cfg.temperature > 0,
-        temperature=cfg.temperature or 1.0,
-        top_p=cfg.top_p,
-        top_k=0,  # else transformers takes 50
-        use_cache=True,
-        **more,
-    )
+    length = context_length(model)
+    if len(ids) >= length:
+        raise ValueError(
+            f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({length:,} 토큰)에 들어가지 않습니다. 줄이세요"
+        )
+    most = min(most, length - len(ids))
+    sampling = {"do_sample": cfg.temperature > 0, "temperature": cfg.temperature or 1.0, "top_p": cfg.top_p}
+    settings = GenerationConfig(max_new_tokens=most, top_k=0, use_cache=True, **sampling, **more)  # top_k: else 50
     tokens = torch.tensor([ids], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     # The kernel that --attention names may not take a single query; a growing cache would compile the layers anew.
@@ -4166,55 +4096,43 @@ def generate_continuation(
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
-    """Complete the prompts; rank 0 shows and keeps the texts.
+    """Complete the prompts; rank 0 shows and keeps the texts in ``samples.md``.
 
     Every rank does the same work, so that none waits for another in a collective, however long it takes.
     """
-    cfg, tokenizer, start = run.cfg, run.corpus.tokenizer, time.monotonic()
-    texts: dict[str, str] = {}
+    cfg, tokenizer, start, texts = run.cfg, run.corpus.tokenizer, time.monotonic(), {}
     tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     run.loss_module.eval()
     try:
         for prompt in [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS:
             ids = tokenizer(prompt).input_ids
-            room = cfg.max_seq_length - len(ids)
-            if room < 1:
-                raise ValueError(f"--prompt 가 {cfg.max_seq_length:,} 토큰보다 깁니다")
             with run.accelerator.autocast():
-                tokens = generate_continuation(run.model, ids, cfg, min(room, SAMPLE_TOKENS), tick, **end)
-            texts[prompt] = printable(tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
+                tokens = generate_continuation(run.model, ids, cfg, SAMPLE_TOKENS, tick, **end)
+            text = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True)
+            text = text.replace("\r\n", "\n").replace("\t", " ")
+            # An untrained model writes any bytes: also control and format characters.
+            plain = (char if char == "\n" or unicodedata.category(char)[0] != "C" else "\ufffd" for char in text)
+            texts[prompt] = "".join(plain)
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
-    finally:
-        run.loss_module.train()
+    run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
-    if run.is_main and texts:
-        write_samples(run, state.step, texts)
-
-
-def printable(text: str) -> str:
-    """A generated text without control and format characters: an untrained model writes any bytes."""
-    text = text.replace("\r\n", "\n").replace("\t", " ")
-    return "".join(char if char == "\n" or unicodedata.category(char)[0] != "C" else "\ufffd" for char in text)
-
-
-def write_samples(run: Run, step: int, texts: dict[str, str]) -> None:
-    """Show completions by prompt in the log, and add them to ``samples.md`` and to the trackers."""
-    logger.info(f"📝 샘플 (스텝 {step:,}, {run.sample_seconds:.1f}초)")
-    quoted, path = [], run.cfg.output_dir / "samples.md"
+    if not run.is_main or not texts:
+        return
+    logger.info(f"📝 샘플 (스텝 {state.step:,}, {run.sample_seconds:.1f}초)")
+    quoted, path = [], cfg.output_dir / "samples.md"
     for prompt, text in texts.items():
-        lines = "\n     ".join(wrap_width(text, 74))
-        logger.info(f"   [{prompt}]\n     {lines}")
+        logger.info("\n     ".join([f"   [{prompt}]", *wrap_width(text, 74)]))
         quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
     try:
         with open(path, "a", encoding="utf-8") as stream:
-            stream.write("\n".join([f"## 스텝 {step:,}\n", *quoted, ""]))
+            stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
     except OSError as error:
         logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
     with tracking(run):
-        run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, step)
+        run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
 
 
 def cut_samples(path: Path, step: int) -> None:
@@ -4227,11 +4145,6 @@ def cut_samples(path: Path, step: int) -> None:
 
 
 # --- a checkpoint in use: --generate and --evaluate ---
-
-
-def document_start(tokenizer: Any) -> int:
-    """The token that stands before a document's first one."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def text_streamer(tokenizer: Any) -> Any:
@@ -4247,32 +4160,20 @@ def text_streamer(tokenizer: Any) -> Any:
 
 
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
-    """Continue ``cfg.prompt``, as from the beginning of a document; returns the whole text.
-
-    The same seed gives the same text on the same device.
-
-    Raises:
-        ValueError: the prompt leaves no room in the model's context.
-    """
-    ids = [document_start(tokenizer), *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
-    most = context_length(model)
-    room = most - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"--prompt: {len(ids) - 1:,} 토큰은 모델의 최대 길이({most:,} 토큰)에 들어가지 않습니다. 줄이세요"
-        )
-    if cfg.max_new_tokens > room:
-        logger.warning(f"⚠️  모델의 최대 길이가 {most:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
-    tokens = generate_continuation(model, ids, cfg, min(cfg.max_new_tokens, room), streamer)
+    """Continue ``cfg.prompt`` as from the beginning of a document, the same on a device for a seed; the whole text."""
+    ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
+    room = context_length(model) - len(ids)
+    if 0 < room < cfg.max_new_tokens:
+        logger.warning(f"⚠️  모델의 최대 길이가 {context_length(model):,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
+    tokens = generate_continuation(model, ids, cfg, cfg.max_new_tokens, streamer)
     return tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
     """Cut a document into rows of at most ``length`` + 1 tokens in which each token is scored once.
 
-    Yields a row and how many of its last tokens are scored; they are predicted from all that stands
-    before them in the row.  The first row begins with ``start``; the last reaches back, so that it is
-    as long as the others.  The rule is that of loglikelihood_rolling in lm-evaluation-harness
+    Yields a row and how many of its last tokens are scored.  The first row begins with ``start``; the last
+    reaches back, so that it is as long as the others: the rule of loglikelihood_rolling in lm-evaluation-harness
     (get_rolling_token_windows and make_disjoint_window).
     """
     tokens = np.concatenate([np.array([start], np.int64), tokens])
@@ -4281,71 +4182,61 @@ def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tup
         yield tokens[max(0, end - length) : end + 1], end - first
 
 
-def score_windows(
-    loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int]], most: int
-) -> Iterator[tuple[int, float]]:
-    """Yield the index of each window (of ``rolling_windows``) and the nats of what is scored in it.
+def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, np.ndarray]], most: int) -> None:
+    """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
 
-    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't
-    fit into memory shows at once.  Rows are padded behind their end, where causal attention keeps the
-    padding from changing anything.
+    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't fit into
+    memory shows at once.  Causal attention keeps the padding behind a row's end from changing anything.
     """
-    order = sorted(range(len(windows)), key=lambda index: -len(windows[index][0]))
-    while order:
-        longest = len(windows[order[0]][0])
+    windows = sorted(windows, key=lambda window: -len(window[0]))
+    while windows:
+        longest = len(windows[0][0])
         size = max(1, most // (longest - 1))
-        batch, order = order[:size], order[size:]
-        rows, scored = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest - 1))
-        for line, index in enumerate(batch):
-            row, count = windows[index]
-            rows[line, : len(row)] = row
-            scored[line, len(row) - 1 - count : len(row) - 1] = 1
+        batch, windows = windows[:size], windows[size:]
+        rows = np.zeros((len(batch), longest), np.int64)
+        for line, (row, _, _) in zip(rows, batch, strict=True):
+            line[: len(row)] = row
         loss = loss_module(torch.from_numpy(rows).to(loss_module.model.device), reduction="none")
-        yield from zip(batch, (loss.double().cpu().numpy().reshape(scored.shape) * scored).sum(1), strict=True)
+        for nats, (row, count, total) in zip(loss.view(len(batch), -1).double().cpu().numpy(), batch, strict=True):
+            total[3] += nats[len(row) - 1 - count : len(row) - 1].sum()
 
 
 @torch.inference_mode()
 def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str, np.ndarray]:
     """Score every document of ``cfg.dataset_path`` by itself.
 
-    Returns a language's documents, tokens, bytes and nats, in the order in which they appear.  The
-    tokens are those of the text alone: the end of a document isn't scored.
-
-    Raises:
-        ValueError: ``cfg.max_seq_length`` is more than the model's own.
-        RuntimeError: no document can be read, or more than 1 % of the lines can't.
+    Returns a language's documents, tokens of text, bytes and nats, in the order in which they appear.
     """
-    length = cfg.max_seq_length or context_length(model)
-    if length > context_length(model):
-        raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {context_length(model):,} 토큰입니다")
+    most = context_length(model)
+    length = cfg.max_seq_length or most
+    if length > most:
+        raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {most:,} 토큰입니다")
     files = corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    backend, start, loss_module = tokenizer.backend_tokenizer, document_start(tokenizer), LMWithLoss(model)
+    backend, loss_module, progress = (
+        tokenizer.backend_tokenizer,
+        LMWithLoss(model),
+        Progress("평가하는 중", estimated_bytes(files)),
+    )
     backend.encode_special_tokens = True  # in a text they are text, as in training
     totals: dict[str, np.ndarray] = {}
-    bad, bad_count, line_count, done, progress = [], 0, 0, 0.0, Progress("평가하는 중", estimated_bytes(files))
-    for chunk in read_chunks(cfg, files):
-        documents = parse_chunk(chunk, cfg.text_column)
-        bad += documents.bad[: MOST_NAMES_SHOWN - len(bad)]
-        bad_count += len(documents.bad)
+    bad, line_count = [], 0
+    for chunk in read_chunks(cfg, files, size=1 << 20):
+        documents, windows = parse_chunk(chunk, cfg.text_column), []
+        bad += documents.bad
         line_count += documents.line_count
         encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
-        windows, owners = [], []
         for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
-            size, total = len(text.encode()), totals.setdefault(language, np.zeros(4))
-            total += (1, len(item.ids), size, 0)
-            for row, count in rolling_windows(np.array(item.ids), start, length):
-                windows.append((row, count))
-                owners.append((total, size * count / len(item.ids)))  # and the window's bytes, about
-        for index, nats in score_windows(loss_module, windows, cfg.batch_size * length):
-            total, size = owners[index]
-            total[3] += nats
-            done += size
-            progress.update(int(done))
-    refuse_bad_lines(bad, bad_count, line_count)
+            total = totals.setdefault(language, np.zeros(4))
+            total += (1, len(item.ids), len(text.encode()), 0)
+            rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
+            windows += [(row, count, total) for row, count in rows]
+        score_windows(loss_module, windows, cfg.batch_size * length)
+        progress.update(int(sum(total[2] for total in totals.values())))
+    refuse_bad_lines(bad, len(bad), line_count)
     if bad:
-        logger.warning(f"⚠️  읽지 못한 줄 {bad_count:,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
+        logger.warning(f"⚠️  읽지 못한 줄 {len(bad):,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
     if not totals:
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
     return totals
@@ -4356,8 +4247,8 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
     for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
         loss, bits = nats / tokens, nats / math.log(2) / size
-        rows.append((name, f"{documents:,.0f}", f"{tokens:,.0f}", f"{size:,.0f}", f"{loss:.4f}"))
-        rows[-1] += (f"{np.exp(loss):,.2f}", f"{bits:.4f}")
+        counts = [f"{count:,.0f}" for count in (documents, tokens, size)]
+        rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{bits:.4f}"))
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, widths, strict=True))
@@ -4782,11 +4673,7 @@ def train_quietly(run: Run, state: TrainState) -> str:
 
 
 def use_checkpoint(cfg: TrainConfig) -> None:
-    """Do what --generate or --evaluate asks for: the result goes to the output, everything else beside it.
-
-    Raises:
-        UsageProblem, EnvironmentProblem, ValueError, RuntimeError: it can't be done.
-    """
+    """Do what --generate or --evaluate asks for: the result goes to the output, everything else beside it."""
     logging.getLogger().addHandler(logging.NullHandler())
     logging.captureWarnings(True)
     logging.getLogger("torch").setLevel(logging.ERROR)  # it has a handler of its own
@@ -4795,17 +4682,15 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     quiet_libraries()
     device, typed_length = detect_device(cfg), cfg.max_seq_length
     cfg = replace(resolve_config(cfg, device)[0], max_seq_length=typed_length)
-    problems = validate_config(cfg)
-    if problems:
-        raise UsageProblem(problems)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
-    source = cfg.generate or cfg.evaluate
+    source, begun = cfg.generate or cfg.evaluate, time.monotonic()
     tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
     model = model.to(device).eval()
     if cfg.generate:
         generate_text(model, tokenizer, cfg, text_streamer(tokenizer))
         return
-    begun = time.monotonic()
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         totals = score_corpus(model, tokenizer, cfg)
     length = cfg.max_seq_length or context_length(model)

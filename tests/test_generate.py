@@ -1,4 +1,4 @@
-"""A checkpoint in use: --generate and --evaluate, which start no run; and the command that a run keeps."""
+"""A checkpoint in use: --generate and --evaluate, which start no run."""
 
 from __future__ import annotations
 
@@ -308,20 +308,3 @@ def test_weights_that_are_torn_or_lacking_are_refused_and_not_made_up(checkpoint
     path.unlink()
     with pytest.raises(RuntimeError, match="모델을 열 수 없습니다"):
         t.load_model(folder)
-
-
-# --- what started a run ---
-
-
-def test_without_the_launcher_the_kept_command_is_torchruns_or_pythons(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name in ("LAUNCHER_COMMAND", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(t.sys, "argv", ["train_h100_dual.py", "--prompt", "오늘 아침"])
-    start = ["cd", str(tmp_path), "&&"]
-    assert t.shlex.split(t.start_command()) == [*start, t.sys.executable, *t.sys.argv]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    agent = ["torchrun", "--standalone", "--nproc-per-node", "2"]
-    assert t.shlex.split(t.start_command()) == [*start, *agent, *t.sys.argv]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert t.shlex.split(t.start_command()) == [*start, "CUDA_VISIBLE_DEVICES=2,3", *agent, *t.sys.argv]

@@ -413,16 +413,18 @@ def test_fp8_converts_all_but_the_first_layer_and_the_head_and_leaves_the_weight
     pytest.importorskip("torchao")
     from torchao.float8.float8_linear import Float8Linear
 
-    model = t.build_model(config(tmp_path), Words())
-    before = {name: (weight, weight.dtype) for name, weight in model.state_dict(keep_vars=True).items()}
-    loss = t.LMWithLoss(model)
-    t.convert_to_fp8(model)
+    before = t.build_model(config(tmp_path), Words()).state_dict()
+    loss = t.build_loss(t.replace(config(tmp_path), precision="fp8"), Words())
+    model = loss.model
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     kept = {name for name, module in linear.items() if not isinstance(module, Float8Linear)}
     assert kept == {"lm_head", "model.layers.0.self_attn.q_proj"}
     assert len(linear) == 4 * 7 + 1
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
-    assert all(after[name] is weight and weight.dtype == dtype for name, (weight, dtype) in before.items())
+    for name, weight in before.items():
+        assert type(after[name]) is torch.nn.Parameter
+        assert after[name].dtype == weight.dtype
+        assert torch.equal(after[name], weight)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert loss.plain_head

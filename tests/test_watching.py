@@ -565,10 +565,6 @@ def test_a_prompt_without_room_for_an_answer_is_said(build, tmp_path, monkeypatc
     assert "--prompt" in caplog.text
 
 
-def test_control_characters_of_a_generated_text_are_replaced():
-    assert t.printable("가\x1b[2J\r\n나\x00\t다\u202e") == "가\ufffd[2J\n나\ufffd 다\ufffd"
-
-
 def test_the_plan_and_the_steps_count_the_same_operations(trained):
     cfg, preset = trained.run.cfg, t.PRESETS["tiny"]
     vocabulary = trained.run.model.config.vocab_size
