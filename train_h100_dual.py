@@ -414,9 +414,7 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
     cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
-    words = -(-tokenizer_size(cfg.tokenizer) // 128) * 128
-    if cfg.init_from:
-        words = read_config(cfg.init_from).get("vocab_size")
+    words = read_config(cfg.init_from).get("vocab_size") or -(-tokenizer_size(cfg.tokenizer) // 128) * 128
     return replace(cfg, vocab_size=words or cfg.vocab_size), notes  # as far as the files tell it
 
 
@@ -466,8 +464,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, Path) and not value.is_absolute() and value.parts[0] != "..":
         return f"./{value}"
     if isinstance(value, float) and 0 < value < 1e-3:
-        mantissa, exponent = f"{value:.6e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return re.sub(r"\.?0*e-0?", "e-", f"{value:.6e}")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -965,27 +962,22 @@ def check_use(cfg: TrainConfig) -> None:
         raise EnvironmentProblem(problems)
 
 
-def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str], list[str]]:
-    """Choose the device and the number of processes; returns notes and problems beside them.
-
-    A test adapts to what it finds and notes it; a training run gets exactly what was asked for.
-    """
+def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str]]:
+    """Device, number of processes, and what isn't as it was asked for: a test goes on with it, training doesn't."""
     if cfg.device == "cpu":
-        return "cpu", num_gpus, [], []
+        return "cpu", num_gpus, []
+    if not gpus and cfg.device == "auto" and cfg.is_test:
+        return "cpu", num_gpus, [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"]
     if not gpus:
-        if cfg.device == "cuda" or not cfg.is_test:  # go on as if they were there, to tell what else is lacking
-            return "cuda", num_gpus, [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
-        return "cpu", num_gpus, [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"], []
-    notes, problems, count = [], [], min(num_gpus, len(gpus))
+        return "cuda", num_gpus, ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
+    count, lacking = min(num_gpus, len(gpus)), []
     if count < num_gpus:
-        notes.append(f"GPU가 {count}개뿐이라 {count}개로 실행합니다 (요청: {num_gpus}개)")
-        problems.append(f"GPU {num_gpus}개를 요청했지만 {count}개만 있습니다. --num-gpus {count} 로 실행하세요")
+        lacking.append(f"GPU {num_gpus}개를 요청했지만 {count}개만 있습니다 (--num-gpus {count})")
     for index, gpu in enumerate(gpus[:count]):
         if gpu.used > 1024:  # a driver and a display take less
             text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
-            problems.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
-            notes.append(text)
-    return ("cuda", count, notes, []) if cfg.is_test else ("cuda", num_gpus, [], problems)
+            lacking.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
+    return "cuda", count, lacking
 
 
 def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
@@ -1046,15 +1038,15 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
     return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {source}"
 
 
-def read_config(source: str | Path) -> dict[str, Any]:
+def read_config(source: str | Path | None) -> dict[str, Any]:
     """The config.json that ``source``, a checkpoint, its weights or the file itself, stands for; empty if not there."""
-    path = checkpoint_dir(Path(source).expanduser())
+    path = checkpoint_dir(Path(source or os.devnull).expanduser())
     return read_json(path if path.suffix == ".json" else path / "config.json")
 
 
 def tokenizer_size(source: str | None) -> int:
     """Vocabulary of a saved tokenizer; 0 if its file doesn't tell."""
-    content = read_json(checkpoint_dir(Path(source).expanduser()) / "tokenizer.json") if source else {}
+    content = read_json(checkpoint_dir(Path(source or os.devnull).expanduser()) / "tokenizer.json")
     words = (content.get("model") or {}).get("vocab") or ()
     return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
@@ -1208,11 +1200,9 @@ def source_problems(cfg: TrainConfig) -> list[str]:
         if not usable:
             problems.append(f"{typed}: {source} 에 쓸 수 있는 {wanted}이 없습니다 (그것이 있는 경로를 주세요)")
         if cleared & {path.resolve(), *path.resolve().parents}:
-            problems.append(
-                f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path} (다른 --output-dir 를 쓰세요)"
-            )
-    values = read_config(cfg.init_from) if cfg.init_from else {}
-    sizes = (values.get(name) for name in ("vocab_size", "max_position_embeddings"))
+            text = f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path}"
+            problems.append(f"{text} (다른 --output-dir 를 쓰세요)")
+    sizes = (read_config(cfg.init_from).get(name) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
     return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
 
@@ -1266,7 +1256,8 @@ class LaunchPlan:
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
     gpus = [] if cfg.device == "cpu" else query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    device, processes, notes, problems = plan_device(cfg, gpus, num_gpus)
+    device, processes, lacking = plan_device(cfg, gpus, num_gpus)
+    notes, problems = (lacking, []) if cfg.is_test and (gpus or device == "cpu") else ([], lacking)
     cfg, adapted = resolve_config(cfg, device)
     wrong = validate_config(cfg)
     if wrong:
@@ -1329,7 +1320,7 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
 
 
 def refuse_too_few_steps(total: int, done: int) -> None:
-    """Raise EnvironmentProblem if a run was to end before the step at which it is."""
+    """Raises EnvironmentProblem if a run was to end before the step at which it is."""
     if total < done:
         raise EnvironmentProblem(
             f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {total:,}입니다. "

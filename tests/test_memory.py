@@ -94,11 +94,9 @@ CASES = [
     (WIDE, 65536, 512, 4, 2, "--fp32 --gradient-checkpointing"),
 ]
 LARGE_CASES = [
-    (t.PRESETS["350m"], 65536, 2048, 16, 1, "--bf16"),
     (t.PRESETS["350m"], 65536, 2048, 16, 2, "--bf16 --gradient-checkpointing"),
     (t.PRESETS["1.3b"], 65536, 2048, 4, 2, "--bf16"),
     (t.PRESETS["1.3b"], 65536, 2048, 4, 1, "--fp32"),
-    (t.PRESETS["1.3b"], 65536, 2048, 1, 1, "--bf16 --gradient-checkpointing"),
     (t.PRESETS["3b"], 65536, 2048, 2, 1, "--bf16 --gradient-checkpointing"),
 ]
 
@@ -108,15 +106,8 @@ LARGE_CASES = [
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE_CASES)],
 )
 def test_the_estimate_is_right_within_a_tenth(
-    tmp_path: Path,
-    monkeypatch,
-    preset: t.Preset,
-    vocabulary: int,
-    length: int,
-    batch: int,
-    world_size: int,
-    options: str,
-) -> None:
+    tmp_path, monkeypatch, preset, vocabulary, length, batch, world_size, options
+):
     monkeypatch.setattr(t, "has_plain_head", lambda model: True)  # tensors without values can't be looked at
     monkeypatch.setitem(t.PRESETS, "tiny", preset)
     shape = f"--vocab-size {vocabulary} --max-seq-length {length} --batch-size {batch}"
@@ -164,9 +155,8 @@ def test_the_estimate_of_compiled_activations_is_what_the_partitioner_keeps(
         decompositions=select_decomp_table,
     )
     monkeypatch.setitem(t.PRESETS, "tiny", TINY)
-    cfg = config(
-        tmp_path, "--compile", options, "--vocab-size", "2048", "--max-seq-length", "256", "--batch-size", "16"
-    )
+    shape = "--vocab-size 2048 --max-seq-length 256 --batch-size 16"
+    cfg = config(tmp_path, "--compile", options, *shape.split())
     loss_module = t.LMWithLoss(t.build_model(cfg, Words(2048)))
     rows = torch.zeros(cfg.batch_size, cfg.max_seq_length + 1, dtype=torch.int64)
     torch._dynamo.reset()
@@ -368,9 +358,6 @@ def test_the_search_leaves_no_model_and_no_random_number_behind(tmp_path: Path, 
     [
         torch.OutOfMemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-        RuntimeError(
-            'NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "CUDACachingAllocator"'
-        ),
     ],
 )
 def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeError) -> None:
