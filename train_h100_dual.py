@@ -71,14 +71,8 @@ SCRIPT_DIR = Path(__file__).resolve().parent
 MINIMUM_PYTHON = (3, 11)
 if sys.version_info < MINIMUM_PYTHON:  # before anything below that an older one can't do
     sys.exit(f"❌ Python {MINIMUM_PYTHON[0]}.{MINIMUM_PYTHON[1]} 이상이 필요합니다 (지금 {sys.version.split()[0]})")
-MINIMUM_VERSIONS = {
-    "torch": "2.11",
-    "transformers": "5.17",
-    "datasets": "4.0",
-    "accelerate": "1.10",
-    "numpy": "2.0",
-    "tiktoken": "0.9",
-}
+MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10"}
+MINIMUM_VERSIONS |= {"numpy": "2.0", "tiktoken": "0.9"}
 
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
@@ -420,8 +414,7 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
 
 def validate_config(cfg: TrainConfig) -> list[str]:
     """Return one Korean sentence for each option of a complete configuration that can't be meant, or not here."""
-    problems, kernel = [], f"--attention {cfg.attention}"
-    nearest, used = round(cfg.vocab_size / 128) * 128, "--generate" if cfg.generate else "--evaluate"
+    problems, kernel, nearest = [], f"--attention {cfg.attention}", round(cfg.vocab_size / 128) * 128
     if cfg.resume and cfg.is_test:
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
     if cfg.model_config and cfg.init_from:
@@ -433,7 +426,7 @@ def validate_config(cfg: TrainConfig) -> list[str]:
     if cfg.generate and cfg.evaluate:
         problems.append("--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요")
     if cfg.uses_checkpoint and not cfg.is_test:
-        problems.append(f"{used}: 학습을 시작하지 않습니다. --train 을 빼세요")
+        problems.append("--generate 와 --evaluate 는 학습을 시작하지 않습니다. --train 을 빼세요")
     if cfg.generate and not cfg.prompt:
         problems.append(f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
@@ -444,9 +437,8 @@ def validate_config(cfg: TrainConfig) -> list[str]:
             example = "--nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
             problems.append(f"여러 머신에는 셋을 함께 주세요. 예: {example}")
         elif cfg.node_rank >= cfg.nnodes:
-            most = cfg.nnodes - 1
-            limits = f"(0 이상 {most} 이하). 가장 가까운 값: {most}"
-            problems.append(f"--node-rank: '{cfg.node_rank}' 값은 범위를 벗어났습니다 {limits}")
+            text = f"--node-rank: '{cfg.node_rank}' 값은 범위를 벗어났습니다 (0 이상 {cfg.nnodes - 1} 이하)"
+            problems.append(f"{text}. 가장 가까운 값: {cfg.nnodes - 1}")
     if cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash"):
         problems.append(f"{kernel}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     if cfg.device == "cpu":  # where accelerate would silently run fp32
@@ -549,13 +541,8 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     if visible is None:
         return list(gpus.values())
     wanted = [key.strip() for key in visible.split(",") if key.strip()]
-    short = {key for key in wanted if key.startswith("GPU-")}  # a UUID may be cut short, as CUDA allows
-    return [
-        gpu
-        for key in wanted
-        for (index, uuid), gpu in gpus.items()
-        if key == index or (key in short and uuid.startswith(key))
-    ]
+    # A UUID may be cut short, as CUDA allows.
+    return [gpu for key in wanted for (index, uuid), gpu in gpus.items() if key == index or uuid.startswith(key)]
 
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
@@ -953,8 +940,7 @@ def check_use(cfg: TrainConfig) -> None:
     if not (path / "config.json").is_file():
         newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
         hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
-        state, hint = ("아닙니다", f"config.json이 없습니다. {hint}") if path.exists() else ("없습니다", hint)
-        problems.append(f"체크포인트가 {state}: {path} ({hint})")
+        problems.append(f"체크포인트가 없습니다: {path} (config.json이 든 디렉토리를 찾습니다. {hint})")
     with collecting(problems):
         if cfg.evaluate:
             corpus_files(cfg)
@@ -1341,8 +1327,7 @@ def check_lines(plan: LaunchPlan) -> list[str]:
                 f"nvidia-smi는 GPU를 보지만 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
                 f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {command} --index-url https://download.pytorch.org/whl/cu126"
             )
-        problem = fp8_problem(torch.cuda.get_device_capability()) if cfg.precision == "fp8" else None
-        if problem:
+        if cfg.precision == "fp8" and (problem := fp8_problem(torch.cuda.get_device_capability())):
             raise EnvironmentProblem(problem)
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
     elif ready:
@@ -1367,11 +1352,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
-    run = (
-        f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
-        if tokens
-        else "데이터를 준비한 뒤 정해집니다"
-    )
+    run = f"{plan.steps or 0:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
     nodes = f" (머신 {cfg.nnodes}대 x {plan.processes}개, 이 머신은 {cfg.node_rank}번)" if node_count(cfg) > 1 else ""
     lines = [
         "📋 학습 정보",
@@ -1387,7 +1368,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         f"   • 옵티마이저: {cfg.optimizer}",
         f"   • 모델 파라미터: {f'{parameters / 1e6:,.1f}M ({shape[1]})' if shape else '모델을 읽은 뒤 정해집니다'}",
         f"   • 스텝당 토큰: {plan.step_tokens:,}",
-        f"   • 전체 학습: {run}",
+        f"   • 전체 학습: {run if tokens else '데이터를 준비한 뒤 정해집니다'}",
         "📁 경로:",
         f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
         f"   • 출력: {display_path(cfg.output_dir)}",
@@ -1436,9 +1417,7 @@ def fp8_problem(capability: tuple[int, int]) -> str | None:
     """What keeps ``--fp8`` from running with this Python on a GPU of this compute capability, in Korean."""
     if capability < (8, 9):
         return f"--fp8: 이 GPU(compute capability {capability[0]}.{capability[1]})에는 FP8이 없습니다. --bf16 을 쓰세요"
-    try:
-        importlib.metadata.version("torchao")
-    except importlib.metadata.PackageNotFoundError:
+    if importlib.util.find_spec("torchao") is None:
         return f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao"
     return None
 
