@@ -3937,10 +3937,7 @@ def start_profile(run: Run, left: int) -> Any:
     """
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    if not run.cfg.profile or not run.is_main:
-        return None
-    if left < 2:
-        logger.warning("⚠️  --profile: 두 스텝은 있어야 합니다. --max-steps 를 늘리세요")
+    if not run.cfg.profile or not run.is_main or left < 2:
         return None
     path, count, kinds = run.cfg.output_dir / "profile_trace.json.gz", min(3, left - 1), [ProfilerActivity.CPU]
     order = "self_cpu_time_total"
@@ -4117,18 +4114,6 @@ def cut_samples(path: Path, step: int) -> None:
 # --- a checkpoint in use: --generate and --evaluate ---
 
 
-def text_streamer(tokenizer: Any) -> Any:
-    """Something that ``generate`` hands its tokens to, and that prints whole words of them as they come."""
-    from transformers import TextStreamer
-
-    class WholeCharacters(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            # Only the limit on tokens can leave a character's first bytes without the others.
-            super().on_finalized_text(text.rstrip("\ufffd") if stream_end else text, stream_end)
-
-    return WholeCharacters(tokenizer, skip_special_tokens=True)
-
-
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
     """Continue ``cfg.prompt`` as from the beginning of a document, the same on a device for a seed; the whole text."""
     ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
@@ -4136,7 +4121,7 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     if 0 < room < cfg.max_new_tokens:
         logger.warning(f"⚠️  모델의 최대 길이가 {context_length(model):,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
     tokens = generate_continuation(model, ids, cfg, cfg.max_new_tokens, streamer)
-    return tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -4184,14 +4169,9 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     files = corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    backend, loss_module, progress = (
-        tokenizer.backend_tokenizer,
-        LMWithLoss(model),
-        Progress("평가하는 중", estimated_bytes(files)),
-    )
+    backend, loss_module, totals = tokenizer.backend_tokenizer, LMWithLoss(model), {}
     backend.encode_special_tokens = True  # in a text they are text, as in training
-    totals: dict[str, np.ndarray] = {}
-    bad, line_count = [], 0
+    bad, line_count, progress = [], 0, Progress("평가하는 중", estimated_bytes(files))
     for chunk in read_chunks(cfg, files, size=1 << 20):
         documents, windows = parse_chunk(chunk, cfg.text_column), []
         bad += documents.bad
@@ -4659,7 +4639,9 @@ def use_checkpoint(cfg: TrainConfig) -> None:
         tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
     model = model.to(device).eval()
     if cfg.generate:
-        generate_text(model, tokenizer, cfg, text_streamer(tokenizer))
+        from transformers import TextStreamer
+
+        generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         totals = score_corpus(model, tokenizer, cfg)

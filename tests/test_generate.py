@@ -53,7 +53,7 @@ def test_at_temperature_zero_the_likeliest_tokens_follow_the_start_of_a_document
     cfg = use("--generate", "x", "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
     expected = greedy(model, [tokenizer.eos_token_id, *tokenizer(prompt).input_ids], 12)
     text = t.generate_text(model, tokenizer, cfg)
-    assert text == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\ufffd")
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
     assert text.startswith(prompt)
     assert t.generate_text(model, tokenizer, t.replace(cfg, seed=1, top_p=0.5)) == text
 
@@ -65,25 +65,6 @@ def test_a_seed_gives_its_text_and_another_one_another(opened):
     # Of so few tokens only the likeliest remains.
     narrow = [t.generate_text(*opened, t.replace(cfg, seed=seed, top_p=0.01, temperature=0.5)) for seed in (1, 2)]
     assert narrow[0] == narrow[1]
-
-
-@pytest.mark.parametrize("text", [*WILD_TEXTS, "띄어쓰기없이길게이어지는한글문장입니다" * 3])
-def test_no_character_is_printed_torn_however_its_bytes_are_spread_over_tokens(trained, capsys, text):
-    tokenizer = trained[0].corpus.tokenizer
-    ids = tokenizer(text, split_special_tokens=True).input_ids
-    pieces = [tokenizer.decode([token]) for token in ids]
-    assert "\ufffd" in "".join(pieces) or text.isascii()
-    for end in (len(ids), *range(len(ids) - 6, len(ids))):  # the limit on tokens may fall inside a character
-        streamer, shown = t.text_streamer(tokenizer), []
-        for token in ids[:end]:
-            streamer.put(torch.tensor([token]))
-            shown.append(capsys.readouterr().out)
-        streamer.end()
-        shown.append(capsys.readouterr().out)
-        assert not [part for part in shown if "\ufffd" in part]
-        whole = tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
-        assert "".join(shown) == whole + "\n"
-    assert len(text.split()) == 1 or len([part for part in shown if part]) > 1  # as it comes, not at the end
 
 
 def test_what_does_not_fit_into_the_models_context_is_said(opened, caplog):

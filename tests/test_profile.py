@@ -24,10 +24,3 @@ def test_a_profiled_run_leaves_a_trace_and_tells_which_operators_took_the_time(t
     for name in ("aten::mm", "scaled_dot_product", "Optimizer.step", "Self CPU"):
         assert name in table
     assert "profile_trace.json.gz" in caplog.text
-
-
-def test_a_run_of_one_step_is_too_short_to_profile(tmp_path, caplog):
-    run = tiny_run(tmp_path, "--profile")
-    t.logger.propagate = True
-    assert t.start_profile(run, 1) is None
-    assert "--max-steps" in caplog.text
