@@ -216,10 +216,9 @@ SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "
 def option(metavar: str, kind: Any, help_text: str, **more: Any) -> Any:
     """Declare one option: its value's name and kind (see ``parse_value``), what it does.
 
-    ``default`` is its default.  One that depends on the situation is given by ``base``, ``test``,
-    ``cpu`` and ``cpu_test`` instead, the last that applies counting; the field is then None until
-    ``resolve_config``, unless the person sets it.  ``empty`` is the value of an option typed bare,
-    ``group`` the title over it and those below in --help.
+    A default that depends on the situation is given by ``base``, ``test``, ``cpu`` and ``cpu_test``, the last
+    that applies counting; the field is then None until ``resolve_config``.  ``empty`` is the value of an option
+    typed bare, ``group`` the title over it and those below in --help.
     """
     adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
     details = {"metavar": metavar or "|".join(kind or ()), "kind": kind, "help": help_text, "adapt": adapt}
@@ -258,8 +257,7 @@ class TrainConfig:
         "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
         default=Path("../../../../datasets"), group="데이터")
     tokenizer: str | None = option("PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
-    vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 토크나이저의 어휘 크기",
-        base=65536, cpu_test=2048)
+    vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", base=65536, cpu_test=2048)
     text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
     validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
@@ -967,10 +965,7 @@ def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, 
 
 
 def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
-    """Identity of a prepared corpus: its files, how they are read, and the tokenizer.
-
-    A data file is known by path, size, mtime and a hash of its head and tail: a 100 GB one costs two reads.
-    """
+    """Identity of a prepared corpus: its files (of 100 GB only the ends are read), how they are read, the tokenizer."""
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else str(cfg.dataset_path)]
     for path in files:
         info = path.stat()
@@ -1114,13 +1109,14 @@ def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | 
 
     if needed() <= memory:
         return None
-    options, rows, room = [], cfg.batch_size * cfg.gradient_accumulation_steps, MEMORY_TO_USE * memory
-    for again in (False, True)[cfg.gradient_checkpointing :]:
-        for size in (size for size in range(cfg.batch_size, 0, -1) if rows % size == 0):
-            if needed(batch_size=size, gradient_accumulation_steps=rows // size, gradient_checkpointing=again) <= room:
-                typed = ["--gradient-checkpointing"] * (again and not cfg.gradient_checkpointing)
-                typed += [f"--batch-size {size} --gradient-accumulation-steps {rows // size}"] * (size < cfg.batch_size)
-                options.append(" ".join(typed))
+    rows, room, options = cfg.batch_size * cfg.gradient_accumulation_steps, MEMORY_TO_USE * memory, []
+    batches = [(size, rows // size) for size in range(cfg.batch_size, 0, -1) if rows % size == 0]
+    for again in sorted({cfg.gradient_checkpointing, True}):
+        typed = "--gradient-checkpointing " if again > cfg.gradient_checkpointing else ""
+        for size, steps in batches:
+            if needed(batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=again) <= room:
+                typed += f"--batch-size {size} --gradient-accumulation-steps {steps}" if size < cfg.batch_size else ""
+                options.append(typed.strip())
                 break
     if not (cfg.resume or cfg.model_config or cfg.init_from):
         smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
@@ -1167,12 +1163,9 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 
 def source_problems(cfg: TrainConfig) -> list[str]:
-    """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell.
-
-    A new run would clear away those that lie among what an earlier test saved.
-    """
+    """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell."""
     problems, cleared = [], set()
-    if cfg.resume is None:
+    if cfg.resume is None:  # of what an earlier test saved
         cleared = {path.resolve() for path in (*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model")}
     for name in ("model_config", "tokenizer", "init_from"):
         source, typed = getattr(cfg, name), as_typed(name)
@@ -1282,10 +1275,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
 
 
 def print_launch_plan(argv: list[str], background: bool) -> None:
-    """Answer the launcher: ``name=value`` lines, an empty line, and in two blocks what a person sees.
-
-    Where a run, or --generate and --evaluate, can't start, the second block says why.
-    """
+    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
     try:
         typed = parse_args(argv)
         if typed.uses_checkpoint:
@@ -1306,12 +1296,9 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
 
 
 def refuse_too_few_steps(total: int, done: int) -> None:
-    """Raises EnvironmentProblem if a run was to end before the step at which it is."""
     if total < done:
-        raise EnvironmentProblem(
-            f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {total:,}입니다. "
-            "--max-steps, --max-tokens, --max-epochs 를 늘리세요"
-        )
+        text = f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {total:,}입니다"
+        raise EnvironmentProblem(f"{text}. --max-steps, --max-tokens, --max-epochs 를 늘리세요")
 
 
 def check_lines(plan: LaunchPlan) -> list[str]:
