@@ -1304,12 +1304,12 @@ def refuse_too_few_steps(total: int, done: int) -> None:
 def check_lines(plan: LaunchPlan) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, ready = plan.cfg, [], not missing_packages()
-    version = importlib.metadata.version("torch").partition("+")[0] if ready else ""
+    version = importlib.metadata.version("torch") if ready else ""
     if ready and plan.gpus:
         import torch
 
         if not torch.cuda.is_available():
-            command = f"{sys.executable} -m pip install torch=={version}+cu126"
+            command = f"{sys.executable} -m pip install torch=={version.partition('+')[0]}+cu126"
             raise EnvironmentProblem(
                 f"nvidia-smi는 GPU를 보지만 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
                 f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {command} --index-url https://download.pytorch.org/whl/cu126"
