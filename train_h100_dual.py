@@ -4181,16 +4181,13 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 
 def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
-    rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
+    # A Hangul syllable takes two columns.
+    lines = [f"언어    {'문서':>8}{'토큰':>14}{'바이트':>15}{'손실':>7}{'퍼플렉시티':>7}{'bits/byte':>11}"]
     for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
-        loss, bits = nats / tokens, nats / math.log(2) / size
-        counts = [f"{count:,.0f}" for count in (documents, tokens, size)]
-        rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{bits:.4f}"))
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(" " * (width - display_width(cell)) + cell for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+        counts = f"{name}{' ' * (8 - display_width(name))}{documents:>10,.0f}{tokens:>16,.0f}{size:>18,.0f}"
+        bits = nats / math.log(2) / size
+        lines.append(f"{counts}{nats / tokens:>9.4f}{np.exp(nats / tokens):>12,.2f}{bits:>11.4f}")
+    return lines
 
 
 # ======================================================================================
