@@ -3369,9 +3369,7 @@ class Run:
         return rows * self.cfg.max_seq_length
 
 
-# ======================================================================================
-# Checkpoints: Hugging Face models with a training state beside them
-# ======================================================================================
+# --- checkpoints: Hugging Face models with a training state beside them ---
 
 
 @functools.cache
@@ -3468,13 +3466,9 @@ def save_initial_model(run: Run) -> None:
         return
     logger.info("🚀 초기 모델 저장 중...")
     folder, begun = run.cfg.output_dir / "initial_model", time.monotonic()
-    parameters, embedding = list(run.model.parameters()), run.model.get_input_embeddings().weight
+    count, embedding = run.model.num_parameters, run.model.get_input_embeddings().weight
     info = {
-        "parameters": {
-            "total": sum(weight.numel() for weight in parameters),
-            "trainable": sum(weight.numel() for weight in parameters if weight.requires_grad),
-            "embedding": embedding.numel(),
-        },
+        "parameters": {"total": count(), "trainable": count(only_trainable=True), "embedding": embedding.numel()},
         "architecture": type(run.model).__name__,
         "model_size": options_of(run.cfg)["model_size"],
         "dtype": "float32",
@@ -3504,7 +3498,6 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
         **{name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))},
         "total_steps": run.total_steps,
         "epoch": state.tokens_seen / (run.corpus.rows(run.cfg.max_seq_length) * run.cfg.max_seq_length),
-        "stream_epochs": domain_epochs(run.cfg, run.corpus, state.tokens_seen),
         **state.evaluation,
         "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
         "tokens_per_second": state.tokens_seen / state.elapsed_seconds if state.elapsed_seconds else None,
@@ -3599,8 +3592,8 @@ def check_room(run: Run) -> None:
     needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
     free = shutil.disk_usage(run.cfg.output_dir).free
     if free < needed:
-        text = f"디스크 공간이 부족합니다 ({needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다)"
-        raise OSError(errno.ENOSPC, text)
+        sizes = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        raise OSError(errno.ENOSPC, f"디스크 공간이 부족합니다 ({sizes})")
 
 
 def save_problem(error: Exception) -> str:

@@ -113,19 +113,10 @@ def test_training_info_tells_the_whole_story(trained):
     assert (info["step"], info["total_steps"], info["world_size"]) == (4, 4, 1)
     assert info["tokens_seen"] == 4 * run.step_tokens
     assert info["val_bits_per_byte"] > 0
-    assert info["val_loss_ko"] > 0
-    assert info["val_loss_en"] > 0
+    assert min(info["val_loss_ko"], info["val_loss_en"]) > 0
     assert info["options"]["batch_size"] == 2
-    for name in (
-        "epoch",
-        "loss",
-        "learning_rate",
-        "elapsed_seconds",
-        "tokens_per_second",
-        "data_fingerprint",
-        "corpus",
-    ):
-        assert info[name] is not None, name
+    promised = {"epoch", "loss", "learning_rate", "elapsed_seconds", "tokens_per_second", "data_fingerprint", "corpus"}
+    assert not {name for name in promised if info[name] is None}
     assert {"torch", "transformers"} <= info["versions"].keys()
 
 

@@ -93,8 +93,7 @@ def test_the_other_optimizer_goes_on_bit_for_bit_too_and_is_not_exchanged(undist
 
 
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
     shown = train(tmp_path, "--resume", "--max-steps", "24")
     assert "20 → 24" in shown
     assert "학습률을 새 길이에 맞춰" in shown
@@ -105,16 +104,14 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undistu
 
 
 def test_a_finished_run_with_nothing_left_to_do_says_so_and_changes_nothing(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
     before = timeless(tmp_path)
     assert "이미 끝난 학습" in train(tmp_path, "--resume", str(tmp_path / "outputs/checkpoint-20/pytorch_model.bin"))
     assert timeless(tmp_path) == before
 
 
 def test_going_back_to_an_older_checkpoint_sets_the_later_one_aside(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
     later = weights(tmp_path, 20)
     shown = train(tmp_path, "--resume", str(tmp_path / "outputs/checkpoint-10"), "--weight-decay", "0.3")
     assert "weight_decay 0.1 → 0.3" in shown
@@ -124,8 +121,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_one_aside(undisturbed,
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "outputs", tmp_path / "outputs", symlinks=True)
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
     path = tmp_path / "outputs/checkpoint-20/training_state/state.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
