@@ -89,7 +89,7 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, 
 ASSUMED_MFU = 0.4  # for the time of a run before its first step
 CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
 
-CACHE_VERSION = 5  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 6  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
@@ -1712,14 +1712,12 @@ if __name__ == "__main__":
     gc.disable()  # importing makes much and frees nothing: the collector would take a fifth of the time
 
 import functools
-import gzip
 import io
 import logging
 import multiprocessing
 import pickle
 import random
 import resource
-import zlib
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -1761,11 +1759,9 @@ TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
 CHECKED_TEXTS = 200  # on which the fast engine is compared with the tokenizer
 TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
-SPLIT_THEN_BYTES = ["Split", "ByteLevel"]  # the steps of a tokenizer that tiktoken's engine can stand in for
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
-MOST_BAD_LINES = 0.01
 HUB_NAME = re.compile(r"hf:([^@:]*)(?:@([^:]*))?(?::([^:]*))?(?::(.*))?")  # hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
 WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
@@ -1864,101 +1860,81 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 # Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows
 # ======================================================================================
 
-# A document in the index: its text's hash and size, where its tokens lie in the stream (behind an end-of-text
-# token), and the numbers of its language and its source (0: none).  A last record holds the end of the stream.
-DOCUMENT = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("bytes", "<u4"), ("language", "<u2"), ("source", "<u2")])
+# A document in the index: its text's hash, where its tokens lie in the stream (behind an end-of-text token), bytes and
+# eojeols, and the numbers of its language and its source (0: none).  A last record holds the end of the stream.
+COLUMNS = {"hash": "<u8", "offset": "<i8", "bytes": "<u4", "eojeols": "<u4", "language": "<u2", "source": "<u2"}
+DOCUMENT = np.dtype(list(COLUMNS.items()))
 
 
-# --- readers ---
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Whole lines of a file as they stand there, or rows of a table; ``first_line`` counts from 1."""
-
-    file: str
-    first_line: int
-    content: Any  # bytes, a pyarrow.RecordBatch or a list of dicts
-
-    def lines(self) -> list[bytes] | list[dict[str, Any]]:
-        """The lines, or the rows as dicts; here, so that helpers do this work and not the process that reads."""
-        if isinstance(self.content, bytes):
-            return self.content.removesuffix(b"\n").split(b"\n")
-        return self.content if isinstance(self.content, list) else self.content.to_pylist()
+# File, its line where the content starts (from 1), and whole lines as they stand there (bytes) or a table (pyarrow's).
+Chunk = tuple[str, int, Any]
 
 
 @dataclass
 class Documents:
-    """The documents of a chunk, in order: NFC texts, languages, sources; and its bad lines."""
+    """The documents of a chunk, in order: NFC texts, languages, sources; its bad lines, and how many aren't blank."""
 
-    texts: list[str]
-    languages: list[str]
-    sources: list[str | None]
-    bad: list[dict[str, Any]]
-    line_count: int
+    texts: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    sources: list[str | None] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    line_count: int = 0
 
 
-def read_line_chunks(path: Path, size: int, thinning: float = 1.0) -> Iterator[Chunk]:
-    """Cut a file into chunks of ``size`` bytes and what completes the last line; in a .txt file, the paragraph.
+def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    """Cut a file into chunks of ``size`` bytes and what completes the last line; in a .txt file, the paragraph."""
+    import pyarrow  # unlike gzip and zstandard fast at both, and a truncated file is an error
 
-    Thinned out, the first of each ``thinning * size`` bytes of text, without right line numbers.  RuntimeError: the
-    compressed file is damaged.
-    """
-    packed, first_line = path.suffix in (".gz", ".zst"), 1
-    distance, mark = thinning * size / (COMPRESSION_ESTIMATE if packed else 1), 0.0
+    codec, is_text, first_line = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix), path.suffix == ".txt", 1
     try:
         with open(path, "rb") as raw:
-            stream: Any = raw
-            if path.suffix == ".gz":
-                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))  # whose own readline is slow
-            elif path.suffix == ".zst":
-                import pyarrow  # comes with datasets; zstandard's own reader takes a truncated file for a whole one
-
-                stream = io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
+            stream: Any = io.BufferedReader(pyarrow.input_stream(raw, compression=codec)) if codec else raw
             while block := stream.read(size):
                 parts = [block, stream.readline()]
-                while path.suffix == ".txt" and parts[-1].strip() and (line := stream.readline()):
+                while is_text and parts[-1].strip() and (line := stream.readline()):
                     parts.append(line)
                 block = b"".join(parts)
-                if thinning == 1 or raw.tell() >= mark:
-                    yield Chunk(
-                        str(path), first_line, block.removeprefix(b"\xef\xbb\xbf") if first_line == 1 else block
-                    )
-                    mark += distance
+                yield str(path), first_line, block.removeprefix(b"\xef\xbb\xbf" * (first_line == 1))
                 first_line += block.count(b"\n")
-                if thinning > 1 and not packed and mark > raw.tell():
-                    raw.seek(int(mark))
-                    while raw.readline().strip() and path.suffix == ".txt":
-                        pass
-    except (OSError, EOFError, zlib.error) as error:  # gzip and zlib each raise their own
-        if not packed:
+    except OSError as error:
+        if not codec:
             raise
         raise RuntimeError(f"압축 파일이 손상되었습니다: {path} ({error}). 파일을 다시 받으세요") from error
 
 
-def read_table_chunks(path: Path, text_column: str, thinning: float = 1.0) -> Iterator[Chunk]:
-    """Read a parquet file in batches of rows, each of which stands for a line; RuntimeError: it is damaged."""
-    import pyarrow
+def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
+    """Read a parquet file, or stream a data set of the hub, of which nothing is executed; a row stands for a line."""
+    import datasets
     import pyarrow.parquet
 
-    first_line = 1
+    first_line, name = 1, HUB_NAME.fullmatch(source)
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = [name for name in (text_column, "lang", "source") if name in table.schema_arrow.names]
-        for number, batch in enumerate(table.iter_batches(TABLE_ROWS, columns=names)):
-            if number % math.ceil(thinning) == 0:
-                yield Chunk(str(path), first_line, batch)
+        if name:
+            repository, revision, config, split = (part or None for part in name.groups())
+            options = {"split": split or "train", "revision": revision, "streaming": True}
+            batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(TABLE_ROWS)
+        else:
+            file = pyarrow.parquet.ParquetFile(source)
+            columns = [name for name in (text_column, "lang", "source") if name in file.schema_arrow.names]
+            batches = file.iter_batches(TABLE_ROWS, columns=columns)
+        for batch in batches:
+            yield source, first_line, batch
             first_line += batch.num_rows
     except pyarrow.ArrowInvalid as error:
-        raise RuntimeError(f"parquet 파일이 손상되었습니다: {path} ({error})") from error
+        raise RuntimeError(f"parquet 파일이 손상되었습니다: {source} ({error})") from error
+
+
+def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
+    """Read the corpus in a stable order; tables have chunks of their own size."""
+    for source in map(str, files or [cfg.dataset_path]):
+        if files and not source.endswith(".parquet"):
+            yield from read_line_chunks(Path(source), size or CHUNK_BYTES)
+        else:
+            yield from read_table_chunks(source, cfg.text_column)
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
-    """The hub's data set with its commit, so that what is read can't change.
-
-    A run that goes on, after a restart or with --resume, takes the commit it began with, also without the hub.
-    RuntimeError: the hub can't be reached or doesn't know the data set.
-    """
+    """The hub's data set with its commit: the newest, or of a run that goes on (restarted, --resume) its own."""
     import huggingface_hub
 
     asked = str(cfg.dataset_path)
@@ -1970,62 +1946,23 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     try:
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
-        raise RuntimeError(
-            f"허브의 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). "
-            "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요"
-        ) from error
+        text = f"허브의 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). "
+        raise RuntimeError(text + "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요") from error
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
-
-
-def read_hub_chunks(name: str) -> Iterator[Chunk]:
-    """Stream a data set of the hub; nothing of it is executed."""
-    import datasets
-
-    repository, revision, config, split = (part or None for part in HUB_NAME.fullmatch(name).groups())
-    stream = datasets.load_dataset(repository, config, split=split or "train", revision=revision, streaming=True)
-    first_line = 1
-    for batch in stream.iter(TABLE_ROWS):
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        yield Chunk(name, first_line, rows)
-        first_line += len(rows)
-
-
-def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None, thinning: float = 1.0) -> Iterator[Chunk]:
-    """Read the corpus in a stable order: all of it, or each file thinned out (a data set of the hub never is)."""
-    if not files:
-        yield from read_hub_chunks(str(cfg.dataset_path))
-    for path in files:
-        if path.suffix == ".parquet":
-            yield from read_table_chunks(path, cfg.text_column, thinning)
-        else:
-            yield from read_line_chunks(path, size or CHUNK_BYTES, thinning)
-
-
-# --- from lines to documents ---
 
 
 def parse_record(record: Any, text_column: str) -> tuple[str, str, str | None]:
     """Return text, language and source of one JSON line or table row; ValueError: the reason in Korean."""
     if isinstance(record, bytes):
-        try:
+        with suppress(json.JSONDecodeError, RecursionError):
             record = json.loads(record.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError("UTF-8이 아닙니다") from None
-        except (ValueError, RecursionError):
-            raise ValueError("JSON이 아닙니다") from None
     if not isinstance(record, dict):
         raise ValueError("JSON 객체가 아닙니다")
-    if text_column not in record:
-        raise ValueError(f"'{text_column}' 열이 없습니다")
-    text, language, source = record[text_column], record.get("lang"), record.get("source")
+    text, language, source = record.get(text_column), record.get("lang"), record.get("source")
     if not isinstance(text, str):
-        raise ValueError(f"'{text_column}' 값이 문자열이 아닙니다")
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("짝이 없는 서로게이트가 있습니다") from None
+        raise ValueError(f"'{text_column}' 열에 문자열이 없습니다")
+    text = unicodedata.normalize("NFC", text)
+    text.encode("utf-8")  # which a lone surrogate doesn't let itself
     language = language.lower() if isinstance(language, str) and language else detect_language(text)
     return text, language, source if isinstance(source, str) and source else None
 
@@ -2039,38 +1976,30 @@ def detect_language(text: str) -> str:
     return "ko" if letters and hangul >= 0.2 * len(letters) else "en"
 
 
-def split_plain_text(chunk: Chunk) -> Documents:
-    """Documents of a .txt file: paragraphs, that is, lines up to an empty one."""
-    texts, languages, bad, paragraph = [], [], [], []
-    lines = chunk.lines()
-    for number, line in enumerate([*lines, b""], chunk.first_line):
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            bad.append({"file": chunk.file, "line": number, "reason": "UTF-8이 아닙니다"})
-            continue
-        if text.strip():
-            paragraph.append(text)
-        elif paragraph:
-            texts.append(unicodedata.normalize("NFC", "\n".join(paragraph)))
-            languages.append(detect_language(texts[-1]))
-            paragraph = []
-    return Documents(texts, languages, [None] * len(texts), bad, len(lines))
-
-
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
-    """Read the documents of a chunk; blank lines and empty texts are no documents, bad lines are listed."""
-    if chunk.file.endswith(".txt"):
-        return split_plain_text(chunk)
-    documents = Documents([], [], [], [], 0)
-    for number, record in enumerate(chunk.lines(), chunk.first_line):
-        if isinstance(record, bytes) and not record.strip():
-            continue
-        documents.line_count += 1
+    """Read the documents of a chunk; those of a .txt file are its paragraphs, that is, lines up to an empty one."""
+    file, first_line, content = chunk
+    documents, is_text, paragraph = Documents(), file.endswith(".txt"), []
+    if isinstance(content, bytes):
+        records = content.removesuffix(b"\n").split(b"\n") + [b""] * is_text
+    else:
+        records = content.to_pylist()  # here, so that helpers do this work and not the process that reads
+    for number, record in enumerate(records, first_line):
+        blank = isinstance(record, bytes) and not record.strip()
+        documents.line_count += not blank
         try:
+            if is_text:
+                line = record.decode("utf-8")
+                if line.strip():
+                    paragraph.append(line.rstrip("\r\n"))
+                    continue
+                record, paragraph = {text_column: "\n".join(paragraph)}, []
+            elif blank:
+                continue
             text, language, source = parse_record(record, text_column)
         except ValueError as error:
-            documents.bad.append({"file": chunk.file, "line": number, "reason": str(error)})
+            reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
+            documents.bad.append({"file": file, "line": number, "reason": reason})
             continue
         if text:
             documents.texts.append(text)
@@ -2086,22 +2015,17 @@ def content_hash(data: bytes) -> int:
 
 def refuse_bad_lines(bad: list[dict[str, Any]], bad_count: int, line_count: int) -> None:
     """Raise RuntimeError, showing the first of them, if more than 1 % of the lines are bad."""
-    if bad_count > MOST_BAD_LINES * line_count:
-        first = "\n".join(f"   {line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])
-        raise RuntimeError(
-            f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:\n{first}"
-        )
+    if bad_count > 0.01 * line_count:
+        first = "".join(f"\n   {line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])
+        text = f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
+        raise RuntimeError(text + first)
 
-
-# --- helpers over all cores, and what is said while they work ---
 
 WORKER: list[Callable] = []  # what a forked helper calls; set once by enter_worker
 
 
 def enter_worker(function: Callable) -> None:
     """Start of a helper process: it ends with its parent, and leaves Ctrl-C to it."""
-    import ctypes
-
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan after kill -9
@@ -2109,15 +2033,11 @@ def enter_worker(function: Callable) -> None:
 
 
 def call_worker(item: Any) -> Any:
-    """Do one item in a helper process."""
     return WORKER[0](item)
 
 
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
-    """``function(item)`` for each item, in order, over ``workers`` forked processes; 0: in this one.
-
-    At most two items a process are under way, so memory stays bounded.  RuntimeError: a helper was killed.
-    """
+    """``map`` over ``workers`` forked processes, each with at most two items under way; 0: in this one."""
     if workers == 0:
         yield from map(function, items)
         return
@@ -2135,65 +2055,37 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
 
 
 @contextmanager
-def log_waiting(title: str, every: float = 10.0) -> Iterator[None]:
-    """Log a line every few seconds while a call that can't report progress runs."""
-    done, start = threading.Event(), time.monotonic()
+def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
+    """Log every ten seconds that something takes long; with ``whole`` its share ``done``, which the caller keeps."""
+    state, ended, start = SimpleNamespace(done=0), threading.Event(), time.monotonic()
 
     def beat() -> None:
-        while not done.wait(every):
-            logger.info(f"   {title}... {format_duration(time.monotonic() - start)} 지남")
+        while not ended.wait(10):
+            seconds, share = time.monotonic() - start, min(1.0, state.done / max(1, whole))
+            left = f", {share:.0%}, 남은 시간 {format_duration(seconds / share - seconds)}" if share > 0.001 else ""
+            logger.info(f"   {title}... {format_duration(seconds)} 지남{left}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        yield state
     finally:
-        done.set()
+        ended.set()
         thread.join()
 
 
-class Progress:
-    """Says every few seconds how far a long stage is, with the time left where the whole is known."""
-
-    def __init__(self, title: str, whole: int):
-        self.title, self.whole = title, whole
-        self.start = self.last = time.monotonic()
-
-    def update(self, done: int) -> None:
-        """Log a line if the last one is old enough; ``done`` in the units of ``whole``."""
-        now = time.monotonic()
-        if now - self.last >= 5:
-            self.last, share = now, min(1.0, done / max(1, self.whole))
-            left = (now - self.start) * (1 / share - 1) if share > 0.001 else None
-            left = "-" if left is None else format_duration(left)
-            logger.info(f"   {self.title}: {share:.0%}, 남은 시간 {left}")
-
-
-# --- tokenizer ---
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer on NFC text; its vocabulary is a multiple of 128, which tensor cores like.
-
-    A corpus that doesn't support ``vocab_size`` pieces gives fewer, filled up with reserved tokens.
-    """
+    """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
+    backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        show_progress=False,
-        initial_alphabet=alphabet,
-    )
-    backend.train_from_iterator(texts, trainer)
+    options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "show_progress": False}
+    options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     lacking = -backend.get_vocab_size() % 128
     backend.add_special_tokens([AddedToken(f"<|reserved_{index}|>", special=True) for index in range(lacking)])
     names = {"model_input_names": ["input_ids", "attention_mask"]}
@@ -2210,10 +2102,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed.
-
-    RuntimeError: there is none, it is a slow one, or it names no end-of-text token.
-    """
+    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
     from transformers import AutoTokenizer
 
     path = checkpoint_dir(Path(source).expanduser())
@@ -2221,298 +2110,212 @@ def load_tokenizer(source: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else str(source), trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever a broken file leads them to
         raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
-    if not tokenizer.is_fast:
-        raise RuntimeError(f"빠른(fast) 토크나이저가 아닙니다: {source} (tokenizer.json이 있는 것을 쓰세요)")
-    if tokenizer.eos_token_id is None:
-        raise RuntimeError(f"토크나이저에 문서 끝 토큰(eos_token)이 없습니다: {source}")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        lacks = "문서 끝 토큰(eos_token)" if tokenizer.is_fast else "tokenizer.json"
+        raise RuntimeError(f"토크나이저에 {lacks}이 없습니다: {source} (다른 --tokenizer 를 쓰세요)")
     return tokenizer
 
 
-def tiktoken_engine(tokenizer: Any) -> Any | None:
-    """The same byte-level BPE on tiktoken's engine, about three times as fast; None for other tokenizers."""
+def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]], list[bytes]], str]:
+    """Return a function from NFC texts to their ids, as bytes of the smallest type for them, and its engine's name.
+
+    A byte-level BPE runs on tiktoken's, three times as fast, where that gives the same ids on every text of ``sample``.
+    """
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps, vocabulary = (spec["pre_tokenizer"] or {}).get("pretokenizers", []), spec["model"].get("vocab")
-    pattern = steps[0].get("pattern", {}).get("Regex") if [step["type"] for step in steps] == SPLIT_THEN_BYTES else None
-    if spec["model"]["type"] != "BPE" or pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
-        return None
-    tail = r"|\s+(?!\S)|\s+"
-    if pattern.endswith(tail):  # what needs no look ahead in one group is searched at once: a quarter faster
-        pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
-    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
-    special = {token["content"] for token in spec["added_tokens"]}
-    ranks = {bytes(map(to_byte.__getitem__, word)): rank for word, rank in vocabulary.items() if word not in special}
-    return tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-def token_dtype(tokenizer: Any) -> np.dtype:
-    """The smallest type that holds the tokenizer's ids."""
-    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-
-
-def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]], list[bytes]], str]:
-    """Return a function from NFC texts to their ids (bytes, in ``token_dtype``), and the name of its engine.
-
-    Names of special tokens that occur in a text are text like any other.  The fast engine is used
-    only where it gives the tokenizer's own ids on every text of ``sample``.
-    """
-    backend, dtype = tokenizer.backend_tokenizer, token_dtype(tokenizer)
-    backend.encode_special_tokens = True
+    backend, dtype = tokenizer.backend_tokenizer, np.min_scalar_type(len(tokenizer) - 1)
+    backend.encode_special_tokens = True  # their names in a text are text like any other
 
     def encode_ordinary(texts: list[str]) -> list[bytes]:
         encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(item.ids, dtype).tobytes() for item in encoded]
 
-    engine = tiktoken_engine(tokenizer)
-    if engine is None:
+    spec = json.loads(backend.to_str())
+    model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
+    splits_first = [step["type"] for step in steps] == ["Split", "ByteLevel"]
+    pattern = steps[0]["pattern"].get("Regex") if splits_first else None
+    if model["type"] != "BPE" or pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
         return encode_ordinary, "tokenizers"
-
-    def encode_one(text: str) -> bytes:
-        try:
-            return engine.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
-        except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
-            return encode_ordinary([text])[0]
+    tail = r"|\s+(?!\S)|\s+"
+    if pattern.endswith(tail):  # what needs no look ahead in one group is searched at once: a quarter faster
+        pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
+    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
+    special = {token["content"] for token in spec["added_tokens"]}
+    words = {word: rank for word, rank in model["vocab"].items() if word not in special}
+    ranks = {bytes(map(to_byte.__getitem__, word)): rank for word, rank in words.items()}
+    engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode_fast(texts: list[str]) -> list[bytes]:
-        return [encode_one(text) for text in texts]
+        encoded = []
+        for text in texts:
+            try:
+                encoded.append(engine.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes())
+            except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
+                encoded += encode_ordinary([text])
+        return encoded
 
-    if encode_fast(sample) != encode_ordinary(sample):
-        logger.warning("⚠️  빠른 토큰화 엔진의 결과가 달라 원래 토크나이저로 토큰화합니다")
-        return encode_ordinary, "tokenizers"
-    return encode_fast, "tiktoken"
+    same = encode_fast(sample) == encode_ordinary(sample)
+    return (encode_fast, "tiktoken") if same else (encode_ordinary, "tokenizers")
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     """Texts to train the tokenizer on, in the order of their hashes, without what is held out.
 
-    Of files below 16 MB all documents; of larger ones chunks at even distances, of a data set of the hub its
-    beginning.  There what is held out can't be known yet, and the documents with the smallest hashes are left out.
+    Of a small corpus all documents; of a larger one chunks at even distances, of a data set of the hub its beginning:
+    there what is held out can't be known yet, and the documents with the smallest hashes are left out.
     """
-    small = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES
-    thinning = 1.0 if small or not files else max(1.0, estimated_bytes(files) / SAMPLE_BYTES)
-    size = min(SAMPLE_CHUNK_BYTES, max(4096, SAMPLE_BYTES // (2 * max(1, len(files))))) if thinning > 1 else None
-    drawn: list[tuple[int, str, str]] = []
-    characters = 0
-    for chunk in read_chunks(cfg, files, size, thinning):
+    small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
+    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
+    for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
-            drawn.append((content_hash(text.encode()), language, text[:LONGEST_SAMPLE_TEXT]))
-            characters += len(drawn[-1][2])
+            drawn.setdefault(language, []).append((content_hash(text.encode()), text[:LONGEST_SAMPLE_TEXT]))
+            characters += len(drawn[language][-1][1])
         if not files and characters > TOKENIZER_SAMPLE_CHARACTERS:
-            logger.info(f"🔤 허브 데이터셋은 앞부분 {len(drawn):,}개 문서로 토크나이저를 학습합니다")
+            logger.info("🔤 허브 데이터셋은 앞부분의 문서로 토크나이저를 학습합니다")
             break
-    least = dict.fromkeys({language for _, language, _ in drawn}, int(max(0.2, cfg.validation_split) * 2**64))
-    for name in least if small else ():
-        hashes = np.array([key for key, language, _ in drawn if language == name], np.uint64)
-        least[name] = held_out_bound(hashes, cfg.validation_split)
-    words, texts, characters = set(), [], 0
-    for key, language, text in sorted(drawn):
-        if key > least[language] or least[language] == 0:
-            texts.append(text)
-            characters += len(text)
-            words.update(text.split())  # distinct ones are what the trainer's memory goes by
-            if characters > TOKENIZER_SAMPLE_CHARACTERS or len(words) > TOKENIZER_SAMPLE_WORDS:
-                break
+    kept, texts, words, characters = [], [], set(), 0
+    for pairs in drawn.values():
+        bound = int(max(0.2, cfg.validation_split) * 2**64)
+        if small:
+            bound = held_out_bound(np.array([key for key, _ in pairs], np.uint64), cfg.validation_split)
+        kept += [pair for pair in pairs if pair[0] > bound]
+    for _, text in sorted(kept):
+        texts.append(text)
+        characters += len(text)
+        words.update(text.split())  # distinct ones are what the trainer's memory goes by
+        if characters > TOKENIZER_SAMPLE_CHARACTERS or len(words) > TOKENIZER_SAMPLE_WORDS:
+            break
     return texts
 
 
-def prepare_tokenizer(cfg: TrainConfig, files: list[Path], folder: Path) -> tuple[Any, list[str]]:
-    """Write the corpus's tokenizer to ``folder``: the one that was named, else one trained on a sample.
-
-    Returns it with some texts to hold the fast engine against it.
-    """
-    source = cfg.tokenizer or cfg.init_from
-    if source:
-        tokenizer = load_tokenizer(source)
-        save_tokenizer(tokenizer, folder)
-        chunk = next(read_chunks(cfg, files), None)
-        return tokenizer, parse_chunk(chunk, cfg.text_column).texts[:CHECKED_TEXTS] if chunk else []
-    start = time.monotonic()
-    with log_waiting("토크나이저 표본을 고르는 중"):
-        texts = draw_sample(cfg, files)
-    size = sum(map(len, texts)) / 1e6
-    logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서 {size:.1f}M자)")
-    with log_waiting("토크나이저 학습 중"):  # in a process of its own, which gives all its memory back
-        list(parallel_map(lambda size: save_tokenizer(train_tokenizer(texts, size), folder), [cfg.vocab_size], 1))
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) < cfg.vocab_size:
-        logger.info(f"⚠️  말뭉치가 작아 어휘를 {cfg.vocab_size:,}개가 아니라 {len(tokenizer):,}개로 정했습니다")
-    logger.info(f"✅ 토크나이저 학습 완료: 어휘 {len(tokenizer):,} ({time.monotonic() - start:.1f}초)")
-    return tokenizer, texts[:CHECKED_TEXTS]
-
-
-# --- the token cache: one stream and its index ---
-
-
-def number_names(names: Iterable[str | None], numbers: dict[str, int]) -> list[int]:
-    """The number of each name; new ones are added while two bytes hold them, None and later ones are 0."""
-    for name in names:
-        if name is not None and name not in numbers and len(numbers) < 2**16:
-            numbers[name] = len(numbers)
-    return [numbers.get(name, 0) for name in names]
-
-
-def encode_chunk(
-    text_column: str, encode: Callable, end: bytes, chunk: Chunk
-) -> tuple[Documents, bytes, np.ndarray, np.ndarray]:
-    """Parse, normalise, hash and encode a chunk: the one time that a document is looked at.
-
-    Returns the documents without their texts; their part of the stream; that of the index, in which offset is still
-    the length with the end of text and the names aren't numbered; and the eojeols of each.
-    """
+def encode_chunk(text_column: str, encode: Callable, end: bytes, chunk: Chunk) -> tuple[Documents, bytes, np.ndarray]:
+    """Parse, hash and encode a chunk: documents without texts, their tokens, and their index with lengths as offset."""
     documents = parse_chunk(chunk, text_column)
     ids, texts = encode(documents.texts), [text.encode() for text in documents.texts]
     index = np.zeros(len(ids), DOCUMENT)
     index["hash"] = [content_hash(text) for text in texts]
     index["bytes"] = [len(text) for text in texts]
+    index["eojeols"] = [len(text.split()) for text in documents.texts]
     index["offset"] = [len(part) // len(end) + 1 for part in ids]
-    eojeols = np.array([len(text.split()) for text in documents.texts], np.int64)
     documents.texts = []
-    return documents, b"".join(part for document in ids for part in (end, document)), index, eojeols
+    return documents, b"".join(part for document in ids for part in (end, document)), index
 
 
 def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Callable, end: bytes) -> dict[str, Any]:
-    """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold.
-
-    RuntimeError: more than 1 % of the lines are bad, or there is no document.
-    """
-    languages, sources, bad, eojeols = {}, {"": 0}, [], np.zeros(2**16)
-    bad_count = line_count = byte_count = offset = 0
-    digest, progress = hashlib.blake2b(digest_size=12), Progress("토큰화하는 중", estimated_bytes(files))
+    """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold."""
+    names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
+    bad: list[dict[str, Any]] = []
+    bad_count = line_count = offset = 0
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, end)
-    with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records:
-        for documents, tokens, index, words in parallel_map(encoding, read_chunks(cfg, files), workers):
+    with (
+        open(folder / "tokens.bin", "wb") as stream,
+        open(folder / "documents.bin", "wb") as records,
+        log_waiting("토큰화하는 중", estimated_bytes(files)) as progress,
+    ):
+        for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
             ends = offset + np.cumsum(index["offset"])
             offset, index["offset"] = int(ends[-1]) if len(ends) else offset, ends - index["offset"]
-            index["language"] = number_names(documents.languages, languages)
-            index["source"] = number_names(documents.sources, sources)
+            for own, (column, numbers) in zip((documents.languages, documents.sources), names.items(), strict=True):
+                for name in own:
+                    if len(numbers) < 2**16:  # what two bytes hold; later ones are 0
+                        numbers.setdefault(name, len(numbers))
+                index[column] = [numbers.get(name, 0) for name in own]
             stream.write(tokens)
             records.write(index.tobytes())
-            digest.update(index["hash"].tobytes())
-            eojeols += np.bincount(index["language"], words, len(eojeols))
             bad += documents.bad[: max(0, MOST_BAD_LINES_KEPT - len(bad))]
             bad_count += len(documents.bad)
             line_count += documents.line_count
-            byte_count += int(index["bytes"].sum(dtype=np.int64))
-            progress.update(byte_count)
+            progress.done += int(index["bytes"].sum(dtype=np.int64))
         stream.write(end)
-        records.write(np.array((0, offset, 0, 0, 0), DOCUMENT).tobytes())
+        records.write(np.array((0, offset, 0, 0, 0, 0), DOCUMENT).tobytes())
     if bad:
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
         logger.warning(f"⚠️  읽지 못한 줄 {bad_count:,}개를 건너뛰었습니다: {display_path(path)}")
     refuse_bad_lines(bad, bad_count, line_count)
-    if not languages:
+    if offset == 0:
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
-    write_json(folder / "sources.json", {"sources": list(sources)})
-    figures = {"bad_lines": bad_count, "languages": list(languages)}
-    return {**figures, "content": digest.hexdigest(), "eojeols": eojeols[: len(languages)]}
+    write_json(folder / "sources.json", {"sources": list(names["source"])})
+    return {"bad_lines": bad_count, "languages": list(names["language"])}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
-    """Prepare a corpus into ``folder``: the tokenizer, the stream, its index and the report.
-
-    RuntimeError: the disk hasn't room for it, or what ``write_stream`` raises.
-    """
+    """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
     # Each helper keeps one core busy by itself; a pool of threads in it would also be lost in its forks.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer, texts = prepare_tokenizer(cfg, files, folder / "tokenizer")
-    encode, engine = make_encoder(tokenizer, texts)
-    dtype = token_dtype(tokenizer)
-    free, needed = shutil.disk_usage(folder).free, estimated_bytes(files) * dtype.itemsize // 4
+    if cfg.tokenizer or cfg.init_from:
+        save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
+        texts = parse_chunk(next(read_chunks(cfg, files)), cfg.text_column).texts
+    else:
+        with log_waiting("토크나이저 표본을 고르는 중"):
+            texts = draw_sample(cfg, files)
+        logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
+        with log_waiting("토크나이저 학습 중"):  # in a process of its own, which gives all its memory back
+            train = functools.partial(train_tokenizer, texts)
+            list(parallel_map(lambda size: save_tokenizer(train(size), folder / "tokenizer"), [cfg.vocab_size], 1))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    encode, engine = make_encoder(tokenizer, texts[:CHECKED_TEXTS])
+    end = np.array([tokenizer.eos_token_id], np.min_scalar_type(len(tokenizer) - 1))
+    free, needed = shutil.disk_usage(folder).free / 2**30, estimated_bytes(files) * end.itemsize / 2**32
     if free < needed:
-        raise RuntimeError(
-            f"디스크 공간이 부족합니다: {folder.parent} 에 {needed / 2**30:.1f} GiB가 필요하지만 "
-            f"{free / 2**30:.1f} GiB만 남았습니다 (다른 --cache-dir 를 주세요)"
-        )
-    end = np.array([tokenizer.eos_token_id], dtype).tobytes()
-    figures = write_stream(folder, cfg, files, encode, end)
+        text = f"디스크 공간이 부족합니다: {folder.parent} 에 {needed:.1f} GiB가 필요하지만 {free:.1f} GiB만 남았습니다"
+        raise RuntimeError(f"{text} (다른 --cache-dir 를 주세요)")
+    figures = write_stream(folder, cfg, files, encode, end.tobytes())
     index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
-    language, names = index["language"][:-1], figures["languages"]
-    columns = (None, index["bytes"][:-1], np.diff(index["offset"]) - 1)  # of documents, bytes and tokens
-    rows = [*(np.bincount(language, column, len(names)) for column in columns), figures.pop("eojeols")]
-    counts = np.stack(rows, axis=1).astype(np.int64)
-    whole = counts.sum(axis=0)
+    columns = {name: index[name][:-1] for name in ("bytes", "eojeols")}
+    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - 1}
+    counts = [np.bincount(index["language"][:-1], column).astype(int).tolist() for column in columns.values()]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*counts, strict=True)]
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
-    content = json.dumps([figures.pop("content"), tokenizer_fingerprint(tokenizer)])
+    content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
     report = {
-        **dict(zip(("documents", "bytes", "tokens"), whole.tolist(), strict=False)),
+        **dict(zip(columns, map(sum, counts), strict=True)),
+        **figures,
+        "by_language": dict(zip(figures["languages"], rows, strict=True)),
         "vocab_size": len(tokenizer),
         "engine": engine,
-        **figures,
-        "by_language": {
-            name: {
-                "documents": int(row[0]),
-                "byte_share": float(row[1] / max(1, whole[1])),
-                "bytes_per_token": float(row[1] / max(1, row[2])),
-                "tokens_per_eojeol": float(row[2] / max(1, row[3])),
-            }
-            for name, row in {"all": whole, **dict(zip(names, counts, strict=True))}.items()
-        },
         "fingerprint": hashlib.blake2b(content.encode(), digest_size=12).hexdigest(),
-        "dtype": dtype.name,
+        "dtype": end.dtype.name,
         **({} if files else {"dataset": str(cfg.dataset_path)}),  # with its commit
     }
     write_json(folder / "corpus.json", report)
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and directory under ``folder`` to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- lists of documents: the domains of --mix and the held-out part ---
-
-
+@dataclass(frozen=True)
 class DocumentList:
-    """Documents one after the other, as if they were a stream of their own.
+    """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own.
 
-    Token p of the list is token ``p + shifts[i]`` of the stream, where ``starts[i] <= p < starts[i + 1]``: neighbours
-    in the stream are one piece.  Each document stands behind an end-of-text token.
+    Its token p is ``p + shifts[i]`` of the stream, where ``starts[i] <= p < starts[i + 1]``: neighbours are one piece.
     """
 
-    def __init__(self, tokens: np.ndarray, pieces: np.ndarray):
-        """``pieces`` are starts and shifts (2, pieces + 1) int64; the last start is the length of the list."""
-        self.tokens, (self.starts, self.shifts) = tokens, np.asarray(pieces)
+    tokens: np.ndarray  # the stream
+    pieces: np.ndarray  # starts and shifts (2, pieces + 1) int64; the last start is the length of the list
 
     def __len__(self) -> int:
         """Tokens, one end of text a document counted."""
-        return int(self.starts[-1])
+        return int(self.pieces[0, -1])
 
     def rows(self, max_seq_length: int) -> int:
         """Rows of an epoch: each has ``max_seq_length`` targets, and neighbours share one token."""
         return len(self) // max_seq_length
 
     def read(self, first: np.ndarray, count: int) -> np.ndarray:
-        """Tokens ``first[i]`` to ``first[i] + count``, that one too, of the list: (len(first), count + 1).
-
-        The last of them may be the end of text behind the last document.
-        """
-        piece = np.searchsorted(self.starts, first, "right") - 1
-        last = np.searchsorted(self.starts, first + count - 1, "right") - 1
+        """Tokens ``first[i]`` to ``first[i] + count``, that one too, of the list: (len(first), count + 1)."""
+        starts, shifts = self.pieces
+        piece = np.searchsorted(starts, first, "right") - 1
+        last = np.searchsorted(starts, first + count - 1, "right") - 1
         numbers = last - piece + 1
         behind = np.cumsum(numbers)
         row = np.repeat(np.arange(len(first)), numbers)
         piece = np.arange(behind[-1]) + (piece - behind + numbers)[row]
-        begin = np.maximum(self.starts[piece], first[row])
-        end = np.minimum(self.starts[piece + 1], (first + count)[row])
+        begin, end = np.maximum(starts[piece], first[row]), np.minimum(starts[piece + 1], (first + count)[row])
         end[behind - 1] += 1  # behind every document stands an end of text, and so the next one's begins
         lengths = end - begin
         total = np.cumsum(lengths)
-        places = np.arange(total[-1]) + np.repeat(begin + self.shifts[piece] - total + lengths, lengths)
+        places = np.arange(total[-1]) + np.repeat(begin + shifts[piece] - total + lengths, lengths)
         return self.tokens[places].reshape(len(first), count + 1)
 
 
@@ -2526,79 +2329,53 @@ def list_pieces(offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def held_out_bound(hashes: np.ndarray, fraction: float) -> int:
-    """The hash up to which a language's documents are held out: ``fraction`` of them, 30 where there are more.
-
-    Those with the smallest hashes: the choice hangs on content alone, so it is the same whatever the order of files,
-    the seed or the number of processes.
-    """
+    """The hash up to which a language's documents are held out: ``fraction`` of them, 30 where there are more."""
     hashes = np.unique(hashes)
-    wanted = round(fraction * len(hashes))
-    if fraction and len(hashes) > LEAST_HELD_OUT_DOCUMENTS:
-        wanted = max(wanted, LEAST_HELD_OUT_DOCUMENTS)
+    least = LEAST_HELD_OUT_DOCUMENTS if fraction and len(hashes) > LEAST_HELD_OUT_DOCUMENTS else 0
+    wanted = max(round(fraction * len(hashes)), least)
     return int(hashes[wanted - 1]) if wanted else 0
 
 
-def hold_out(index: np.ndarray, languages: int, fraction: float) -> np.ndarray:
-    """Numbers of the held-out documents in the order in which an evaluation takes them.
-
-    That of their hashes, which is as good as shuffled; but first a few of each language, so that none is cut off: the
-    hashes of a small one, of which a larger share is held out, reach further.
-    """
-    held, late = [], []
-    for language in range(languages):
-        own = np.flatnonzero(index["language"] == language)
-        own = own[np.argsort(index["hash"][own], kind="stable")]
-        hashes = index["hash"][own]
-        own = own[: np.searchsorted(hashes, np.uint64(held_out_bound(hashes, fraction)), "right")]
-        held.append(own)
-        late.append(np.arange(len(own)) >= LEAST_HELD_OUT_DOCUMENTS)
-    numbers = np.concatenate(held)
-    return numbers[np.lexsort((index["hash"][numbers], np.concatenate(late)))]
-
-
 def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
-    """Write the lists of documents that --mix and --validation-split stand for, and their part of the report.
-
-    UsageProblem: ``--mix`` names what no document has, naming what there is.
-    """
-    records = np.memmap(cache / "documents.bin", DOCUMENT, "r")
+    """Write the lists of documents that --mix and --validation-split stand for, and their part of the report."""
+    records, names = np.memmap(cache / "documents.bin", DOCUMENT, "r"), list(cfg.mix_counts) or ["all"]
     index, offsets = records[:-1], np.ascontiguousarray(records["offset"])
-    languages = read_json(cache / "corpus.json")["languages"]
-    sources = read_json(cache / "sources.json")["sources"]
-    names = list(cfg.mix_counts)
+    languages, sources = read_json(cache / "corpus.json")["languages"], read_json(cache / "sources.json")["sources"]
     domain = np.zeros(len(index), np.int16)
-    if names:  # a source's name goes before a language's
+    if cfg.mix_counts:  # a source's name goes before a language's
         number = {name: place for place, name in enumerate(names)}
-        by_language, by_source = (np.array([number.get(name, -1) for name in part]) for part in (languages, sources))
-        domain = by_source[index["source"]].astype(np.int16)
-        domain = np.where(domain < 0, by_language[index["language"]], domain)
+        of_language, of_source = (
+            np.array([number.get(name, -1) for name in part], np.int16)[index[column]]
+            for part, column in ((languages, "language"), (sources, "source"))
+        )
+        domain = np.where(of_source < 0, of_language, of_source)
     lacking = [name for place, name in enumerate(names) if not (domain == place).any()]
     if lacking:
-        have = f"lang: {', '.join(languages[:MOST_NAMES_SHOWN])}"
-        have += f"; source: {', '.join(sorted(sources[1:])[:MOST_NAMES_SHOWN])}" if sources[1:] else ""
-        raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름 {have})"])
-    held = hold_out(index, len(languages), cfg.validation_split)
-    left_out = int((domain < 0).sum())
+        have = ", ".join([*languages, *sources[1:]][:MOST_NAMES_SHOWN])
+        raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
+    hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
+    for language in range(len(languages)):
+        own = np.flatnonzero(index["language"] == language)
+        own = own[hashes[own] <= held_out_bound(hashes[own], cfg.validation_split)]
+        held.append(own[np.argsort(hashes[own], kind="stable")])
+        late.append(np.arange(len(own)) >= LEAST_HELD_OUT_DOCUMENTS)
+    # As an evaluation takes them: by hash, after 30 of each language, as those of a small one reach further.
+    held, late = np.concatenate(held), np.concatenate(late)
+    held = held[np.lexsort((hashes[held], late))]
     domain[held] = -1
-    tokens = {}
-    for place, name in enumerate(names or ["all"]):
-        pieces = list_pieces(offsets, np.flatnonzero(domain == place))
-        np.save(folder / f"domain-{place}.npy", pieces)
-        tokens[name] = int(pieces[0, -1])
-    np.save(folder / "val.npy", list_pieces(offsets, held))
+    lists = [list_pieces(offsets, np.flatnonzero(domain == place)) for place in range(len(names))]
+    for place, pieces in enumerate([*lists, list_pieces(offsets, held)]):
+        np.save(folder / f"{place}.npy", pieces)
     np.save(folder / "val_documents.npy", held)
+    tokens = dict(zip(names, (int(pieces[0, -1]) for pieces in lists), strict=True))
     counts = np.bincount(index["language"][held], minlength=len(languages)).tolist()
     report = {
         "train_tokens": sum(tokens.values()),
         "domains": tokens,
-        "val_documents": len(held),
         "val_by_language": dict(zip(languages, counts, strict=True)),
         "left_out": left_out,
     }
     write_json(folder / "lists.json", report)
-
-
-# --- the corpus, prepared once ---
 
 
 @dataclass(frozen=True)
@@ -2619,12 +2396,8 @@ class Corpus:
 
 
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
-    """Open the token cache of the corpus, memory-mapped, and write first what of it isn't there.
-
-    Every rank calls this before the process group exists: a machine's first writes, the others wait
-    for the result, so that no tokenisation, however long, can time out a collective.
-    """
-    from filelock import FileLock, Timeout
+    """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
+    from filelock import FileLock
 
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
@@ -2633,19 +2406,13 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     folder = cfg.cache_dir / corpus_key(cfg, files)
     lists = folder / lists_name(cfg)
     if is_local_main() and not lists.exists():
-        lock = FileLock(folder.with_suffix(".lock"))  # another run may be at it; the kernel ends a dead one's
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("⏳ 다른 실행이 같은 데이터를 준비하고 있어 기다립니다")
-            held = lock.acquire()
-        with held:
+        with log_waiting("다른 실행이 같은 데이터를 준비하기를 기다리는 중"):
+            lock = FileLock(folder.with_suffix(".lock")).acquire()  # the kernel ends a dead one's
+        with lock:
             if not folder.exists():
                 logger.info(f"📚 데이터 준비 중... ({len(files)}개 파일)")
-                start = time.monotonic()
                 with atomic_dir(folder) as temporary:
                     write_cache(temporary, cfg, files)
-                logger.info(f"✅ 데이터 준비 완료 ({time.monotonic() - start:.1f}초)")
             if not lists.exists():
                 with atomic_dir(lists) as temporary:
                     write_lists(temporary, cfg, folder)
@@ -2653,29 +2420,24 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
         time.sleep(0.1)
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
-    names = [*(f"domain-{place}" for place in range(len(report["domains"]))), "val"]
-    *domains, val = (DocumentList(tokens, np.load(lists / f"{name}.npy", mmap_mode="r")) for name in names)
-    documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
-    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report)
+    numbered = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
+    *domains, val = (DocumentList(tokens, pieces) for pieces in numbered)
+    tokenizer, documents = load_tokenizer(folder / "tokenizer"), np.memmap(folder / "documents.bin", DOCUMENT, "r")
+    numbers = np.load(lists / "val_documents.npy")
+    return Corpus(folder, tokenizer, documents, tuple(domains), val, numbers, report)
 
 
-def log_report(report: dict[str, Any], path: Path) -> None:
+def log_report(report: dict[str, Any]) -> None:
     """Say what the corpus is like before training on it."""
-    logger.info(
-        f"📚 말뭉치: 문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개, "
-        f"어휘 {report['vocab_size']:,}"
-    )
-    held = ", ".join(f"{name} {count:,}개" for name, count in report["val_by_language"].items())
-    logger.info(f"   • 검증용 문서: {report['val_documents']:,}개 ({held})")
+    sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
+    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
+    for name, row in report["by_language"].items():
+        held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
+        figures = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
+        figures += f", 토큰당 {row['bytes'] / max(1, row['tokens']):.2f} 바이트"
+        logger.info(f"   • {name}: {figures}, 어절당 {row['tokens'] / max(1, row['eojeols']):.2f} 토큰")
     if report["left_out"]:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
-    for name, row in report["by_language"].items():
-        if name != "all":
-            logger.info(
-                f"   • {name}: 문서 {row['documents']:,}개, 비중 {row['byte_share']:.1%}, "
-                f"토큰당 {row['bytes_per_token']:.2f} 바이트, 어절당 {row['tokens_per_eojeol']:.2f} 토큰"
-            )
-    logger.debug(f"token cache: {path}, engine {report['engine']}")
 
 
 def write_dummy_data(folder: Path) -> Path:
@@ -2683,27 +2445,23 @@ def write_dummy_data(folder: Path) -> Path:
     path = folder / "dummy-1.jsonl"
     if path.exists():
         return path
-    draw = random.Random(0)  # the same text on every machine
-    grammars = {
-        "ko": (
-            "오늘|어제|내일|아침|저녁|주말|지난달|올해",
-            "학생이|연구원이|기자가|아이가|선생님이|개발자가|친구가|의사가|요리사가|여행자가",
-            "서울에서|부산에서|학교에서|도서관에서|회사에서|시장에서|바닷가에서|집에서",
-            "책을|논문을|모델을|데이터를|음식을|영화를|편지를|코드를|사진을|노래를",
-            "읽었다.|만들었다.|분석했다.|보냈다.|준비했다.|고쳤다.|나누었다.|기억했다.|찾았다.|설명했다.",
-        ),
-        "en": (
-            "Today|Yesterday|Tomorrow|Sometimes|Later|Often|Suddenly|Finally",
-            "the student|a researcher|the reporter|a child|my teacher|the engineer|an old friend|the doctor",
-            "read|wrote|analysed|shared|prepared|repaired|remembered|found|explained|measured",
-            "a book|the paper|a small model|the data|some food|a film|the letter|new code|a photograph|that song",
-            "in Seoul.|at school.|in the library.|at work.|by the sea.|at home.|in the market.|on the train.",
-        ),
-    }
-    lines = []
-    for index in range(4000):
-        lang = ("ko", "en")[index % 2]
-        words = [draw.choice(part.split("|")) for _ in range(draw.randint(3, 16)) for part in grammars[lang]]
+    korean = (
+        "오늘|어제|내일|아침|저녁|주말|지난달|올해",
+        "학생이|연구원이|기자가|아이가|선생님이|개발자가|친구가|의사가|요리사가|여행자가",
+        "서울에서|부산에서|학교에서|도서관에서|회사에서|시장에서|바닷가에서|집에서",
+        "책을|논문을|모델을|데이터를|음식을|영화를|편지를|코드를|사진을|노래를",
+        "읽었다.|만들었다.|분석했다.|보냈다.|준비했다.|고쳤다.|나누었다.|기억했다.|찾았다.|설명했다.",
+    )
+    english = (
+        "Today|Yesterday|Tomorrow|Sometimes|Later|Often|Suddenly|Finally",
+        "the student|a researcher|the reporter|a child|my teacher|the engineer|an old friend|the doctor",
+        "read|wrote|analysed|shared|prepared|repaired|remembered|found|explained|measured",
+        "a book|the paper|a small model|the data|some food|a film|the letter|new code|a photograph|that song",
+        "in Seoul.|at school.|in the library.|at work.|by the sea.|at home.|in the market.|on the train.",
+    )
+    draw, lines = random.Random(0), []  # the same text on every machine
+    for lang, grammar in (("ko", korean), ("en", english)) * 2000:
+        words = [draw.choice(part.split("|")) for _ in range(draw.randint(3, 16)) for part in grammar]
         lines.append(json.dumps({"text": " ".join(words), "lang": lang}, ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -2712,35 +2470,21 @@ def write_dummy_data(folder: Path) -> Path:
     return path
 
 
-# --- rows in their order ---
-
-
-def mix_slots(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The domain of each of ``sum(counts)`` slots, spread evenly, and how many of its slots come before.
-
-    Each slot goes to the domain that is furthest behind its share, so that every global batch is
-    mixed about as the whole is.
-    """
-    whole, taken = sum(counts), [0] * len(counts)
-    domain, rank = np.empty(whole, np.int64), np.empty(whole, np.int64)
-    for slot in range(whole):
-        chosen = max(range(len(counts)), key=lambda index: counts[index] * (slot + 1) - whole * taken[index])
-        domain[slot], rank[slot] = chosen, taken[chosen]
-        taken[chosen] += 1
-    return domain, rank
-
-
 class RowOrder:
     """Which row of which domain stands at a position of the run: a pure function of the seed.
 
-    Slots repeat, so any ``sum(counts)`` rows in a row have the proportions of ``counts`` exactly; a domain's own rows
-    are permuted anew each time it is used up.  The last permutation of each is kept, four bytes a row.
+    Any ``sum(counts)`` rows in a row have the proportions of ``counts`` exactly; a domain is permuted anew each epoch.
     """
 
     def __init__(self, rows: list[int], counts: list[int], seed: int):
         self.rows, self.counts, self.seed = rows, counts, seed
-        self.slot_domain, self.slot_rank = mix_slots(counts)
-        self.kept: dict[int, tuple[int, np.ndarray]] = {}
+        self.slot_domain, self.slot_rank = np.empty((2, sum(counts)), np.int64)  # rank: its domain's slots before it
+        self.kept: dict[int, tuple[int, np.ndarray]] = {}  # epoch and permutation of a domain, four bytes a row
+        shares, taken = np.array(counts), np.zeros(len(counts), np.int64)
+        for slot in range(sum(counts)):  # each goes to the domain that is furthest behind its share
+            chosen = np.argmax(shares * (slot + 1) - sum(counts) * taken)
+            self.slot_domain[slot], self.slot_rank[slot] = chosen, taken[chosen]
+            taken[chosen] += 1
 
     def __call__(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Domain and row (int64) at each position (int64)."""
@@ -2750,24 +2494,16 @@ class RowOrder:
             own = np.flatnonzero(domain == index)
             epoch, place = np.divmod(turn[own] * count + self.slot_rank[slot[own]], max(1, rows))
             for number in np.unique(epoch).tolist():
+                if self.kept.get(index, (None,))[0] != number:
+                    draw = np.random.default_rng([self.seed, index, number])
+                    self.kept[index] = number, draw.permutation(np.arange(rows, dtype=np.uint32))
                 chosen = epoch == number
-                row[own[chosen]] = self.permutation(index, number)[place[chosen]]
+                row[own[chosen]] = self.kept[index][1][place[chosen]]
         return domain, row
-
-    def permutation(self, domain: int, epoch: int) -> np.ndarray:
-        """The rows of a domain in the order of an epoch (uint32)."""
-        if self.kept.get(domain, (None,))[0] != epoch:
-            rows = np.arange(self.rows[domain], dtype=np.uint32)
-            self.kept[domain] = epoch, np.random.default_rng([self.seed, domain, epoch]).permutation(rows)
-        return self.kept[domain][1]
 
 
 def rank_positions(run: Run | TrainConfig, rank: int, world_size: int, steps: range) -> Iterator[np.ndarray]:
-    """Positions (batch_size) of each of one rank's micro-batches, from the row where the run stands to its end.
-
-    A global step takes the next ``batch_size * world_size * gradient_accumulation_steps`` rows
-    whatever the number of ranks; micro-batch m of rank r takes the r-th share of the m-th slice.
-    """
+    """Positions (batch_size) of each of one rank's micro-batches; a step's are the next ones of all ranks together."""
     size, micro_steps = run.batch_size, run.gradient_accumulation_steps
     for micro in range(steps.start * micro_steps, steps.stop * micro_steps):
         first = (micro * world_size + rank) * size
@@ -2782,46 +2518,32 @@ def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
 
 def domain_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, float]:
     """How many times a run of ``tokens`` tokens reads each domain of the corpus."""
-    order = row_order(cfg, corpus)
-    read = tokens / cfg.max_seq_length / sum(order.counts)
-    names = cfg.mix_counts or ["all"]
-    return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
+    counts = cfg.mix_counts or {"all": MIX_WINDOW}
+    shares = (tokens / cfg.max_seq_length * count / sum(counts.values()) for count in counts.values())
+    rows = (domain.rows(cfg.max_seq_length) for domain in corpus.domains)
+    return {name: share / row for name, share, row in zip(counts, shares, rows, strict=True)}
 
 
 def read_rows(corpus: Corpus, domain: np.ndarray, row: np.ndarray, length: int, pinned: bool = False) -> torch.Tensor:
-    """Rows by domain and number as an int64 tensor (rows, length + 1).
-
-    Pinned memory comes from PyTorch's pool, which knows when the copy to the GPU has ended.
-    """
+    """Rows as an int64 tensor (rows, length + 1); pinned memory's pool knows when the copy to the GPU has ended."""
     batch = torch.empty(len(row), length + 1, dtype=torch.int64, pin_memory=pinned)
-    target = batch.numpy()
     for index in np.unique(domain).tolist():
         chosen = domain == index
-        target[chosen] = corpus.domains[index].read(row[chosen] * length, length)
+        batch.numpy()[chosen] = corpus.domains[index].read(row[chosen] * length, length)
     return batch
 
 
 def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Micro-batches of rows; for a GPU in pinned memory, read ahead of the step by two threads.
-
-    Gathering a row takes microseconds and lets go of the GIL, so processes would only add their pipes;
-    what threads keep from the step is the wait for pages that have to come from the disk.
-    """
-    order, on_gpu = row_order(cfg, corpus), cfg.device == "cuda"
-
-    def places() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        while block := list(itertools.islice(positions, 256)):  # numpy takes hardly longer for many than for one
-            ends = np.cumsum([len(part) for part in block])[:-1]
-            yield from zip(*(np.split(part, ends) for part in order(np.concatenate(block))), strict=True)
-
-    if not on_gpu:
-        yield from (read_rows(corpus, domain, row, cfg.max_seq_length) for domain, row in places())
+    """Micro-batches of rows; for a GPU pinned, and read ahead by two threads, which wait for the disk's pages."""
+    order, length = row_order(cfg, corpus), cfg.max_seq_length
+    if cfg.device != "cuda":
+        yield from (read_rows(corpus, *order(batch), length) for batch in positions)
         return
     pending: deque = deque()
     device = torch.cuda.current_device()  # a thread's own is 0 at first: pinning would make a context there
     with ThreadPoolExecutor(LOADER_THREADS, "loader", torch.cuda.set_device, (device,)) as pool:
-        for domain, row in places():
-            pending.append(pool.submit(read_rows, corpus, domain, row, cfg.max_seq_length, pinned=True))
+        for batch in positions:
+            pending.append(pool.submit(read_rows, corpus, *order(batch), length, pinned=True))
             if len(pending) > BATCHES_AHEAD * LOADER_THREADS:
                 yield pending.popleft().result()
         while pending:
@@ -3426,6 +3148,21 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise RuntimeError(
             f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)"
         ) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and directory under ``folder`` to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -4151,19 +3888,20 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     backend, loss_module, totals = tokenizer.backend_tokenizer, LMWithLoss(model), {}
     backend.encode_special_tokens = True  # in a text they are text, as in training
-    bad, line_count, progress = [], 0, Progress("평가하는 중", estimated_bytes(files))
-    for chunk in read_chunks(cfg, files, size=1 << 20):
-        documents, windows = parse_chunk(chunk, cfg.text_column), []
-        bad += documents.bad
-        line_count += documents.line_count
-        encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
-        for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
-            total = totals.setdefault(language, np.zeros(4))
-            total += (1, len(item.ids), len(text.encode()), 0)
-            rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
-            windows += [(row, count, total) for row, count in rows]
-        score_windows(loss_module, windows, cfg.batch_size * length)
-        progress.update(int(sum(total[2] for total in totals.values())))
+    bad, line_count = [], 0
+    with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
+        for chunk in read_chunks(cfg, files, size=1 << 20):
+            documents, windows = parse_chunk(chunk, cfg.text_column), []
+            bad += documents.bad
+            line_count += documents.line_count
+            encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
+            for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
+                total = totals.setdefault(language, np.zeros(4))
+                total += (1, len(item.ids), len(text.encode()), 0)
+                rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
+                windows += [(row, count, total) for row, count in rows]
+            score_windows(loss_module, windows, cfg.batch_size * length)
+            progress.done = sum(total[2] for total in totals.values())
     refuse_bad_lines(bad, len(bad), line_count)
     if bad:
         logger.warning(f"⚠️  읽지 못한 줄 {len(bad):,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
@@ -4532,7 +4270,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     if rank == 0 and str(cfg.dataset_path).startswith("hf:"):
         asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
         update_run_info(cfg.output_dir, dataset=asked)
-    log_report(corpus.report, corpus.path)
+    log_report(corpus.report)
     with attention_kernels(cfg.attention):
         accelerator = build_accelerator(cfg)
         point = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])

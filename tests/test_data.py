@@ -54,13 +54,13 @@ def documents_of(path: Path) -> t.Documents:
         (b"not json", "JSON"),
         (b'["text"]', "객체"),
         (b'"text"', "객체"),
-        (b'{"body": "x"}', "열이 없습니다"),
+        (b'{"body": "x"}', "문자열이 없습니다"),
         (b'{"text": null}', "문자열"),
         (b'{"text": 3}', "문자열"),
         (b'{"text": "\xff\xfe"}', "UTF-8"),
         (b'{"text": "a\x00b"}', "JSON"),
         (b"\x00\x00", "JSON"),
-        (b'{"text": "\\ud800"}', "서로게이트"),
+        (b'{"text": "\\ud800"}', "UTF-8"),
         (b"[" * 100_000, "JSON"),
     ],
 )
@@ -143,13 +143,13 @@ def hub(monkeypatch) -> dict[str, list]:
 def test_rows_of_a_hub_data_set_are_documents_of_one_pinned_commit(tmp_path, hub):
     hub["rows"] = [{"text": "하나", "lang": "ko"}, {"text": None, "lang": "ko"}, {"text": "three", "lang": None}] * 600
     name = t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/name:wiki:test"))
-    chunks = list(t.read_hub_chunks(name))
+    chunks = list(t.read_table_chunks(name, "text"))
     found = [t.parse_chunk(chunk, "text") for chunk in chunks]
-    assert [chunk.first_line for chunk in chunks] == [1, 1025]
+    assert [first_line for _, first_line, _ in chunks] == [1, 1025]
     assert [text for part in found for text in part.texts] == ["하나", "three"] * 600
     assert [bad["line"] for part in found for bad in part.bad] == list(range(2, 1800, 3))
     assert hub["asked"] == [("org/name", "wiki", "test", "first")]
-    next(t.read_hub_chunks("hf:org/name"))
+    next(t.read_table_chunks("hf:org/name", "text"))
     assert hub["asked"][1:] == [("org/name", None, "train", None)]
 
 
@@ -498,7 +498,7 @@ def test_two_runs_started_at_once_prepare_a_corpus_once(tmp_path, monkeypatch):
 def test_no_documents_held_out_means_no_evaluation_rows(tmp_path):
     corpus = prepared(tmp_path, wild_documents(100), "--validation-split", "0")
     assert len(corpus.val) == 0
-    assert corpus.report["val_documents"] == 0
+    assert corpus.report["val_by_language"] == {"ko": 0, "en": 0}
 
 
 # --- rows ---
@@ -643,7 +643,7 @@ def test_every_window_has_the_mixs_proportions_and_each_domains_epoch_is_a_permu
 
 
 def test_a_batch_is_mixed_about_as_the_whole_is():
-    stream, _ = t.mix_slots([700, 300])
+    stream, _ = t.RowOrder([1000, 1000], [700, 300], seed=0)(np.arange(1000))
     for size in (10, 64):
         parts = np.convolve(stream, np.ones(size), "valid")
         assert abs(parts - 0.3 * size).max() <= 1
@@ -677,13 +677,13 @@ def test_documents_that_a_mix_does_not_name_are_left_out_and_said(tmp_path, capl
     t.logger.propagate = True
     with caplog.at_level("INFO", "h100_dual"):
         corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=1")
-        t.log_report(corpus.report, corpus.path)
+        t.log_report(corpus.report)
     assert "문서 120개는 학습에 쓰지 않습니다" in caplog.text
     assert {corpus.tokenizer.decode(ids)[:3] for ids in list_documents(corpus.domains[0], 0)} == {"한국어"}
 
 
 def test_a_mix_of_what_the_corpus_has_not_is_refused_with_what_it_has(tmp_path):
-    with pytest.raises(t.UsageProblem, match=r"'fr' .*lang: ko, en; source: chat, news"):
+    with pytest.raises(t.UsageProblem, match=r"'fr' .*이름: ko, en, news, chat\)"):
         prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,fr=0.5")
 
 

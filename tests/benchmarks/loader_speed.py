@@ -112,7 +112,7 @@ def main() -> None:
                 start = time.perf_counter()
                 t.read_rows(corpus, np.array([0]), np.array([row]), cfg.max_seq_length)
                 times.append(f"{1000 * (time.perf_counter() - start):.2f}")
-            lines.append([name, f"{documents.starts.nbytes * 2 / 2**20:.0f}", *times])
+            lines.append([name, f"{documents.pieces.nbytes / 2**20:.0f}", *times])
         print(f"\n{table(['', 'list, MiB', 'first row, ms', 'last row, ms'], lines)}")
     print(f"\nResident (anonymous, file-backed) at the end: {resident()} MiB\n\n{provenance('torch', 'numpy')}")
 

@@ -137,7 +137,7 @@ def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
     reference = t.load_tokenizer(args.tokenizer).backend_tokenizer
     reference.encode_special_tokens = True  # ours takes the names of special tokens in a text for text
     tokenizer = t.load_tokenizer(args.tokenizer)
-    encode, engine, dtype = None, "", t.token_dtype(tokenizer)
+    encode, engine, dtype = None, "", np.min_scalar_type(len(tokenizer) - 1)
     documents = tokens = 0
     different: list[str] = []
     for batch in document_batches(t, cfg):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import tokenizers
 from common import ROOT, config, corpus_file, document_batches, provenance, table
 
@@ -68,7 +69,8 @@ def measure(
     seconds = time.perf_counter() - start
     encode, engine = t.make_encoder(tokenizer, sample[:200])
     print(f"{splitting}, {size:,}: {seconds:.0f} s to train", file=sys.stderr)
-    tokens = {name: sum(map(len, encode(texts))) // t.token_dtype(tokenizer).itemsize for name, texts in held.items()}
+    width = np.min_scalar_type(len(tokenizer) - 1).itemsize
+    tokens = {name: sum(map(len, encode(texts))) // width for name, texts in held.items()}
     return tokens, [f"{len(tokenizer):,}", splitting, engine]
 
 
