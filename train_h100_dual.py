@@ -1865,7 +1865,6 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 COLUMNS = {"hash": "<u8", "offset": "<i8", "bytes": "<u4", "eojeols": "<u4", "language": "<u2", "source": "<u2"}
 DOCUMENT = np.dtype(list(COLUMNS.items()))
 
-
 # File, its line where the content starts (from 1), and whole lines as they stand there (bytes) or a table (pyarrow's).
 Chunk = tuple[str, int, Any]
 
@@ -1883,12 +1882,14 @@ class Documents:
 
 def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
     """Cut a file into chunks of ``size`` bytes and what completes the last line; in a .txt file, the paragraph."""
-    import pyarrow  # unlike gzip and zstandard fast at both, and a truncated file is an error
-
     codec, is_text, first_line = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix), path.suffix == ".txt", 1
     try:
         with open(path, "rb") as raw:
-            stream: Any = io.BufferedReader(pyarrow.input_stream(raw, compression=codec)) if codec else raw
+            stream: Any = raw
+            if codec:
+                import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
+
+                stream = io.BufferedReader(pyarrow.input_stream(raw, compression=codec))
             while block := stream.read(size):
                 parts = [block, stream.readline()]
                 while is_text and parts[-1].strip() and (line := stream.readline()):
@@ -1904,18 +1905,19 @@ def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
     """Read a parquet file, or stream a data set of the hub, of which nothing is executed; a row stands for a line."""
-    import datasets
     import pyarrow.parquet
 
     first_line, name = 1, HUB_NAME.fullmatch(source)
     try:
         if name:
+            import datasets
+
             repository, revision, config, split = (part or None for part in name.groups())
             options = {"split": split or "train", "revision": revision, "streaming": True}
             batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(TABLE_ROWS)
         else:
             file = pyarrow.parquet.ParquetFile(source)
-            columns = [name for name in (text_column, "lang", "source") if name in file.schema_arrow.names]
+            columns = [column for column in (text_column, "lang", "source") if column in file.schema_arrow.names]
             batches = file.iter_batches(TABLE_ROWS, columns=columns)
         for batch in batches:
             yield source, first_line, batch
@@ -1978,8 +1980,8 @@ def detect_language(text: str) -> str:
 
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
     """Read the documents of a chunk; those of a .txt file are its paragraphs, that is, lines up to an empty one."""
-    file, first_line, content = chunk
-    documents, is_text, paragraph = Documents(), file.endswith(".txt"), []
+    (file, first_line, content), documents, paragraph = chunk, Documents(), []
+    is_text = file.endswith(".txt") and isinstance(content, bytes)
     if isinstance(content, bytes):
         records = content.removesuffix(b"\n").split(b"\n") + [b""] * is_text
     else:
@@ -2061,7 +2063,7 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 
     def beat() -> None:
         while not ended.wait(10):
-            seconds, share = time.monotonic() - start, min(1.0, state.done / max(1, whole))
+            seconds, share = time.monotonic() - start, min(1.0, state.done / whole) if whole else 0.0
             left = f", {share:.0%}, 남은 시간 {format_duration(seconds / share - seconds)}" if share > 0.001 else ""
             logger.info(f"   {title}... {format_duration(seconds)} 지남{left}")
 
@@ -2248,7 +2250,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
-        texts = parse_chunk(next(read_chunks(cfg, files)), cfg.text_column).texts
+        texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
     else:
         with log_waiting("토크나이저 표본을 고르는 중"):
             texts = draw_sample(cfg, files)
@@ -2369,13 +2371,13 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     np.save(folder / "val_documents.npy", held)
     tokens = dict(zip(names, (int(pieces[0, -1]) for pieces in lists), strict=True))
     counts = np.bincount(index["language"][held], minlength=len(languages)).tolist()
-    report = {
+    content = {
         "train_tokens": sum(tokens.values()),
         "domains": tokens,
         "val_by_language": dict(zip(languages, counts, strict=True)),
         "left_out": left_out,
     }
-    write_json(folder / "lists.json", report)
+    write_json(folder / "lists.json", content)
 
 
 @dataclass(frozen=True)
@@ -2391,7 +2393,6 @@ class Corpus:
     report: dict[str, Any]
 
     def rows(self, max_seq_length: int) -> int:
-        """Training rows of an epoch."""
         return sum(domain.rows(max_seq_length) for domain in self.domains)
 
 
@@ -2420,11 +2421,10 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
         time.sleep(0.1)
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
-    numbered = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
-    *domains, val = (DocumentList(tokens, pieces) for pieces in numbered)
-    tokenizer, documents = load_tokenizer(folder / "tokenizer"), np.memmap(folder / "documents.bin", DOCUMENT, "r")
-    numbers = np.load(lists / "val_documents.npy")
-    return Corpus(folder, tokenizer, documents, tuple(domains), val, numbers, report)
+    pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
+    *domains, val = (DocumentList(tokens, part) for part in pieces)
+    documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
+    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report)
 
 
 def log_report(report: dict[str, Any]) -> None:
@@ -2511,7 +2511,6 @@ def rank_positions(run: Run | TrainConfig, rank: int, world_size: int, steps: ra
 
 
 def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
-    """The order in which a run reads its corpus."""
     counts = list(cfg.mix_counts.values()) or [MIX_WINDOW]
     return RowOrder([domain.rows(cfg.max_seq_length) for domain in corpus.domains], counts, cfg.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -129,7 +130,7 @@ def test_every_kind_of_file_gives_the_same_figures(opened, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), table)
     plain = write_corpus(tmp_path / "data.jsonl", texts)
     (tmp_path / "data.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(t.gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as stream:
         stream.write(plain.read_bytes())
     figures = []
