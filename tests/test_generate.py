@@ -162,7 +162,7 @@ def test_lines_that_cannot_be_read_are_counted_and_too_many_refused(opened, tmp_
         assert t.score_corpus(*opened, cfg)["ko"][0] == 120
     assert f"읽지 못한 줄 1개를 건너뛰었습니다 (처음: {path}:121)" in caplog.text
     path.write_text("\n".join([*good, "{", "{"]))
-    with pytest.raises(RuntimeError, match=r"122줄 가운데 2줄을 읽지 못했습니다(.|\n)*JSON이 아닙니다"):
+    with pytest.raises(RuntimeError, match=r"122줄 가운데 2줄을 읽지 못했습니다(.|\n)*JSON 객체가 아닙니다"):
         t.score_corpus(*opened, cfg)
     path.write_text('{"text": ""}\n')
     with pytest.raises(RuntimeError, match="문서가 하나도 없습니다"):
