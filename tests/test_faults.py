@@ -222,6 +222,7 @@ def test_a_worker_killed_before_the_first_checkpoint_starts_over_where_a_test_ha
     assert_same_run(place, undisturbed, 12)
 
 
+@pytest.mark.slow  # the hung run shows it by default
 def test_a_fault_that_comes_again_and_again_ends_the_run_after_its_restarts(broken) -> None:
     place = broken(at_step(7, KILL))
     answer = place.run(*SMALL, "--max-restarts", "1", "--notify", f"echo >>'{place.folder}/notified'")
