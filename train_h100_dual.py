@@ -303,7 +303,7 @@ class TrainConfig:
     report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0,
         group="장애 대응")
-    hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 다시 시작하거나 끝낼 때까지의 시간 (분)", default=30)
+    hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
     generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
         group="체크포인트 사용")
     evaluate: str | None = option("CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
