@@ -2135,8 +2135,7 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
 
     spec = json.loads(backend.to_str())
     model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-    splits_first = [step["type"] for step in steps] == ["Split", "ByteLevel"]
-    pattern = steps[0]["pattern"].get("Regex") if splits_first else None
+    pattern = steps[0]["pattern"].get("Regex") if [step["type"] for step in steps] == ["Split", "ByteLevel"] else None
     if model["type"] != "BPE" or pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
         return encode_ordinary, "tokenizers"
     tail = r"|\s+(?!\S)|\s+"
@@ -2179,9 +2178,8 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
             break
     kept, texts, words, characters = [], [], set(), 0
     for pairs in drawn.values():
-        bound = int(max(0.2, cfg.validation_split) * 2**64)
-        if small:
-            bound = held_out_bound(np.array([key for key, _ in pairs], np.uint64), cfg.validation_split)
+        hashes, share = np.array([key for key, _ in pairs], np.uint64), cfg.validation_split
+        bound = held_out_bound(hashes, share) if small else int(max(0.2, share) * 2**64)
         kept += [pair for pair in pairs if pair[0] > bound]
     for _, text in sorted(kept):
         texts.append(text)
@@ -2208,8 +2206,7 @@ def encode_chunk(text_column: str, encode: Callable, end: bytes, chunk: Chunk) -
 def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Callable, end: bytes) -> dict[str, Any]:
     """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold."""
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
-    bad: list[dict[str, Any]] = []
-    bad_count = line_count = offset = 0
+    bad, bad_count, line_count, offset = [], 0, 0, 0
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, end)
     with (
@@ -2297,12 +2294,10 @@ class DocumentList:
     pieces: np.ndarray  # starts and shifts (2, pieces + 1) int64; the last start is the length of the list
 
     def __len__(self) -> int:
-        """Tokens, one end of text a document counted."""
-        return int(self.pieces[0, -1])
+        return int(self.pieces[0, -1])  # tokens, one end of text a document counted
 
     def rows(self, max_seq_length: int) -> int:
-        """Rows of an epoch: each has ``max_seq_length`` targets, and neighbours share one token."""
-        return len(self) // max_seq_length
+        return len(self) // max_seq_length  # each with a token more, which is the next one's first
 
     def read(self, first: np.ndarray, count: int) -> np.ndarray:
         """Tokens ``first[i]`` to ``first[i] + count``, that one too, of the list: (len(first), count + 1)."""
@@ -2370,20 +2365,13 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
         np.save(folder / f"{place}.npy", pieces)
     np.save(folder / "val_documents.npy", held)
     tokens = dict(zip(names, (int(pieces[0, -1]) for pieces in lists), strict=True))
+    report = {"train_tokens": sum(tokens.values()), "domains": tokens, "left_out": left_out}
     counts = np.bincount(index["language"][held], minlength=len(languages)).tolist()
-    content = {
-        "train_tokens": sum(tokens.values()),
-        "domains": tokens,
-        "val_by_language": dict(zip(languages, counts, strict=True)),
-        "left_out": left_out,
-    }
-    write_json(folder / "lists.json", content)
+    write_json(folder / "lists.json", {**report, "val_by_language": dict(zip(languages, counts, strict=True))})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, memory-mapped."""
-
     path: Path
     tokenizer: Any
     documents: np.ndarray  # the index (documents + 1), of dtype DOCUMENT
@@ -2428,7 +2416,6 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
 
 
 def log_report(report: dict[str, Any]) -> None:
-    """Say what the corpus is like before training on it."""
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
     logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
     for name, row in report["by_language"].items():
@@ -2517,10 +2504,9 @@ def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
 
 def domain_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, float]:
     """How many times a run of ``tokens`` tokens reads each domain of the corpus."""
-    counts = cfg.mix_counts or {"all": MIX_WINDOW}
-    shares = (tokens / cfg.max_seq_length * count / sum(counts.values()) for count in counts.values())
-    rows = (domain.rows(cfg.max_seq_length) for domain in corpus.domains)
-    return {name: share / row for name, share, row in zip(counts, shares, rows, strict=True)}
+    order, names = row_order(cfg, corpus), cfg.mix_counts or ["all"]
+    read = tokens / cfg.max_seq_length / sum(order.counts)
+    return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
 
 
 def read_rows(corpus: Corpus, domain: np.ndarray, row: np.ndarray, length: int, pinned: bool = False) -> torch.Tensor:

@@ -8,8 +8,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from samples import WILD_TEXTS, config, write_corpus
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -40,25 +38,6 @@ def test_text_comes_back_up_to_nfc_also_after_saving(tokenizer, tmp_path, text):
         assert opened.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-def test_special_tokens_are_its_own(tokenizer):
-    assert tokenizer.eos_token == tokenizer.bos_token == t.END_OF_TEXT
-    assert tokenizer.eos_token_id == 0
-    assert tokenizer("text").input_ids[0] != tokenizer.bos_token_id
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text())
-@example("<|endoftext|>")
-@example("한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x")
-def test_the_fast_engine_gives_the_same_ids(tokenizer, text):
-    text = unicodedata.normalize("NFC", text)
-    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
-    assert engine == "tiktoken"
-    assert (
-        ids_of(tokenizer, encode([text])[0]) == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    )
-
-
 def ids_of(tokenizer, encoded: bytes) -> list[int]:
     return np.frombuffer(encoded, np.min_scalar_type(len(tokenizer) - 1)).tolist()
 
@@ -75,7 +54,8 @@ def random_text(draw: random.Random) -> str:
 
 def test_the_fast_engine_gives_the_same_ids_on_10000_random_strings(tokenizer):
     draw = random.Random(0)
-    texts = [unicodedata.normalize("NFC", random_text(draw)) for _ in range(10_000)]
+    texts = [*WILD_TEXTS, "한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x", *(random_text(draw) for _ in range(10_000))]
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
     encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
     assert engine == "tiktoken"
     ordinary = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
