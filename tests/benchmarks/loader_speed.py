@@ -29,16 +29,6 @@ WORLD_SIZE = 2  # as on two GPUs: this process reads every other micro-batch
 PLAIN = "plain slices in order"
 
 
-def write_stream(path: Path, tokens: int) -> None:
-    """Write random uint16 tokens, some at a time, and flush them to the disk."""
-    draw = np.random.default_rng(0)
-    with open(path, "wb") as stream:
-        for first in range(0, tokens, 1 << 24):
-            stream.write(draw.integers(0, 2**16, min(1 << 24, tokens - first), np.uint16).tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def corpus_of(stream: np.ndarray, length: int, every_other: bool = False) -> Any:
     """As much of a corpus as the loader asks of: the training documents of ``length`` tokens each."""
     offsets = np.arange(0, len(stream), length + 1)
@@ -69,12 +59,6 @@ def tokens_per_second(batches: Iterator[torch.Tensor], seconds: float) -> float:
     return tokens / spent / 1e6
 
 
-def resident() -> str:
-    """MiB of this process's anonymous and file-backed pages."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return ", ".join(f"{int(words[1]) // 1024}" for words in lines if words[0] in ("RssAnon:", "RssFile:"))
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,7 +70,8 @@ def main() -> None:
     cfg, _ = t.resolve_config(t.parse_args(words.split()), "cpu")
     with tempfile.TemporaryDirectory(prefix="loader_speed_") as folder:
         path = Path(folder) / "stream.bin"
-        write_stream(path, args.tokens)
+        np.random.default_rng(0).integers(0, 2**16, args.tokens, np.uint16).tofile(path)
+        os.sync()
         stream = np.memmap(path, np.uint16, "r")
         corpora = {f"documents of {length:,}": corpus_of(stream, length) for length in (30, 30_000)}
         corpora["documents of 30, every other"] = corpus_of(stream, 30, every_other=True)
@@ -114,7 +99,7 @@ def main() -> None:
                 times.append(f"{1000 * (time.perf_counter() - start):.2f}")
             lines.append([name, f"{documents.pieces.nbytes / 2**20:.0f}", *times])
         print(f"\n{table(['', 'list, MiB', 'first row, ms', 'last row, ms'], lines)}")
-    print(f"\nResident (anonymous, file-backed) at the end: {resident()} MiB\n\n{provenance('torch', 'numpy')}")
+    print(f"\n{provenance('torch', 'numpy')}")
 
 
 if __name__ == "__main__":

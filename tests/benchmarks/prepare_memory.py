@@ -17,42 +17,31 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, config, corpus_file, provenance, table
+from common import ROOT, config, corpus_file, document_batches, provenance, table
 
 sys.path.insert(0, str(ROOT))
 
 import train_h100_dual as ours
 
-SAMPLE_SECONDS = 0.1
-
 
 def make_corpus(source: Path, target: Path, size: int) -> None:
-    """Write ``size`` bytes of JSON lines: each document's words, in order, but for one in ten drawn anew.
+    """Write about ``size`` bytes of JSON lines: documents in which one word in ten is made of halves of others.
 
-    New words are two halves of old ones, so that the vocabulary grows with the corpus as a real one's does.
+    So the vocabulary grows with the corpus as a real one's does.
     """
     draw, written = random.Random(0), 0
     temporary = target.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         while written < size:
-            for text, language in read_documents(source):
-                line = json.dumps({"text": vary(text, draw), "lang": language}, ensure_ascii=False) + "\n"
-                stream.write(line)
-                written += len(line.encode())
-                if written >= size:
-                    break
+            for documents in document_batches(ours, config(ours, source, target.parent)):
+                for text, language in zip(documents.texts, documents.languages, strict=True):
+                    line = json.dumps({"text": vary(text, draw), "lang": language}, ensure_ascii=False) + "\n"
+                    stream.write(line)
+                    written += len(line.encode())
     os.replace(temporary, target)
-
-
-def read_documents(source: Path) -> Iterator[tuple[str, str]]:
-    """Texts and languages of a corpus."""
-    for chunk in ours.read_line_chunks(source, ours.CHUNK_BYTES):
-        documents = ours.parse_chunk(chunk, "text")
-        yield from zip(documents.texts, documents.languages, strict=True)
 
 
 def vary(text: str, draw: random.Random) -> str:
@@ -101,7 +90,7 @@ def watch(command: list[str], log: Path) -> tuple[float, tuple[int, int]]:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid), key=sum)
-            time.sleep(SAMPLE_SECONDS)
+            time.sleep(0.1)
     if process.returncode:
         raise RuntimeError(f"preparing failed ({process.returncode}); see {log}")
     return time.monotonic() - start, peak
