@@ -305,11 +305,12 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     state=failed
   if [[ $state == failed ]]; then
     [[ -s $console_log ]] || tail -n 15 "$detail_log"
-    log "❌ 학습이 실패로 끝났습니다 (코드 $code). 자세한 내용: $detail_log"
+    log "❌ 학습이 실패로 끝났습니다. 자세한 내용: $detail_log"
   fi
   rm -f "$pid_file"
+  exec 9>&- # --notify may start the next run
   if [[ -n $notify ]]; then
-    bash -c "$notify \"\$@\"" notify "$state" 9>&- || warn "--notify 명령이 실패했습니다: $notify"
+    bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
   fi
   case $state in
     finished) return 0 ;;

@@ -762,7 +762,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
         return problems
-    with suppress(FileNotFoundError), open(cfg.output_dir / ".lock", encoding="utf-8") as lock:
+    with suppress(FileNotFoundError), open(cfg.output_dir / ".lock", "r+", encoding="utf-8") as lock:  # for NFS's flock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -802,9 +802,10 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def run_id() -> str | None:
+def run_id() -> str:
     """What one start of the launcher, or of torchrun, has in common over all its restarts."""
-    return os.environ.get("RUN_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
+    return os.environ.get("RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
@@ -838,7 +839,8 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
         return cfg
     if info["state"] != "running" or "stop_requested" in info:
         sys.exit()
-    return replace(cfg, resume="auto") if "first_step" in info and list_checkpoints(cfg.output_dir) else cfg
+    goes_on = "first_step" in info and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
+    return replace(cfg, resume="auto") if goes_on else cfg
 
 
 def note_stop_request(output_dir: str) -> None:
@@ -1289,7 +1291,11 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
         return
     cfg = plan.cfg
     values = {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
-    values |= {"code": 0, "processes": plan.processes, "threads": max(1, (os.cpu_count() or 1) // plan.processes)}
+    values |= {
+        "code": 0,
+        "processes": plan.processes,
+        "threads": max(1, len(os.sched_getaffinity(0)) // plan.processes),
+    }
     values |= {"nnodes": node_count(cfg), "node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
     blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
     print("\n\n".join("\n".join(lines) for lines in blocks))
@@ -3365,11 +3371,12 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
     # The training state stays in the newest two only.
     checkpoints = list_checkpoints(run.cfg.output_dir)
     kept = run.cfg.save_total_limit or len(checkpoints)
-    for path in checkpoints[:-kept]:
-        remove_directory(path)
-    for path in checkpoints[-kept:-2]:
-        if (path / "training_state").is_dir():
-            remove_directory(path / "training_state")
+    states = [path / "training_state" for path in checkpoints[-kept:-2] if (path / "training_state").is_dir()]
+    for path in (*checkpoints[:-kept], *states):
+        try:
+            remove_directory(path)
+        except OSError as error:  # somebody reads it, as on NFS; the new one is there all the same
+            logger.warning(f"⚠️  오래된 체크포인트를 지우지 못했습니다: {display_path(path)} ({error})")
 
 
 def report_save(run: Run) -> None:
@@ -3614,7 +3621,8 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
         run.painter.wait()
     if importlib.util.find_spec("matplotlib") and (run.painter is None or run.painter.poll() is not None):
         command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
-        with open(run.cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
+        # A picture is no reason to end training.
+        with suppress(OSError), open(run.cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
             run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     if wait and run.painter is not None and run.painter.wait():
         log = display_path(run.cfg.logs_dir / "training_detail_rank_0.log")
@@ -3625,10 +3633,13 @@ def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps after ``step``: a resumed run writes them again."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with suppress(ValueError, KeyError, TypeError):  # torn, as after a loss of power: left out
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 
@@ -4004,9 +4015,10 @@ def stop_if_skipping(run: Run, state: TrainState) -> None:
         return
     wait_for_saver(run)  # only then all ranks see the same checkpoints
     count = "다섯 스텝 연속으로" if state.skipped_in_a_row >= 5 else f"최근 1,000스텝 가운데 {often}스텝에서"
+    other = "math" if run.backend == "flash" else "flash"
     raise RuntimeError(
         f"{count} 손실이나 기울기가 유한하지 않아(NaN/Inf) 학습을 중단합니다. --learning-rate 를 낮추거나, 어텐션 커널"
-        f"({run.backend})이 원인인지 --attention flash 로 확인하세요. {last_checkpoint(run.cfg)}"
+        f"({run.backend})이 원인인지 --attention {other} 로 확인하세요. {last_checkpoint(run.cfg)}"
     )
 
 
@@ -4065,7 +4077,8 @@ def train(run: Run, state: TrainState) -> str:
         if profile is not None:
             profile.step()
         report_save(run)
-        set_deadline(run, time.monotonic() - step_start)
+        if state.step > steps.start + 1:  # the first one may have compiled
+            set_deadline(run, time.monotonic() - step_start)
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
@@ -4141,7 +4154,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
     for torn in cfg.output_dir.glob(".*.tmp"):
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
     if cfg.resume is None:
         for path in (*list_checkpoints(cfg.output_dir), *cfg.output_dir.glob("initial_model")):
             remove_directory(path)
@@ -4169,6 +4182,10 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
         typed = [*agent, *sys.argv]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     setting = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible)} " if visible else ""
+    gpus: list[str] = []
+    if cfg.device == "cuda":
+        with suppress(EnvironmentProblem):  # a slow nvidia-smi is no reason; CUDA isn't asked, as helpers fork yet
+            gpus = [gpu.name for gpu in query_gpus(visible)]
     path.unlink(missing_ok=True)
     update_run_info(
         cfg.output_dir,
@@ -4181,7 +4198,7 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
         machine={
             "host": os.uname().nodename,
             "cpus": os.cpu_count(),
-            "gpus": [gpu.name for gpu in query_gpus(visible)] if cfg.device == "cuda" else [],  # CUDA isn't asked yet
+            "gpus": gpus,
             "visible_devices": visible,
         },
         started=timestamp(),
@@ -4317,7 +4334,7 @@ def train_quietly(run: Run, state: TrainState) -> str:
     try:
         return train(run, state)
     except Exception as error:
-        while run.saver.busy:  # a save that has begun is not lost
+        while run.saver.busy:  # a save that has begun is not lost, unless torchrun's 30 s for the others are over
             run.saver.thread.join(1.0)
             run.stop.heartbeat()
         if is_out_of_memory(error):
@@ -4356,6 +4373,8 @@ def use_checkpoint(cfg: TrainConfig) -> None:
 
 def describe_error(error: Exception) -> tuple[str, bool]:
     """A Korean sentence for an error, and whether it is one that the system itself raises."""
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
+        return f"{save_problem(error)}{f' ({error.filename})' if error.filename else ''}", error.errno == errno.ENOSPC
     known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
     unknown = f"예상하지 못한 오류: {type(error).__name__}: {str(error).strip()[:300]}"
     return (str(error), True) if known else (unknown, False)
@@ -4363,8 +4382,8 @@ def describe_error(error: Exception) -> tuple[str, bool]:
 
 def out_of_memory(batch_size: int) -> RuntimeError:
     """What to say, and to type, when a GPU's memory is too small."""
-    smaller = max(1, batch_size // 2)
-    return RuntimeError(f"GPU 메모리가 부족합니다. --batch-size {smaller} 또는 --gradient-checkpointing 을 쓰세요")
+    smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "더 짧은 --max-seq-length"
+    return RuntimeError(f"GPU 메모리가 부족합니다. {smaller} 또는 --gradient-checkpointing 을 쓰세요")
 
 
 def report_failure(cfg: TrainConfig, error: Exception) -> None:
@@ -4381,7 +4400,7 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
         time.sleep(1)  # it may be about to say why
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # refused before the directory was ours
-        if rank == 0:
+        if is_local_main():
             print(f"❌ {said}", flush=True)
     elif not known and used < most:
         if said:

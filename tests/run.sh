@@ -44,7 +44,8 @@ main_tests() {
   done
   shellcheck "${scripts[@]}"
   shfmt -d -i 2 -ci "${scripts[@]}"
-  python -m pytest "${arguments[@]}" "$@"
+  # Tests of real runs mostly wait: three files at a time fill two cores.
+  python -m pytest -n 3 --dist loadfile "${arguments[@]}" "$@"
 }
 
 main_tests "$@"

@@ -307,12 +307,12 @@ LMWithLoss.forward = limited
 
 
 @pytest.fixture
-def limited(broken) -> Iterator[Place]:  # noqa: F811
+def limited(broken) -> Iterator[Place]:
     yield broken(LIMIT)
 
 
 @pytest.mark.slow
-def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_been_typed(limited, broken) -> None:  # noqa: F811
+def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_been_typed(limited, broken) -> None:
     options = [*SMALL, "--max-steps", "4"]
     answer = limited.run(*options, "--batch-size", "6", "--gradient-accumulation-steps", "2")
     assert answer.code == 0, answer.text

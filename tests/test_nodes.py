@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Place, assert_in_order, cleaned
-from test_faults import SMALL, assert_same_run, undisturbed  # noqa: F401
+from faults import (
+    SMALL,
+    assert_same_run,
+    undisturbed,  # noqa: F401
+)
 
 ONE_EACH = [*SMALL, "--num-gpus", "1"]  # two ranks on two machines, as the undisturbed run has on one
 
@@ -34,7 +38,7 @@ def test_a_dry_run_shows_the_machines_and_a_command_with_their_meeting_place(pla
 def test_two_machines_train_stop_together_and_go_on(
     tmp_path: Path,
     warm_cache: Path,
-    undisturbed: Place,  # noqa: F811
+    undisturbed: Place,
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,143 @@
+"""What the tests of faults share: a small run, copies of the script with a fault, comparisons of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAUNCHER, SCRIPT, Place, cleaned
+
+import train_h100_dual as t
+
+SMALL = [
+    "--train",
+    "--device",
+    "cpu",
+    "--model-size",
+    "tiny",
+    "--vocab-size",
+    "512",
+    "--max-seq-length",
+    "32",
+    "--batch-size",
+    "2",
+    "--gradient-accumulation-steps",
+    "1",
+    "--max-steps",
+    "12",
+    "--save-steps",
+    "4",
+    "--eval-steps",
+    "6",
+    "--logging-steps",
+    "1",
+    "--learning-rate",
+    "1e-3",
+    "--dummy-data",
+    "--num-gpus",
+    "2",
+    "--no-save-initial",
+    "--foreground",
+]
+
+
+def broken_launcher(folder: Path, fault: str) -> Path:
+    """A copy of the launcher whose script has ``fault`` just before it starts; if ``EARLY``, before it imports."""
+    folder.mkdir(parents=True)
+    shutil.copy(LAUNCHER, folder)
+    text, mark = SCRIPT.read_text(encoding="utf-8"), 'if __name__ == "__main__":\n'
+    place = text.index(f"{mark}    typed_config") if fault.startswith(EARLY) else text.rindex(mark)
+    (folder / SCRIPT.name).write_text(f"{text[:place]}{fault}\n\n{text[place:]}", encoding="utf-8")
+    return folder / LAUNCHER.name
+
+
+def at_step(step: int, action: str, rank: int = 1) -> str:
+    """A fault: one rank does ``action`` when it is about to train ``step``, counted from 1."""
+    return f"""
+real_rate = learning_rate_at
+def learning_rate_at(done, total, cfg):
+    inside = sys._getframe(1).f_code.co_name == "train"
+    if inside and done + 1 == {step} and rank_and_world()[0] == {rank}:
+        {action}
+    return real_rate(done, total, cfg)
+"""
+
+
+EARLY = "\n# before anything is heard or imported\n"
+SLEEP_EARLY = (
+    EARLY
+    + """
+if "RANK" in os.environ and {condition}:
+    time.sleep({seconds})
+"""
+)
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+FIRST_TIME = 'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and '
+
+
+@pytest.fixture
+def broken(tmp_path: Path, warm_cache: Path) -> Iterator:
+    """Return a function that gives a place whose runs have a fault."""
+    places = []
+
+    def build(fault: str) -> Place:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        launcher = broken_launcher(tmp_path / f"scripts-{len(places)}", fault)
+        places.append(Place(tmp_path / f"place-{len(places)}", launcher, warm_cache, {"PATH": path}))
+        return places[-1]
+
+    yield build
+    for one in places:
+        one.kill_all()
+
+
+def timeless(place: Place) -> list[dict]:
+    """The metrics without what a clock or the machine's memory decides."""
+    lines = (place.outputs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    changing = ("tokens_per_second", "memory_gb", "seconds")
+    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
+
+
+def weights(place: Place, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(place.outputs / f"checkpoint-{step}" / "pytorch_model.bin", weights_only=True)
+
+
+def assert_same_run(ours: Place, theirs: Place, step: int) -> None:
+    """Assert that two runs logged the same figures and ended with the same weights, bit for bit."""
+    assert timeless(ours) == timeless(theirs)
+    mine, other = weights(ours, step), weights(theirs, step)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[Place]:
+    """A run of SMALL to its end."""
+    for place in cleaned(Place(tmp_path_factory.mktemp("undisturbed") / "place", cache=warm_cache)):
+        answer = place.run(*SMALL)
+        assert answer.code == 0, answer.text
+        place.seconds = answer.seconds
+        yield place
+
+
+def slow_save(step: int, seconds: float) -> str:
+    """A fault: flushing ``checkpoint-STEP`` takes some time."""
+    return f"""
+real_sync = sync_tree
+def sync_tree(folder):
+    if folder.name == ".checkpoint-{step}.tmp":
+        time.sleep({seconds})
+    real_sync(folder)
+"""
+
+
+def assert_checkpoints_open(place: Place) -> None:
+    for path in place.checkpoints():
+        torch.load(path / "pytorch_model.bin", weights_only=True)
+        assert not (path / "training_state").is_dir() or t.checkpoint_damage(path, thorough=True) is None

@@ -1,0 +1,278 @@
+"""A stop at any moment and from whomever, a killed torchrun, Ctrl-C; real processes on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LAUNCHER, SCRIPT, Place, Terminal, write_program
+from faults import (  # noqa: F401
+    FIRST_TIME,
+    KILL,
+    SLEEP_EARLY,
+    SMALL,
+    assert_checkpoints_open,
+    assert_same_run,
+    at_step,
+    broken,
+    slow_save,
+    undisturbed,
+)
+
+import train_h100_dual as t
+
+# --- SIGTERM, and torchrun killed ---
+
+
+def test_a_stop_during_a_restart_stops(broken) -> None:
+    place = broken(at_step(7, f"{FIRST_TIME}{KILL}"))
+    launcher = place.start(*SMALL, "--max-steps", "100000", "--save-total-limit", "2")
+    info = place.outputs / "run_info.json"
+    place.wait("the restart", lambda: info.exists() and "restarts" in info.read_text(encoding="utf-8"))
+    begun = time.monotonic()
+    answer = place.run("--stop")
+    assert answer.code == 0, answer.text
+    assert time.monotonic() - begun < 30
+    assert place.info()["state"] == "stopped"
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 130, shown
+    assert "Traceback" not in shown
+    place.wait_for_end(5)
+
+
+def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
+    place = broken(SLEEP_EARLY.format(condition="rank_and_world()[0] == 1", seconds=1000))
+    launcher = place.start(*SMALL)
+    log = place.logs / "training_detail_rank_0.log"
+    place.wait("rank 0 at the rendezvous", lambda: log.exists() and "token cache" in log.read_text(encoding="utf-8"))
+    time.sleep(1)  # into the store's wait, from which no Python handler runs
+    answer = place.run("--stop", timeout=60)
+    assert answer.code == 0, answer.text
+    assert place.info()["state"] == "stopped"
+    place.finish(launcher)
+    place.wait_for_end(5)
+
+
+def test_ranks_whose_torchrun_dies_before_they_know_it_leave_too(broken) -> None:
+    place = broken(SLEEP_EARLY.format(condition="True", seconds=5))
+    launcher = place.start(*SMALL, "--max-restarts", "0")
+    place.wait("two workers", lambda: len(place.workers()) == 2)
+    os.kill(place.agents()[0], signal.SIGKILL)
+    place.wait_for_end(30)
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 1, shown
+
+
+def test_ranks_save_after_kill_9_of_torchrun_and_no_other_run_starts_meanwhile(broken, undisturbed: Place) -> None:
+    place = broken(slow_save(4, 8))
+    place.folder.joinpath("notified").unlink(missing_ok=True)
+    launcher = place.start(*SMALL, "--max-restarts", "3", "--notify", f"echo >>'{place.folder}/notified'")
+    place.wait("the save", lambda: (place.outputs / ".checkpoint-4.tmp" / t.MANIFEST).exists())
+    os.kill(place.agents()[0], signal.SIGKILL)
+    second = place.run(*SMALL)
+    assert second.code == 1
+    assert "다른 학습이 실행 중입니다" in second.err, second.text
+    assert not (place.folder / "notified").exists(), "told before the ranks had left"
+    assert place.pid_file.exists()
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 1, shown
+    assert place.info()["state"] == "failed"
+    assert (place.folder / "notified").read_text().strip() == "failed"
+    assert_checkpoints_open(place)
+    assert t.checkpoint_step(place.checkpoints()[-1]) >= 4
+    place.wait_for_end(5)
+    answer = place.run(*SMALL, "--resume")
+    assert answer.code == 0, answer.text
+    assert_same_run(place, undisturbed, 12)
+
+
+def begun_loops(place: Place) -> int:
+    """How many times a run has come to its loop here."""
+    return t.read_text(place.logs / "training_detail_rank_0.log").count("최대 스텝")
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_sigterm_to_every_process_at_once_saves_the_step(place: Place, warm_cache: Path, rounds: int) -> None:
+    place.cache, resume = warm_cache, []
+    for number in range(rounds):
+        launcher = place.start(*SMALL, "--max-steps", "100000", "--save-steps", "100000", *resume)
+        place.wait("the loop", lambda n=number: begun_loops(place) > n)
+        time.sleep(1 + random.Random(number).random())
+        for pid in [place.pid(), *place.agents(), *place.workers()]:  # as Slurm, systemd and a reboot do
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        shown = place.finish(launcher)[0]
+        assert launcher.returncode == 130, shown
+        assert place.info()["state"] == "stopped"
+        assert t.checkpoint_step(place.checkpoints()[-1]) == place.info()["step"] > 0, shown
+        assert "Traceback" not in shown
+        place.wait_for_end(5)
+        resume = ["--resume", "--save-total-limit", "2"]
+    assert_checkpoints_open(place)
+
+
+def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    options = [word for word in SMALL if word not in ("--num-gpus", "2", "--foreground")]
+    options[options.index("--batch-size") + 1 : options.index("--batch-size") + 1] = ["2"]
+    command = place.command(*options, "--max-steps", "100000", "--save-steps", "100000")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command["args"] = [*agent, "--shutdown-timeout", "86400", str(SCRIPT), *command["args"][1:]]
+    process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    place.wait_for_step()
+    for pid in [*place.agents(), *place.workers()]:
+        os.kill(pid, signal.SIGTERM)
+    shown = place.finish(process)[0]
+    place.wait_for_end(5)
+    assert place.info()["state"] == "stopped", shown
+    assert t.checkpoint_step(place.checkpoints()[-1]) == place.info()["step"] > 0
+    assert_checkpoints_open(place)
+
+
+def test_a_restarted_run_that_was_asked_to_stop_is_not_repeated(broken) -> None:
+    place = broken(
+        at_step(
+            3,
+            f"while not read_json(cfg.output_dir / 'run_info.json').get('stop_requested'): "
+            f"time.sleep(0.1)\n        {KILL}",
+        )
+    )
+    launcher = place.start(*SMALL)
+    place.wait_for_step()
+    os.kill(place.pid(), signal.SIGTERM)
+    shown = place.finish(launcher)[0]
+    assert launcher.returncode == 130, shown
+    assert "다시 시작했습니다" not in shown
+    place.wait_for_end(5)
+
+
+# --- Ctrl-C, whatever the run is at ---
+
+
+def assert_ended_by_ctrl_c(terminal: Terminal, timeout: float = 60) -> None:
+    """Press Ctrl-C; assert a clean end without a traceback and with nothing left running."""
+    before = len(terminal.text)
+    terminal.press("\x03")
+    assert terminal.wait_for_exit(timeout) == 130, terminal.text
+    assert "Traceback" not in terminal.text
+    assert "KeyboardInterrupt" not in terminal.text
+    assert "❌" not in terminal.text
+    assert "🛑" in terminal.text[before:]
+    terminal.place.wait_for_end(10)
+
+
+def test_ctrl_c_while_the_gpus_are_asked_for_ends_cleanly(place: Place, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    write_program(tmp_path / "bin" / "nvidia-smi", f"touch '{asked}'; sleep 300")
+    place.environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    terminal = Terminal(place, "--test", "--foreground")
+    place.wait("the question", asked.exists)
+    assert_ended_by_ctrl_c(terminal)
+    assert not list(place.folder.iterdir())
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_ctrl_c_while_pytorch_is_asked_ends_cleanly(place: Place, with_gpus, tmp_path: Path) -> None:
+    with_gpus(2)
+    asked = tmp_path / "asked"
+    package = Path(place.environment["PYTHONPATH"]) / "torch" / "__init__.py"
+    package.write_text(f"import pathlib, time\npathlib.Path({str(asked)!r}).touch()\ntime.sleep(300)\n")
+    terminal = Terminal(place, "--test", "--foreground")
+    place.wait("the question", asked.exists)
+    assert_ended_by_ctrl_c(terminal)
+    assert not list(place.folder.iterdir())
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[int]:
+    """A package index that takes connections and never answers; gives its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("stage", ["venv", pytest.param("pip", marks=pytest.mark.slow)])
+def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew(
+    bare_place: Place, bare_folder: Path, tmp_path: Path, stage: str
+) -> None:
+    place, checkout = bare_place, tmp_path / "checkout"
+    shutil.copytree(bare_folder / "checkout", checkout)
+    place.launcher = checkout / LAUNCHER.name
+    venv = checkout / ".venv"
+    with silent_server() as port:
+        index = f"http://127.0.0.1:{port}/simple"
+        place.environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index, "PIP_RETRIES": "0"}
+        terminal = Terminal(place, "--test", "--foreground")
+        if stage == "venv":
+            place.wait("the environment", (venv / "bin" / "python3").exists)
+        else:
+            place.wait("pip", lambda: any(" install " in text for text in place.processes().values()))
+            time.sleep(1)
+        assert_ended_by_ctrl_c(terminal)
+        assert not list(place.folder.iterdir())
+        assert (venv / ".installing").exists()
+        if stage == "venv":
+            terminal = Terminal(place, "--test", "--foreground")
+            place.wait("pip", lambda: any(" install " in text for text in place.processes().values()))
+            assert_ended_by_ctrl_c(terminal)
+
+
+def test_ctrl_c_while_the_data_is_prepared_ends_cleanly_and_the_next_run_prepares_it(broken) -> None:
+    slow = """
+real_encode = write_held_out
+def write_held_out(*arguments):
+    if os.environ.get("SLOW"):
+        time.sleep(300)
+    real_encode(*arguments)
+"""
+    place = broken(slow)
+    place.cache, place.environment["SLOW"] = place.folder / "cache", "yes"
+    terminal = Terminal(place, *SMALL, "--max-steps", "2")
+    place.wait("the cache", lambda: list(place.cache.glob("*.tmp-*/*.bin")))
+    assert_ended_by_ctrl_c(terminal)
+    assert place.info()["state"] == "stopped"
+    assert not place.pid_file.exists()
+    del place.environment["SLOW"]
+    answer = place.run(*SMALL, "--max-steps", "2", "--resume")
+    assert answer.code == 0, answer.text
+    assert "처음부터 시작합니다" in answer.out
+
+
+@pytest.mark.slow  # the default suite sends the signal by hand
+def test_ctrl_c_during_a_save_waits_for_it_and_ends_cleanly(broken) -> None:
+    place = broken(slow_save(4, 5))
+    terminal = Terminal(place, *SMALL, "--max-steps", "100000", "--save-total-limit", "2")
+    place.wait("the save", lambda: (place.outputs / ".checkpoint-4.tmp" / t.MANIFEST).exists())
+    assert_ended_by_ctrl_c(terminal)
+    assert place.info()["state"] == "stopped"
+    assert "✅ 체크포인트 저장 완료: ./outputs/checkpoint-4" in terminal.text
+    for path in place.checkpoints():
+        assert t.checkpoint_damage(path, thorough=True) is None
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_model_is_compiled_ends_cleanly_with_a_checkpoint(broken) -> None:
+    mark = """
+real_step = train_step
+def train_step(run, batches, rate):
+    (run.cfg.logs_dir / "compiling").touch()
+    return real_step(run, batches, rate)
+"""
+    place = broken(mark)
+    place.environment["TORCHINDUCTOR_CACHE_DIR"] = str(place.folder / "inductor")
+    terminal = Terminal(place, *SMALL, "--compile", "--num-gpus", "1")
+    place.wait("the first step", (place.logs / "compiling").exists)
+    time.sleep(1)
+    assert "스텝 1/12" not in terminal.text
+    assert_ended_by_ctrl_c(terminal, 600)
+    assert place.info()["state"] == "stopped"
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-2"]  # the flag is read a step late
