@@ -54,7 +54,7 @@ def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
     place = broken(SLEEP_EARLY.format(condition="rank_and_world()[0] == 1", seconds=1000))
     launcher = place.start(*SMALL)
     log = place.logs / "training_detail_rank_0.log"
-    place.wait("rank 0 at the rendezvous", lambda: log.exists() and "token cache" in log.read_text(encoding="utf-8"))
+    place.wait("rank 0 at the rendezvous", lambda: log.exists() and "📚 말뭉치" in log.read_text(encoding="utf-8"))
     time.sleep(1)  # into the store's wait, from which no Python handler runs
     answer = place.run("--stop", timeout=60)
     assert answer.code == 0, answer.text
