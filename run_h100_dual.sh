@@ -279,10 +279,10 @@ rotate_console_log() {
 }
 
 supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
-  local agent ranks="" signals=0 code=0 outcome=finished state logged guard=() pause
+  local agent ranks="" signals=0 heard=false code=0 outcome=finished state logged guard=() pause
   RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
   export RUN_ID
-  trap 'signals=$((signals + 1)); hear_signal' TERM INT
+  trap 'signals=$((signals + 1))' TERM INT # no more: one that comes while a trap runs may be lost
   trap '' HUP
   printf '%s\n' "$$" >"$pid_file"
   # What torchrun itself says goes to the detail log; the run's own state file says how it ended.
@@ -294,8 +294,15 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   exec {pause}<> <(:)
   # A killed torchrun leaves ranks that save before they go: rank 0 holds the output's lock so long.
   while kill -0 "$agent" 2>/dev/null || { [[ $(read_pid "$output_lock") == "$$" ]] && ! flock -n "$output_lock" true; }; do
-    # Again and again: one that is being started may not hear the first, and a repeated one changes nothing.
-    ((signals != 1)) || signal_ranks TERM
+    if ((signals > 1)); then
+      signal_ranks KILL
+      kill -KILL "$agent" 2>/dev/null || true
+    elif ((signals == 1)); then
+      [[ $heard == true ]] || log "🛑 중단 요청: 현재 스텝을 마치고 저장합니다 (한 번 더 보내면 즉시 끝납니다)"
+      signal_ranks TERM # again and again: one that is being started may not hear the first; others it leaves as they are
+      [[ $heard == true ]] || "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" || true
+      heard=true
+    fi
     read -rt 0.5 -u "$pause" || true # a sleep without a process
   done
   wait "$agent" 2>/dev/null || code=$?
@@ -327,17 +334,6 @@ signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun 
     # By the run's name in its environment: the number may be another process's by now.
     ! grep -qsz "^RUN_ID=$RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
   done
-}
-
-hear_signal() { # the first asks the ranks to save and leave, the second ends everything
-  if ((signals == 1)); then
-    log "🛑 중단 요청: 현재 스텝을 마치고 저장합니다 (한 번 더 보내면 즉시 끝납니다)"
-    signal_ranks TERM
-    "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" || true
-  else
-    signal_ranks KILL
-    kill -KILL "$agent" 2>/dev/null || true
-  fi
 }
 
 start_foreground() {

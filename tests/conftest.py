@@ -275,6 +275,8 @@ class Terminal:
         if self.master is not None:
             os.close(self.master)
             self.master = None
+            with contextlib.suppress(ProcessLookupError):  # and so does a shell that ends, whoever else has it open
+                os.killpg(self.process.pid, signal.SIGHUP)
 
     def wait_for_exit(self, timeout: float = 60.0) -> int:
         """Wait for the command's end, reading all the while; returns the exit code."""

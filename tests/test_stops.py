@@ -228,16 +228,16 @@ def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew
 
 def test_ctrl_c_while_the_data_is_prepared_ends_cleanly_and_the_next_run_prepares_it(broken) -> None:
     slow = """
-real_encode = write_held_out
-def write_held_out(*arguments):
+real_write = write_cache
+def write_cache(*arguments):
+    real_write(*arguments)
     if os.environ.get("SLOW"):
         time.sleep(300)
-    real_encode(*arguments)
 """
     place = broken(slow)
     place.cache, place.environment["SLOW"] = place.folder / "cache", "yes"
     terminal = Terminal(place, *SMALL, "--max-steps", "2")
-    place.wait("the cache", lambda: list(place.cache.glob("*.tmp-*/*.bin")))
+    place.wait("the cache", lambda: list(place.cache.glob(".*.tmp/corpus.json")))
     assert_ended_by_ctrl_c(terminal)
     assert place.info()["state"] == "stopped"
     assert not place.pid_file.exists()
