@@ -399,7 +399,11 @@ start_background() {
 }
 
 report_first_seconds() { # report_first_seconds PID
-  local code=0
+  local code=0 tries
+  for ((tries = 0; tries < 100; tries++)); do # one that has told its failure ends in a moment
+    { kill -0 "$1" 2>/dev/null && grep -qs '^❌' "$console_log"; } || break
+    sleep 0.1
+  done
   if kill -0 "$1" 2>/dev/null; then
     log "백그라운드에서 계속 실행 중..."
     return

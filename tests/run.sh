@@ -44,8 +44,8 @@ main_tests() {
   done
   shellcheck "${scripts[@]}"
   shfmt -d -i 2 -ci "${scripts[@]}"
-  # Tests of real runs mostly wait: three files at a time fill two cores.
-  python -m pytest -n 3 --dist loadfile "${arguments[@]}" "$@"
+  # Tests of real runs mostly wait: two files at a time.
+  python -m pytest -n 2 --dist loadfile "${arguments[@]}" "$@"
 }
 
 main_tests "$@"

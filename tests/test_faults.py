@@ -31,7 +31,7 @@ def hung_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iter
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = broken_launcher(folder / "scripts", at_step(3, "time.sleep(1e6)"))
     for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
-        options = ["--hang-timeout", "0.2", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
+        options = ["--hang-timeout", "0.5", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
         answer = place.run(*SMALL, *options, timeout=200)
         yield SimpleNamespace(place=place, answer=answer, folder=folder)
 
@@ -42,7 +42,7 @@ def test_a_hung_run_is_restarted_while_restarts_are_left_and_then_fails_with_one
     answer = hung_run.answer
     assert answer.code == 1
     assert answer.out.count("다시 시작했습니다 (1/1번째)") == 1, answer.text
-    assert answer.text.count("0.2분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)") == 1, answer.text
+    assert answer.text.count("0.5분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)") == 1, answer.text
     assert hung_run.place.info()["state"] == "failed"
     assert "진행이 없어" in hung_run.place.info()["error"]
     assert (hung_run.folder / "notified").read_text().strip() == "failed"

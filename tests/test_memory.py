@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Place, assert_in_order
 from samples import config, tiny_run
-from test_faults import SMALL, broken, weights  # noqa: F401 - a fixture
+from faults import SMALL, broken, weights  # noqa: F401 - a fixture
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
