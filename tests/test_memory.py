@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Place, assert_in_order
-from samples import config, tiny_run
 from faults import SMALL, broken, weights  # noqa: F401 - a fixture
+from samples import config, tiny_run
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
