@@ -93,6 +93,7 @@ CACHE_VERSION = 6  # of the token cache's format and of how texts are read and s
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
+HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -181,8 +182,23 @@ def parse_text(text: str) -> str:
 
 
 def parse_path(text: str) -> Path:
-    """A typed path is relative to the caller; a data set of the hub stays as it is."""
-    return Path(text) if parse_text(text).startswith("hf:") else Path(os.path.abspath(Path(text).expanduser()))
+    """A typed path is relative to the caller; a checkpoint named by its weights is their directory."""
+    path = Path(os.path.abspath(os.path.expanduser(parse_text(text))))
+    return path.parent if path.name == "pytorch_model.bin" else path
+
+
+def parse_source(text: str) -> Path | str:
+    """A directory, or a name on the hub where there is no such path."""
+    path = parse_path(text)
+    return text if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) and not path.exists() else path
+
+
+def parse_dataset(text: str) -> Path:
+    if not text.startswith("hf:"):
+        return parse_path(text)
+    if not HUB_NAME.fullmatch(text):
+        raise ValueError(f"'{text}' 값을 읽을 수 없습니다. hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]] 처럼 쓰세요")
+    return Path(text)
 
 
 def parse_trackers(text: str) -> str:
@@ -249,14 +265,15 @@ class TrainConfig:
     max_epochs: int = option("N", POSITIVE, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("N", POSITIVE, "최대 학습 토큰 수")
     max_hours: float | None = option("H", (float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
-    resume: str | None = option("[auto|PATH]", parse_text, "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
+    resume: Path | str | None = option("[auto|PATH]", lambda text: text if text == "auto" else parse_path(text),
+        "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
     device: str = option("", ("auto", "cuda", "cpu"), "연산 장치", default="auto")
     seed: int = option("N", (int, 0, 2**31 - 1), "난수 시드", default=42)
     logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", base=10, test=1)
-    dataset_path: Path = option("PATH", parse_path,
+    dataset_path: Path = option("PATH", parse_dataset,
         "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
         default=Path("../../../../datasets"), group="데이터")
-    tokenizer: str | None = option("PATH|ID", parse_text, "사용할 토크나이저 (없으면 말뭉치로 학습)")
+    tokenizer: Path | str | None = option("PATH|ID", parse_source, "사용할 토크나이저 (없으면 말뭉치로 학습)")
     vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", base=65536, cpu_test=2048)
     text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
     validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
@@ -267,7 +284,7 @@ class TrainConfig:
     logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
     model_size: str | None = option("", tuple(PRESETS), "모델 크기", base="1.3b", cpu_test="tiny", group="모델")
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
-    init_from: str | None = option("PATH|ID", parse_text, "기존 가중치에서 이어서 사전학습")
+    init_from: Path | str | None = option("PATH|ID", parse_source, "기존 가중치에서 이어서 사전학습")
     batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4, group="학습 하이퍼파라미터")
     learning_rate: float = option("LR", (float, 1e-9, 1), "학습률", default=1e-4)
     max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
@@ -304,9 +321,9 @@ class TrainConfig:
     max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0,
         group="장애 대응")
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
-    generate: str | None = option("CHECKPOINT", parse_text, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
+    generate: Path | None = option("CHECKPOINT", parse_path, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
         group="체크포인트 사용")
-    evaluate: str | None = option("CHECKPOINT", parse_text, "체크포인트를 --dataset-path 로 평가하고 끝냄")
+    evaluate: Path | None = option("CHECKPOINT", parse_path, "체크포인트를 --dataset-path 로 평가하고 끝냄")
     max_new_tokens: int = option("N", POSITIVE, "이어 쓸 최대 토큰 수", default=200)
     temperature: float = option("F", (float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
     top_p: float = option("F", (float, 0.01, 1), "확률의 합이 이 값인 상위 토큰만 씀", default=0.95)
@@ -426,9 +443,9 @@ def validate_config(cfg: TrainConfig) -> list[str]:
     if cfg.uses_checkpoint and not cfg.is_test:
         problems.append("--generate 와 --evaluate 는 학습을 시작하지 않습니다. --train 을 빼세요")
     if cfg.generate and not cfg.prompt:
-        problems.append(f'--generate: 이어 쓸 글이 없습니다. 예: --generate {cfg.generate} --prompt "오늘 아침"')
+        problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
-        problems.append(f"--evaluate: 평가할 데이터가 없습니다. 예: --evaluate {cfg.evaluate} --dataset-path FILE")
+        problems.append("--evaluate: 평가할 데이터가 없습니다. 예: --dataset-path corpus.jsonl")
     machines = (cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint)
     if machines[1:] != (None, None) or (cfg.nnodes or 1) > 1:
         if None in machines or not re.fullmatch(r".+:\d+", cfg.rdzv_endpoint):
@@ -567,12 +584,6 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
     return files
 
 
-def checkpoint_dir(path: str | Path) -> Path:
-    """A checkpoint may be named by its directory or by its weights file; return the directory."""
-    path = Path(path)
-    return path.parent if path.name == "pytorch_model.bin" else path
-
-
 def checkpoint_step(path: Path) -> int:
     """Step of a directory called ``checkpoint-N``; -1 for any other name."""
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -678,8 +689,7 @@ def find_resume_point(
         return ResumePoint(cfg.gradient_accumulation_steps)
     place, checkpoints = cfg.output_dir, list_checkpoints(cfg.output_dir)
     if cfg.resume != "auto":
-        place = checkpoint_dir(os.path.abspath(Path(cfg.resume).expanduser()))
-        checkpoints = [place]
+        place, checkpoints = cfg.resume, [cfg.resume]
     elif not checkpoints and read_json(cfg.output_dir / "run_info.json").get("mode") == "train":
         return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, damaged = newest_whole(checkpoints, thorough)
@@ -770,7 +780,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
             return [f"{text}: {cfg.output_dir} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
     goes_on = cfg.resume == "auto"
     if cfg.resume and not goes_on:
-        goes_on = checkpoint_dir(Path(cfg.resume).expanduser()).resolve().parent == cfg.output_dir.resolve()
+        goes_on = cfg.resume.resolve().parent == cfg.output_dir.resolve()
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     if earlier and not goes_on and (cfg.resume or info.get("mode") != "test"):
         hint = "이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요"
@@ -936,7 +946,7 @@ def check_use(cfg: TrainConfig) -> None:
     problems = validate_config(resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0])
     if problems:
         raise UsageProblem(problems)
-    path = checkpoint_dir(os.path.abspath(Path(cfg.generate or cfg.evaluate).expanduser()))
+    path = cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
         newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
         hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
@@ -977,9 +987,8 @@ def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
             digest.update(stream.read(65536))
         parts.append([str(path), info.st_size, info.st_mtime_ns, digest.hexdigest()])
     source = cfg.tokenizer or cfg.init_from
-    folder = checkpoint_dir(Path(source or "").expanduser())
-    if source and folder.is_dir():  # all that decides its tokens
-        parts += [[name, file_checksum(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if isinstance(source, Path):  # all that decides its tokens
+        parts += [[name, file_checksum(source / name)] for name in TOKENIZER_FILES if (source / name).is_file()]
     else:
         parts.append(f"hub:{source}" if source else f"trained:{cfg.vocab_size}")
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
@@ -1018,18 +1027,18 @@ def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
     head = values.get("head_dim") or hidden // heads
     keys = head * (values.get("num_key_value_heads") or heads)
     tied = values.get("tie_word_embeddings", values.get("model_type") in TIED_BY_DEFAULT)
-    return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {source}"
+    return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {display_path(Path(source))}"
 
 
-def read_config(source: str | Path | None) -> dict[str, Any]:
-    """The config.json that ``source``, a checkpoint, its weights or the file itself, stands for; empty if not there."""
-    path = checkpoint_dir(Path(source or os.devnull).expanduser())
+def read_config(source: Path | str | None) -> dict[str, Any]:
+    """The config.json that ``source``, a directory or the file itself, stands for; empty where it isn't here."""
+    path = Path(source or os.devnull)
     return read_json(path if path.suffix == ".json" else path / "config.json")
 
 
-def tokenizer_size(source: str | None) -> int:
+def tokenizer_size(source: Path | str | None) -> int:
     """Vocabulary of a saved tokenizer; 0 if its file doesn't tell."""
-    content = read_json(checkpoint_dir(Path(source or os.devnull).expanduser()) / "tokenizer.json")
+    content = read_json(Path(source or os.devnull) / "tokenizer.json")
     words = (content.get("model") or {}).get("vocab") or ()
     return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
@@ -1171,17 +1180,16 @@ def source_problems(cfg: TrainConfig) -> list[str]:
         cleared = {path.resolve() for path in (*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model")}
     for name in ("model_config", "tokenizer", "init_from"):
         source, typed = getattr(cfg, name), as_typed(name)
-        path = checkpoint_dir(Path(source or "").expanduser())
-        on_hub = name != "model_config" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source or "")
-        if source is None or (on_hub and not path.exists()):
+        if not isinstance(source, Path):  # not given, or on the hub
             continue
         wanted, usable = "config.json", bool(read_config(source))
         if name == "tokenizer":
-            wanted, usable = "tokenizer.json", any((path / file).is_file() for file in TOKENIZER_FILES[:2])
+            wanted, usable = "tokenizer.json", any((source / file).is_file() for file in TOKENIZER_FILES[:2])
         if not usable:
-            problems.append(f"{typed}: {source} 에 쓸 수 있는 {wanted}이 없습니다 (그것이 있는 경로를 주세요)")
-        if cleared & {path.resolve(), *path.resolve().parents}:
-            text = f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {path}"
+            text = f"{typed}: {display_path(source)} 에 쓸 수 있는 {wanted}이 없습니다"
+            problems.append(f"{text} (그것이 있는 경로를 주세요)")
+        if cleared & {source.resolve(), *source.resolve().parents}:
+            text = f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {source}"
             problems.append(f"{text} (다른 --output-dir 를 쓰세요)")
     sizes = (read_config(cfg.init_from).get(name) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
@@ -1768,7 +1776,6 @@ LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
-HUB_NAME = re.compile(r"hf:([^@:]*)(?:@([^:]*))?(?::([^:]*))?(?::(.*))?")  # hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
 WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
@@ -2113,9 +2120,8 @@ def load_tokenizer(source: str | Path) -> Any:
     """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
     from transformers import AutoTokenizer
 
-    path = checkpoint_dir(Path(source).expanduser())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else str(source), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever a broken file leads them to
         raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -2692,10 +2698,9 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     """
     from transformers import AutoModelForCausalLM
 
-    path = checkpoint_dir(Path(source).expanduser())
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path if path.exists() else str(source), dtype=dtype, trust_remote_code=False, output_loading_info=True
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # each format of weights, and transformers' checks, have their own
         raise RuntimeError(f"모델을 열 수 없습니다: {source} ({short_error(error)})") from error
@@ -4366,7 +4371,8 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         totals = score_corpus(model, tokenizer, cfg)
     length = cfg.max_seq_length or context_length(model)
-    print(f"📈 평가: {source} ({display_path(cfg.dataset_path)}, 창 {length:,} 토큰, {device.upper()} {cfg.precision})")
+    settings = f"창 {length:,} 토큰, {device.upper()} {cfg.precision}"
+    print(f"📈 평가: {display_path(source)} ({display_path(cfg.dataset_path)}, {settings})")
     print("\n".join(evaluation_table(totals)))
     logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
 

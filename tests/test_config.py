@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from samples import ROOT, config, options
@@ -57,6 +58,7 @@ def test_all_problems_are_told_in_one_go():
         (["--max-steps=x"], "--max-steps"),
         (["--test=1"], "--test"),
         (["--dataset-path", ""], "--dataset-path"),
+        (["--dataset-path", "hf:a@b@c"], "hf:ORG/NAME[@REVISION]"),
         (["stray"], "stray"),
         (["--vocab-size", "2000000"], "가장 가까운 값: 1048576"),
         (["--seed", "3000000000"], "가장 가까운 값: 2147483647"),
@@ -69,7 +71,10 @@ def test_a_wrong_value_is_named_with_what_to_type(argv, named):
 
 def test_resume_stands_alone_or_takes_a_path():
     assert t.parse_args(["--resume", "--train"]).resume == "auto"
-    assert t.parse_args(["--resume=outputs/checkpoint-5"]).resume == "outputs/checkpoint-5"
+    assert (
+        t.parse_args(["--resume=outputs/checkpoint-5/pytorch_model.bin"]).resume
+        == Path.cwd() / "outputs" / "checkpoint-5"
+    )
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "flash"])
@@ -101,6 +106,10 @@ def test_typed_paths_are_the_callers_and_default_paths_the_scripts(tmp_path, mon
     cfg = t.parse_args(["--output-dir", "여기 out"])
     assert cfg.output_dir == tmp_path / "여기 out"
     assert cfg.logs_dir == ROOT / "logs"
+    assert t.parse_args(["--cache-dir", "~nobody-here/x"]).cache_dir == tmp_path / "~nobody-here/x"
+    (tmp_path / "mine").mkdir()
+    cfg = t.parse_args(["--init-from", "mine", "--tokenizer", "org/name"])
+    assert (cfg.init_from, cfg.tokenizer) == (tmp_path / "mine", "org/name")
 
 
 def test_steps_are_whole_epochs_unless_told_otherwise(tmp_path):
@@ -163,9 +172,9 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_a_directory_with_res
         (("--model-config", "list.json"), "쓸 수 있는 config.json이 없습니다"),
         (("--model-config", "words.txt"), "쓸 수 있는 config.json이 없습니다"),
         (("--model-config", "empty"), "쓸 수 있는 config.json이 없습니다"),
-        (("--init-from", "words.txt"), "--init-from: words.txt 에 쓸 수 있는 config.json이 없습니다"),
+        (("--init-from", "words.txt"), "--init-from: ./words.txt 에 쓸 수 있는 config.json이 없습니다"),
         (("--init-from", "./empty"), "--init-from: ./empty 에 쓸 수 있는 config.json이 없습니다"),
-        (("--tokenizer", "list.json"), "--tokenizer: list.json 에 쓸 수 있는 tokenizer.json이 없습니다"),
+        (("--tokenizer", "list.json"), "--tokenizer: ./list.json 에 쓸 수 있는 tokenizer.json이 없습니다"),
         (("--init-from", "model", "--max-seq-length", "128"), "모델의 최대 길이 64보다 깁니다. --max-seq-length 64"),
         (("--init-from", "model", "--tokenizer", "large"), "--tokenizer의 어휘 200개가 --init-from 모델의 128개보다"),
         (("--model-config", "outputs/my_own.json"), None),

@@ -212,7 +212,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_before_anything_is_installed
     (tmp_path / "folder").mkdir()
     good = ("--generate", str(checkpoint))
     for arguments, code, text in (
-        ([*good], 2, '--generate: 이어 쓸 글이 없습니다. 예: --generate .* --prompt "오늘 아침"'),
+        ([*good], 2, '--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"'),
         ([*good, "--prompt"], 2, "--prompt: 값이 없습니다"),
         ([*good, "--prompt", "x", "--train"], 2, "--train 을 빼세요"),
         ([*good, "--prompt", "x", "--top-p", "2"], 2, "--top-p: '2' 값은 범위를 벗어났습니다"),
