@@ -2587,13 +2587,12 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
     """The kernel that SDPA takes for this run's shapes; EnvironmentProblem if the one that was asked for can't."""
     from torch.nn.attention import SDPBackend
 
-    config = model.config.get_text_config()
     if model.config._attn_implementation != ATTENTION_NAME:
         return model.config._attn_implementation  # transformers' own, which chooses by its mask
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision, torch.bfloat16)
-    shape = (batch_size, config.num_attention_heads, cfg.max_seq_length, head)
-    like = torch.empty(shape, dtype=dtype, device=model.device, requires_grad=True)
+    config = model.config.get_text_config()
+    heads, dtype = config.num_attention_heads, {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision)
+    shape = (batch_size, heads, cfg.max_seq_length, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    like = torch.empty(shape, dtype=dtype or torch.bfloat16, device=model.device, requires_grad=True)
     try:
         chosen = torch._fused_sdp_choice(like, like, like, is_causal=True)
     except RuntimeError as error:
@@ -2608,9 +2607,9 @@ def choose_attention(model: nn.Module) -> None:
 
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
-    kinds, window = getattr(config, "layer_types", None) or ["full_attention"], getattr(config, "sliding_window", None)
-    name = ATTENTION_NAME if set(kinds) == {"full_attention"} and not window else "sdpa"
-    if getattr(config, "attn_logit_softcapping", None):  # which SDPA can't do
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    name = ATTENTION_NAME if full and not getattr(config, "sliding_window", None) else "sdpa"
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # which SDPA can't do
         name = "eager"
     with suppress(ValueError):  # the model knows its own only
         model.set_attn_implementation(name)
@@ -2622,42 +2621,36 @@ def short_error(error: Exception) -> str:
 
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
-    """Configuration of the model to build: a preset's, or the one that ``--model-config`` names.
-
-    ``pad_token_id`` stays unset: an Embedding doesn't train its padding row, which is the end of text's here.
-    """
+    """Configuration of the model to build: a preset's, or the one that ``--model-config`` names."""
     from transformers import AutoConfig, LlamaConfig
 
-    ours = {
-        "vocab_size": -(-len(tokenizer) // 128) * 128,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": None,
-    }
     if cfg.model_config:
         config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
-        text = config.get_text_config()
-        text.update(ours)
-        if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
-            text.max_position_embeddings = cfg.max_seq_length  # a new model's, as a preset's
-        return config
-    preset = PRESETS[cfg.model_size]
-    return LlamaConfig(
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.hidden // preset.head,
-        max_position_embeddings=cfg.max_seq_length,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        **ours,
-    )
+    else:
+        preset = PRESETS[cfg.model_size]
+        config = LlamaConfig(
+            hidden_size=preset.hidden,
+            intermediate_size=preset.mlp,
+            num_hidden_layers=preset.layers,
+            num_attention_heads=preset.hidden // preset.head,
+            max_position_embeddings=cfg.max_seq_length,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        )
+    text = config.get_text_config()
+    text.vocab_size = -(-len(tokenizer) // 128) * 128
+    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
+    if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
+        text.max_position_embeddings = cfg.max_seq_length
+    return config
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
     """The transformers model with fp32 weights on ``device``; the same weights on every rank."""
     from transformers import AutoModelForCausalLM
 
+    set_seed(cfg.seed)
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         embedding, longest = model.get_input_embeddings(), context_length(model, default=cfg.max_seq_length)
@@ -2666,7 +2659,6 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
-        set_seed(cfg.seed)
         try:
             config = model_settings(cfg, tokenizer)
             with torch.device(device):
@@ -2675,9 +2667,9 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             if not cfg.model_config:
                 raise
             raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
+        choose_attention(model)
         if not cfg.model_config:
             shrink_residual_projections(model)
-    choose_attention(model)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -2709,8 +2701,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
     if surplus:
         logger.warning(f"⚠️  모델 설정에 없는 가중치 {len(surplus)}개를 읽지 않았습니다: {source} (예: {surplus[0]})")
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # some versions of transformers take SDPA, which leaves it out
+    choose_attention(model)
     return model
 
 
@@ -2854,11 +2845,12 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
     """Orthogonalise ``matrices`` into ``out``: their singular vectors stay, the singular values come near 1.
 
-    Both are (n, rows, columns) with rows <= columns; ``matrices`` is overwritten.  Source of the
-    iteration and its coefficients: Jordan et al., "Muon" (2024).
+    Both are (n, rows, columns); ``matrices`` is overwritten.  Source of the iteration and its
+    coefficients: Jordan et al., "Muon" (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    now, then = matrices, out
+    wide = matrices.shape[1] <= matrices.shape[2]
+    now, then = (matrices, out) if wide else (matrices.mT, out.mT)
     now.div_(torch.linalg.vector_norm(now, dim=(1, 2), keepdim=True).clamp_(min=1e-7))
     for _ in range(5):  # an odd number, so that the last one ends in ``out``
         gram = now @ now.mT
@@ -2867,20 +2859,14 @@ def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
         now, then = then, now
 
 
-def to_wide(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix, or its transpose if it has more rows than columns."""
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-
-
 class Muon(torch.optim.AdamW):
     """Muon for the first group's matrices; the other groups are fused AdamW's.
 
     An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that its
     learning rate and decay carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank
     keeps all of the momentum, so rank 0's checkpoint is complete; each orthogonalises its share of the
-    matrices of a shape and gathers the others' while it computes the next ones; all apply what was
-    gathered, so that weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes
-    nothing, and no host waits to hear of it.
+    matrices of a shape and gathers the others', so that all apply the same and weights can't drift apart.
+    Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing, and no host waits to hear of it.
     """
 
     momentum = 0.95
@@ -2889,23 +2875,16 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **settings)
         shared = dist.is_initialized() and not alone
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for weight in self.param_groups[0]["params"]:
-            shapes.setdefault(to_wide(weight).shape, []).append(weight)
-        self.chunks: list[list[nn.Parameter]] = []  # of one shape, at most MUON_BATCH elements for each rank
-        for shape, alike in shapes.items():
-            most = self.ranks * max(1, MUON_BATCH // shape.numel())
-            self.chunks += [alike[first : first + most] for first in range(0, len(alike), most)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As any optimizer does: AdamW's looks for AdamW's state in every group."""
-        torch.optim.Optimizer.__setstate__(self, state)
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for AdamW's state in every group
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every weight from its gradient, which is used up."""
         groups, found_inf = self.param_groups, getattr(self, "found_inf", None)
-        decay, kept = groups[0]["lr"] * groups[0]["weight_decay"], 1.0 if found_inf is None else 1 - found_inf
+        kept = 1.0 if found_inf is None else 1 - found_inf
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for weight in groups[0]["params"]:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -2913,37 +2892,32 @@ class Muon(torch.optim.AdamW):
             if found_inf is not None:
                 torch.where(found_inf.bool(), momentum, weight.grad, out=weight.grad)  # a NaN times 0 would stay one
             momentum.lerp_(weight.grad, 1 - self.momentum)
-            weight.mul_(1 - kept * decay)
-        waiting: Iterator[None] = iter(())
-        for chunk in self.chunks:
-            sent = self.update(chunk, kept)
-            next(sent)
-            next(waiting, None)
-            waiting = sent
+            weight.mul_(1 - kept * groups[0]["lr"] * groups[0]["weight_decay"])
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for shape, alike in by_shape.items():
+            most = self.ranks * max(1, MUON_BATCH // shape.numel())
+            for first in range(0, len(alike), most):
+                self.update(alike[first : first + most], kept)
         self.param_groups = groups[1:]
         super().step()
         self.param_groups = groups
-        next(waiting, None)
 
-    def update(self, chunk: list[nn.Parameter], kept: torch.Tensor | float) -> Iterator[None]:
-        """Compute this rank's share of a chunk's updates and send it; resumed, wait for all of them and apply them."""
-        shape, share = to_wide(chunk[0]).shape, -(-len(chunk) // self.ranks)
+    def update(self, alike: list[nn.Parameter], kept: torch.Tensor | float) -> None:
+        """Orthogonalise this rank's share of matrices of one shape, gather the others' and apply all of them."""
+        shape, share = alike[0].shape, -(-len(alike) // self.ranks)
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        on_cpu = chunk[0].device.type == "cpu"
+        on_cpu = alike[0].device.type == "cpu"
         dtype = torch.float32 if on_cpu else torch.bfloat16  # which is 22 times slower on a CPU with AVX2 only
-        scratch = torch.zeros(share, *shape, dtype=dtype, device=chunk[0].device)
+        scratch = torch.zeros(share, *shape, dtype=dtype, device=alike[0].device)
         updates = scratch.new_empty(self.ranks * share, *shape)
-        for row, weight in zip(scratch, chunk[mine], strict=False):  # the last rank may have fewer, or none
-            row.copy_(to_wide(weight.grad.lerp_(self.state[weight]["momentum_buffer"], self.momentum)))
+        for row, weight in zip(scratch, alike[mine], strict=False):  # the last rank may have fewer, or none
+            row.copy_(weight.grad.lerp_(self.state[weight]["momentum_buffer"], self.momentum))
         newton_schulz(scratch, updates[mine])
-        work = dist.all_gather_into_tensor(updates, updates[mine], async_op=True) if self.ranks > 1 else None
-        yield
-        if work:
-            work.wait()  # on a GPU its stream waits, not the host
-        rate = -0.2 * shape[1] ** 0.5 * self.param_groups[0]["lr"]
-        for weight, update in zip(chunk, updates.mul_(kept), strict=False):
-            to_wide(weight).add_(update, alpha=rate)
-        yield
+        if self.ranks > 1:
+            dist.all_gather_into_tensor(updates, updates[mine])
+        rate = -0.2 * max(shape) ** 0.5 * self.param_groups[0]["lr"]
+        for weight, update in zip(alike, updates.mul_(kept), strict=False):
+            weight.add_(update, alpha=rate)
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
@@ -2954,40 +2928,23 @@ def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    left = (total - step) / max(1, total - warmup)
     factors = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "wsd": min(1.0, (1 - progress) / WSD_DECAY),
+        "cosine": 0.5 * (1 - math.cos(math.pi * left)),
+        "linear": left,
+        "wsd": min(1.0, left / WSD_DECAY),
         "constant": 1.0,
     }
     return cfg.learning_rate * factors[cfg.lr_schedule]
 
 
 def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
-    """The first batch size with which steps run on every rank within ``MEMORY_TO_USE`` of its GPU.
-
-    From a rank's ``rows`` of a step on, halved each time.  Tried on models that are thrown away, so that the run
-    begins as if that size had been typed.
-    """
-    size, on_gpu = rows, cfg.device == "cuda"
+    """The first batch size, from a rank's ``rows`` of a step on and halved each time, that fits on every rank."""
     logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개에서 시작해 절반씩 줄임)")
-    if on_gpu:
+    if cfg.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
-    while True:
-        fits = torch.ones((), device=accelerator.device)
-        try:
-            try_steps(cfg, size, tokenizer, accelerator)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            fits.zero_()
-        torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
-        accelerator.free_memory()  # it keeps the models that it prepared
-        if dist.is_initialized():
-            dist.all_reduce(fits, dist.ReduceOp.MIN)
-        if fits:
-            break
+    size = rows
+    while not batch_fits(cfg, size, tokenizer, accelerator):
         logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
         if size == 1:
             raise EnvironmentProblem(
@@ -2995,12 +2952,27 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
                 "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
             )
         size = next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
-    if on_gpu:
+    if cfg.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.reset_peak_memory_stats()
-    set_seed(cfg.seed)
     logger.info(f"✅ 배치 크기 {size}, 기울기 누적 {rows // size} (스텝당 토큰은 그대로)")
     return size
+
+
+def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
+    """Whether every rank has memory for steps of this size; what they leave behind is cleared."""
+    fits = torch.ones((), device=accelerator.device)
+    try:
+        try_steps(cfg, size, tokenizer, accelerator)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fits.zero_()
+    torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
+    accelerator.free_memory()  # it keeps the models that it prepared
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return bool(fits)
 
 
 def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
@@ -3492,26 +3464,26 @@ class DelayedStats:
     """
 
     def __init__(self, device: torch.device):
-        self.waiting: deque = deque()
+        self.waiting: tuple | None = None
         self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
 
     def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
         """Hand in a step's figures (4 float32 on the device); returns the step before it, if any, as ``pop`` does."""
-        # NCCL holds up the stream and not the host.
-        work, event = dist.all_reduce(stats, async_op=not self.pinned) if dist.is_initialized() else None, None
+        event = None
+        if dist.is_initialized():
+            dist.all_reduce(stats)  # NCCL holds up the stream and not the host
         if self.pinned:
             stats, event = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event()
             event.record()
-        self.waiting.append((step, time.monotonic(), stats, work, event))
-        return self.pop() if len(self.waiting) > 1 else None
+        launched = step, time.monotonic(), stats, event
+        before, self.waiting = self.pop(), launched
+        return before
 
     def pop(self) -> tuple[int, float, list[float]] | None:
-        """The oldest waiting step's number, the time by which it had ended, and its figures; None if none waits."""
-        if not self.waiting:
+        """The waiting step's number, the time by which it had ended, and its figures; None if none waits."""
+        if self.waiting is None:
             return None
-        step, moment, stats, work, event = self.waiting.popleft()
-        if work:
-            work.wait()
+        (step, moment, stats, event), self.waiting = self.waiting, None
         if event:
             event.synchronize()
             moment = time.monotonic()  # when the step ended: the host had launched it long before
@@ -3624,28 +3596,24 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
     """
     if wait and run.painter is not None:
         run.painter.wait()
+    detail_log = run.cfg.logs_dir / "training_detail_rank_0.log"
     if importlib.util.find_spec("matplotlib") and (run.painter is None or run.painter.poll() is not None):
         command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
         # A picture is no reason to end training.
-        with suppress(OSError), open(run.cfg.logs_dir / "training_detail_rank_0.log", "a", encoding="utf-8") as log:
+        with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:
             run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     if wait and run.painter is not None and run.painter.wait():
-        log = display_path(run.cfg.logs_dir / "training_detail_rank_0.log")
-        logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {log}")
+        logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``: a resumed run writes them again."""
+def cut_file(path: Path, step_pattern: str, step: int) -> None:
+    """Cut a file at its first line whose step is after ``step``, as a resumed run writes it again, or at a torn end."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with suppress(ValueError, KeyError, TypeError):  # torn, as after a loss of power: left out
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    content = path.read_bytes()
+    lines = re.finditer(step_pattern.encode(), content, re.MULTILINE)
+    later = (line.start() for line in lines if int(line[1].replace(b",", b"")) > step)
+    os.truncate(path, next(later, content.rfind(b"\n") + 1))
 
 
 def start_profile(run: Run, left: int) -> Any:
@@ -3657,21 +3625,20 @@ def start_profile(run: Run, left: int) -> Any:
 
     if not run.cfg.profile or not run.is_main:
         return None
-    if left < 2:
-        logger.warning("⚠️  --profile: 두 스텝은 있어야 합니다. --max-steps 를 늘리세요")
+    if left < 8:
+        logger.warning("⚠️  --profile: 여덟 스텝은 있어야 합니다. --max-steps 를 늘리세요")
         return None
-    path, count, kinds = run.cfg.output_dir / "profile_trace.json.gz", min(3, left - 1), [ProfilerActivity.CPU]
-    order = "self_cpu_time_total"
-    if run.cfg.device == "cuda":
-        kinds, order = [*kinds, ProfilerActivity.CUDA], "self_device_time_total"
+    path, on_gpu = run.cfg.output_dir / "profile_trace.json.gz", run.cfg.device == "cuda"
 
     def report(profiler: Any) -> None:
         profiler.export_chrome_trace(str(path))
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
-        logger.info(f"🔬 프로파일: {count}스텝의 합, 자기 시간이 긴 연산부터\n{table}")
+        logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터\n{table}")
         logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
 
-    steps = schedule(skip_first=min(5, left - count) - 1, wait=0, warmup=1, active=count, repeat=1)
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    steps = schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1)
     profiler = profile(activities=kinds, schedule=steps, on_trace_ready=report)
     profiler.start()
     return profiler
@@ -3821,15 +3788,6 @@ def generate_samples(run: Run, state: TrainState) -> None:
         logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
     with tracking(run):
         run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
-
-
-def cut_samples(path: Path, step: int) -> None:
-    """Drop the samples of steps after ``step``: a resumed run writes them again."""
-    text = read_text(path)
-    for heading in re.finditer(r"^## 스텝 ([\d,]+)$", text, re.M):
-        if int(heading[1].replace(",", "")) > step:
-            path.write_text(text[: heading.start()], encoding="utf-8")
-            return
 
 
 # --- a checkpoint in use: --generate and --evaluate ---
@@ -4315,8 +4273,8 @@ def begin_at(run: Run, state: TrainState) -> None:
     cfg = run.cfg
     if not run.is_main:
         return
-    cut_metrics(cfg.output_dir / "metrics.jsonl", state.step)
-    cut_samples(cfg.output_dir / "samples.md", state.step)
+    cut_file(cfg.output_dir / "metrics.jsonl", r'^\{"step": (\d+)', state.step)
+    cut_file(cfg.output_dir / "samples.md", r"^## 스텝 ([\d,]+)$", state.step)
     for path in list_checkpoints(cfg.output_dir):
         if checkpoint_step(path) > state.step:  # the run will write its own
             aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))

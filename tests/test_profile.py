@@ -12,7 +12,7 @@ import train_h100_dual as t
 
 
 def test_a_profiled_run_leaves_a_trace_and_tells_which_operators_took_the_time(tmp_path, caplog):
-    run = tiny_run(tmp_path, "--profile", "--max-steps", "6", "--eval-steps", "1000", "--no-save-initial")
+    run = tiny_run(tmp_path, "--profile", "--max-steps", "8", "--eval-steps", "1000", "--no-save-initial")
     t.logger.propagate = True
     with caplog.at_level(logging.INFO, "h100_dual"):
         t.train(run, t.TrainState())
