@@ -1733,7 +1733,7 @@ import pickle
 import random
 import resource
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from statistics import fmean, pstdev
@@ -3081,15 +3081,14 @@ def write_model(folder: Path, run: Run) -> None:
     config = run.model.config.to_dict()
     config.update(use_cache=True, architectures=[type(run.model).__name__], dtype="float32")
     config.get("text_config", config).update(ids)  # the tokenizer may not be the one that --init-from came with
-    type(run.model.config).from_dict(config).save_pretrained(folder)
+    saved = json.loads(type(run.model.config).from_dict(config).to_json_string())
     # transformers 4, and what reads configurations as it did, knows no rope_parameters and would take its defaults.
-    saved = read_json(folder / "config.json")
     rope = dict(saved.get("rope_parameters") or {})
     if "rope_theta" in rope:  # else none, or several by type of layer, which version 4 had no common names for
         saved.update({name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope})
         if rope.get("rope_type", "default") != "default":
             saved["rope_scaling"] = rope
-        write_json(folder / "config.json", saved)
+    write_json(folder / "config.json", saved)
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
     GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, **sampling).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
@@ -3118,19 +3117,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and directory under ``folder`` to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def flush_to_disk(paths: Iterable[Path]) -> None:
+    """Have the disk hold what was written to files, and to directories' lists of names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -3141,11 +3135,11 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        sync_tree(temporary)
+        flush_to_disk([*temporary.rglob("*"), temporary])
         if folder.exists():
             remove_directory(folder)
         os.rename(temporary, folder)
-        sync_path(folder.parent)
+        flush_to_disk([folder.parent])
     except BaseException:  # give back the room that half of it takes
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -3190,8 +3184,8 @@ def save_initial_model(run: Run) -> None:
             write_model(temporary, run)
             write_json(temporary / "model_info.json", info)
         logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
-    except OSError as error:
-        logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
+    except (OSError, EnvironmentProblem) as error:
+        logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
     run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
 
 
@@ -3226,13 +3220,13 @@ class Saver:
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
-        self.thread: threading.Thread | None = None  # until the loop has told how the save ended
-        self.step = 0
-        self.error: Exception | None = None
+        self.executor = ThreadPoolExecutor(1, "saver", os.nice, (10,))  # on a CPU, training needs the same cores
+        self.save: Future | None = None  # until the loop has told how it ended
+        self.step = 0  # of that save
 
     @property
     def busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        return self.save is not None and not self.save.done()
 
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
@@ -3255,26 +3249,15 @@ class Saver:
             torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
         return weights
 
-    def start(self, run: Run, *content: dict[str, Any]) -> None:
+    def start(self, run: Run, weights: dict[str, Any], content: dict[str, Any], info: dict[str, Any]) -> None:
         """Call ``write_checkpoint`` in the thread; none may be running."""
+        self.step, self.save = info["step"], self.executor.submit(write_checkpoint, run, weights, content, info)
 
-        def work() -> None:
-            begun = time.monotonic()
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on a CPU, training needs the same cores
-            try:
-                write_checkpoint(run, *content)
-            except Exception as error:  # reported at the next step
-                self.error = error
-            run.save_seconds = time.monotonic() - begun
-
-        self.step, self.error = content[-1]["step"], None
-        self.thread = threading.Thread(target=work, name="saver", daemon=True)
-        self.thread.start()
-
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> None:
         """Wait, on this rank alone, for the save that is being written."""
-        if self.thread is not None:
-            self.thread.join()
+        if self.save is not None:
+            with suppress(TimeoutError):
+                self.save.exception(seconds)
 
 
 def wait_for_saver(run: Run) -> None:
@@ -3285,27 +3268,33 @@ def wait_for_saver(run: Run) -> None:
     busy = torch.ones((), device=run.accelerator.device)
     with log_waiting("앞선 체크포인트의 저장을 기다리는 중"):
         while busy:
-            if run.saver.busy:
-                run.saver.thread.join(1.0)
+            run.saver.wait(1.0)
             broadcast(busy.fill_(run.saver.busy))  # other ranks have none
             run.stop.heartbeat()
     report_save(run)
 
 
 def check_room(run: Run) -> None:
-    """Raise OSError (ENOSPC) unless the disk has room for what was copied and the small files beside it."""
+    """EnvironmentProblem unless the disk has room for what was copied and the small files beside it."""
     needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
     free = shutil.disk_usage(run.cfg.output_dir).free
     if free < needed:
         sizes = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-        raise OSError(errno.ENOSPC, f"디스크 공간이 부족합니다 ({sizes})")
+        raise EnvironmentProblem(f"디스크 공간이 부족합니다 ({sizes})")
 
 
-def save_problem(error: Exception) -> str:
-    """Why something could not be written, in Korean where it is for want of room."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return error.strerror if "GiB" in str(error) else "디스크 공간이 부족합니다"
-    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+def describe_error(error: Exception) -> tuple[str, bool]:
+    """A Korean sentence for an error, and whether its cause is known, so that to try again would not help."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
+        full, place = error.errno == errno.ENOSPC, f" ({error.filename})" if error.filename else ""
+        return ("디스크 공간이 부족합니다" if full else f"{type(error).__name__}: {error.strerror}") + place, full
+    if is_out_of_memory(error):
+        smaller = "--batch-size 나 --max-seq-length 를 줄이거나, 학습에는 --gradient-checkpointing"
+        return f"GPU 메모리가 부족합니다. {smaller}, 체크포인트 사용에는 --device cpu 를 쓰세요", True
+    if isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", text):
+        return text, True
+    return f"예상하지 못한 오류: {type(error).__name__}: {text[:300]}", False
 
 
 def save_checkpoint(run: Run, state: TrainState) -> None:
@@ -3333,6 +3322,7 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
 
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
     """Write a checkpoint from host memory, in the saver's thread; what it replaces goes only once it is there."""
+    begun = time.monotonic()
     check_room(run)
     with atomic_dir(run.cfg.output_dir / f"checkpoint-{info['step']}") as temporary:
         (temporary / "training_state").mkdir()
@@ -3354,26 +3344,28 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
             remove_directory(path)
         except OSError as error:  # somebody reads it, as on NFS; the new one is there all the same
             logger.warning(f"⚠️  오래된 체크포인트를 지우지 못했습니다: {display_path(path)} ({error})")
+    run.save_seconds = time.monotonic() - begun
 
 
-def report_save(run: Run) -> None:
-    """Tell, once, how the save ended that was being written; after a failure the next interval tries again."""
+def report_save(run: Run) -> BaseException | None:
+    """Tell, once, how the save ended that was being written, and return its error; the next interval tries again."""
     saver = run.saver
-    if saver.thread is None or saver.busy:
-        return
-    saver.thread = None
-    if saver.error is None:
+    if saver.save is None or saver.busy:
+        return None
+    error, saver.save = saver.save.exception(), None
+    if error is None:
         folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
         logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({run.save_seconds:.1f}초)")
-        return
+        return None
     failed = read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1
     with suppress(OSError):  # a full disk
         update_run_info(run.cfg.output_dir, failed_saves=failed)
-    logging.getLogger("traceback").error("a save failed", exc_info=saver.error)
+    logging.getLogger("traceback").error("a save failed", exc_info=error)
     logger.warning(
-        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {save_problem(saver.error)}. "
+        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {describe_error(error)[0]}. "
         f"다음 저장 때 다시 시도합니다. {last_checkpoint(run.cfg)}"
     )
+    return error
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:
@@ -3385,12 +3377,12 @@ def last_checkpoint(cfg: TrainConfig) -> str:
 def finish_saving(run: Run, state: TrainState) -> None:
     """Wait, on rank 0 alone, for the last step's save; RuntimeError if it failed."""
     run.saver.wait()
-    report_save(run)
-    if run.saver.error is not None:
+    error = report_save(run)
+    if error is not None:
         raise RuntimeError(
-            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {save_problem(run.saver.error)}. "
+            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {describe_error(error)[0]}. "
             f"공간을 비우고 --train --resume 으로 이어서 하세요. {last_checkpoint(run.cfg)}"
-        ) from run.saver.error
+        ) from error
 
 
 def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> ResumePoint:
@@ -3413,19 +3405,17 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Bring model, optimizer, scaler and generators back to where a checkpoint was written.
 
     Rank 0 reads it; the others, which may be on other machines, get it from there, a tensor at a time.
-    EnvironmentProblem: its weights don't fit the model, or the run would end before its step.
+    EnvironmentProblem: its weights don't fit the model.
     """
     content: dict[str, Any] = {}
     if run.is_main:
-        info = read_json(folder / "training_info.json")
-        refuse_too_few_steps(run.total_steps, info["step"])
         weights = read_tensors(folder / "pytorch_model.bin")
         try:
             run.model.load_state_dict(weights)
         except RuntimeError as error:
-            problem = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
-            raise EnvironmentProblem(problem) from error
-        content = {**read_tensors(folder / "training_state" / "state.pt"), "total_steps": info["total_steps"]}
+            text = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
+            raise EnvironmentProblem(text) from error
+        content = read_tensors(folder / "training_state" / "state.pt")
     moments = content.pop("optimizer", {})
     shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
     content, shapes = broadcast_object_list([content, shapes])
@@ -3444,11 +3434,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
         torch.set_rng_state(generators["cpu"])
         if "cuda" in generators and run.cfg.device == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], run.accelerator.device)
-    state, before = TrainState(**content["progress"]), content["total_steps"]
-    logger.info(f"🔁 이어서 학습: {display_path(folder)} (스텝 {state.step:,}부터)")
-    if before != run.total_steps:
-        logger.info(f"⚠️  전체 스텝: {before:,} → {run.total_steps:,}. 학습률을 새 길이에 맞춰 다시 계산합니다")
-    return state
+    return TrainState(**content["progress"])
 
 
 # ======================================================================================
@@ -3559,7 +3545,9 @@ class StepLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.unwritten = b""
         except OSError as error:
-            logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {save_problem(error)}")
+            logger.warning(
+                f"⚠️  {display_path(path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}"
+            )
         group = "validation" if "val_loss" in record else "train"
         figures = {f"{group}/{name.removeprefix('val_')}": value for name, value in record.items() if value is not None}
         with tracking(self.run):
@@ -3574,7 +3562,9 @@ def tracking(run: Run) -> Iterator[None]:
     except Exception as error:
         run.accelerator.trackers.clear()
         logging.getLogger("traceback").error("tracking failed", exc_info=error)
-        logger.warning(f"⚠️  --report-to 기록에 실패해 더 보내지 않습니다: {save_problem(error)}. 학습은 계속합니다")
+        logger.warning(
+            f"⚠️  --report-to 기록에 실패해 더 보내지 않습니다: {describe_error(error)[0]}. 학습은 계속합니다"
+        )
 
 
 def start_trackers(run: Run, state: TrainState) -> None:
@@ -3771,7 +3761,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
             texts[prompt] = "".join(plain)
     except Exception as error:  # a model that can be trained but not generate is no reason to end its training
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
-        logger.warning(f"⚠️  샘플을 만들지 못했습니다: {save_problem(error)}. 학습은 계속합니다")
+        logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
     run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
     if not run.is_main or not texts:
@@ -3785,7 +3775,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
         with open(path, "a", encoding="utf-8") as stream:
             stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
     except OSError as error:
-        logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {save_problem(error)}")
+        logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {describe_error(error)[0]}")
     with tracking(run):
         run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
 
@@ -4001,51 +3991,43 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     """
     if run.cfg.max_hours is None or not run.is_main:
         return
-    evaluation = run.evaluation_seconds
+    evaluation, saves = run.evaluation_seconds, 2.5 if run.saver.busy else 1.5
     if evaluation is None:
         evaluation = 0.5 * step_seconds * min(len(run.corpus.val), MOST_EVALUATION_TOKENS) / run.step_tokens
-    reserve = (
-        2 * step_seconds + evaluation + run.sample_seconds + (2.5 if run.saver.busy else 1.5) * run.save_seconds + 5
-    )
+    reserve = 2 * step_seconds + evaluation + run.sample_seconds + saves * run.save_seconds + 5
     run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
 
 
 def train(run: Run, state: TrainState) -> str:
     """Train to the end or until asked to stop; returns the state in which the run ended."""
-    cfg, accelerator = run.cfg, run.accelerator
-    steps = range(state.step, run.total_steps)
+    cfg, accelerator, start = run.cfg, run.accelerator, state.step
+    steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    reader, log = DelayedStats(accelerator.device), StepLog(run, state)
-    profile = start_profile(run, len(steps))
+    reader, log, profile = DelayedStats(accelerator.device), StepLog(run, state), start_profile(run, len(steps))
     stopping = False
-    if state.step and state.step % cfg.eval_steps == 0 and state.evaluation_step != state.step:
+    if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
         evaluate_and_log(run, state, log)  # a stop had no time for it
         log.restart_clock()
     while state.step < run.total_steps and not stopping:
-        step_start = time.monotonic()
-        with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and state.step == steps.start else nullcontext():
+        begun, is_first = time.monotonic(), state.step == start
+        with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and is_first else nullcontext():
             stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg))
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
         stopping = note_step(run, state, log, reader.push(state.step, stats))
-        if state.step == steps.start + 1:
-            run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
-            if cfg.device == "cuda" and accelerator.num_processes > 1:
-                # DDP makes its buckets anew in the second forward pass.  The first ones, 4 bytes a parameter, stand
-                # beside its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
-                torch.cuda.synchronize()
-                time.sleep(0.3)
+        report_save(run)
         if profile is not None:
             profile.step()
-        report_save(run)
-        if state.step > steps.start + 1:  # the first one may have compiled
-            set_deadline(run, time.monotonic() - step_start)
+        if is_first:
+            run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
+            release_first_buckets(cfg)
+        else:
+            set_deadline(run, time.monotonic() - begun)
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
-        run.stop.heartbeat()
         if stopping or evaluates or samples or saves:
             stopping = note_step(run, state, log, reader.pop()) or stopping
             if evaluates and (last or not stopping):
@@ -4054,13 +4036,23 @@ def train(run: Run, state: TrainState) -> str:
                 generate_samples(run, state)
             if saves or stopping:
                 save_checkpoint(run, state)
-                run.stop.heartbeat()
                 if run.is_main and not last and not stopping:
                     draw_curves_beside(run)
+            run.stop.heartbeat()
             log.restart_clock()
         if state.step % 500 == 0:
             gc.collect()
     return "finished" if state.step >= run.total_steps else "stopped"
+
+
+def release_first_buckets(cfg: TrainConfig) -> None:
+    """Free the buckets that DDP replaces in the second forward pass: 4 bytes a parameter beside its activations.
+
+    NCCL's watchdog holds them until it looks again, every 0.1 s.
+    """
+    if cfg.device == "cuda":
+        torch.cuda.synchronize()
+        time.sleep(0.3)
 
 
 # ======================================================================================
@@ -4068,51 +4060,36 @@ def train(run: Run, state: TrainState) -> str:
 # ======================================================================================
 
 
-def detect_device(cfg: TrainConfig) -> str:
-    """The device that this process will use.
-
-    Raises:
-        EnvironmentProblem: CUDA was asked for, or a training run started, where there is none.
-    """
-    if cfg.device == "cpu":
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    if cfg.device == "cuda" or not cfg.is_test:
-        raise EnvironmentProblem("GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요")
-    return "cpu"
-
-
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Complete the options; the launcher has made the plan, and of ranks that were started by hand the first does."""
+    """Complete the options, and return lines to show.
+
+    The launcher has made the plan and shown it; of ranks that were started by hand the first one does.
+    """
     if "RUN_ID" in os.environ:
-        return resolve_config(typed, typed.device)
+        return resolve_config(typed, typed.device)[0], []
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if rank_and_world()[0]:
-        return resolve_config(typed, detect_device(typed))
-    plan = make_launch_plan(typed, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return plan.cfg, plan.notes
+        gpus = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return resolve_config(typed, plan_device(typed, gpus, processes)[0])[0], []
+    plan = make_launch_plan(typed, processes)
+    return plan.cfg, [*info_lines(plan, False), *(f"⚠️  {note}" for note in plan.notes)]
 
 
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     """Take the output directory for this run and clear what an earlier test left there; rank 0 only.
 
     Returns the open lock file, which has to be kept: the kernel lets go of it however we end.
-
-    Raises:
-        EnvironmentProblem: another run works there.
+    EnvironmentProblem: another run has begun there since the plan was made.
     """
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(cfg.output_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
-    # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
-    deadline = time.monotonic() + (20 if is_restart(read_json(cfg.output_dir / "run_info.json")) else 1)
-    while True:
-        try:
+    for _ in range(100):  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise EnvironmentProblem(f"이 출력 디렉토리에서 다른 학습이 실행 중입니다: {cfg.output_dir}") from None
-            time.sleep(0.2)
+        time.sleep(0.2)
+    else:
+        raise EnvironmentProblem(f"이 출력 디렉토리에서 다른 학습이 실행 중입니다: {cfg.output_dir}")
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
@@ -4133,22 +4110,13 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
 def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
     """Begin ``run_info.json``: what runs, on what; of an earlier one what still holds is kept."""
     path = cfg.output_dir / "run_info.json"
-    info = read_json(path)
-    kept = ("step", "total_steps", "dataset") if cfg.resume else ()
+    info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()
     if is_restart(info):
         kept += ("restarts", "first_step", "failed_saves", "dataset")
         info["restarts"] = info.get("restarts", 0) + 1
-    typed = os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1]
-    if not typed:
-        processes = os.environ.get("LOCAL_WORLD_SIZE")
-        agent = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes else [sys.executable]
-        typed = [*agent, *sys.argv]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    setting = f"CUDA_VISIBLE_DEVICES={shlex.quote(visible)} " if visible else ""
-    gpus: list[str] = []
-    if cfg.device == "cuda":
-        with suppress(EnvironmentProblem):  # a slow nvidia-smi is no reason; CUDA isn't asked, as helpers fork yet
-            gpus = [gpu.name for gpu in query_gpus(visible)]
+    command = ["env", f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
+    command += os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1] or [sys.executable, *sys.argv]
     path.unlink(missing_ok=True)
     update_run_info(
         cfg.output_dir,
@@ -4156,14 +4124,9 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
         state="running",
         mode=cfg.mode,
         options=options_of(cfg),
-        command=f"cd {shlex.quote(os.getcwd())} && {setting}{shlex.join(typed)}",  # it can be pasted anywhere
+        command=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",  # it can be pasted anywhere
         world_size=world_size,
-        machine={
-            "host": os.uname().nodename,
-            "cpus": os.cpu_count(),
-            "gpus": gpus,
-            "visible_devices": visible,
-        },
+        machine={"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible},
         started=timestamp(),
         run_id=run_id(),
         **provenance(),
@@ -4175,53 +4138,41 @@ def build_run(
 ) -> Run:
     """Create the model and the optimizer, and wrap them for training; ``accumulation`` is a resume's, if not as typed.
 
-    Raises:
-        EnvironmentProblem: --find-batch-size found that no row fits.
-        RuntimeError: the corpus is smaller than one global batch, or a stream than one row.
+    RuntimeError: the corpus is smaller than one global batch, or a domain than one row; of --find-batch-size: no
+    row fits.
     """
-    rows = cfg.batch_size * (accumulation or cfg.gradient_accumulation_steps)
-    step_tokens = rows * accelerator.num_processes * cfg.max_seq_length
-    steps = total_steps(cfg, corpus.rows(cfg.max_seq_length), step_tokens)
-    if steps == 0 or corpus.rows(cfg.max_seq_length) == 0:
+    rows, length = cfg.batch_size * (accumulation or cfg.gradient_accumulation_steps), cfg.max_seq_length
+    step_tokens = rows * accelerator.num_processes * length
+    steps = total_steps(cfg, corpus.rows(length), step_tokens)
+    if steps == 0 or corpus.rows(length) == 0:
         raise RuntimeError(
             f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 "
             "작습니다. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
         )
     for name, domain in zip(cfg.mix_counts, corpus.domains, strict=False):
-        if not domain.rows(cfg.max_seq_length):
-            raise RuntimeError(
-                f"--mix: '{name}' 문서가 한 행({cfg.max_seq_length:,} 토큰)보다 적습니다. 빼거나 더하세요"
-            )
+        if not domain.rows(length):
+            raise RuntimeError(f"--mix: '{name}' 문서가 한 행({length:,} 토큰)보다 적습니다. 빼거나 더하세요")
     size = find_batch_size(cfg, rows, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg.batch_size
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
-    decoder = loss_module.model
-    optimizer = build_optimizer(decoder, cfg)
-    model, optimizer = accelerator.prepare(loss_module, optimizer)
-    backend = attention_backend(decoder, cfg, size)
+    model, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
+    backend = attention_backend(loss_module.model, cfg, size)
     return Run(
         cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver()
     )
 
 
 def log_start(run: Run) -> None:
-    """Say what is about to run."""
+    """Say what the plan could only estimate."""
     cfg, corpus, tokens = run.cfg, run.corpus, run.total_steps * run.step_tokens
-    parameters = sum(weight.numel() for weight in run.model.parameters())
-    epoch = corpus.rows(cfg.max_seq_length) * cfg.max_seq_length
+    epochs = tokens / (corpus.rows(cfg.max_seq_length) * cfg.max_seq_length)
     logger.info("🚀 학습 시작!")
     logger.info(f"테스트 모드: {cfg.is_test}")
     logger.info(f"최대 스텝: {run.total_steps:,}")
-    logger.info(f"파라미터 {parameters / 1e6:,.1f}M, 스텝당 {run.step_tokens:,} 토큰, 어텐션 {run.backend}")
-    logger.info(
-        f"모두 {tokens:,} 토큰 ({tokens / epoch:.2f} 에포크), 파라미터당 {tokens / parameters:,.2f} 토큰 "
-        f"(Chinchilla {CHINCHILLA_TOKENS})"
-    )
+    parameters = f"파라미터 {run.model.num_parameters() / 1e6:,.1f}M"
+    logger.info(f"{parameters}, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
     for name, epochs in domain_epochs(cfg, corpus, tokens).items() if cfg.mix else ():
         often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
         logger.info(f"   • {name}: 비율 {cfg.mix_counts[name] / MIX_WINDOW:.1%}, {epochs:.2f} 에포크{often}")
-    left = (cfg.max_epochs * epoch - tokens) // cfg.max_seq_length
-    if cfg.max_steps is None and cfg.max_tokens is None and cfg.mix is None and left:
-        logger.info(f"   마지막 전역 배치를 채우지 못하는 {left:,}개 행은 읽지 않습니다")
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
@@ -4235,17 +4186,16 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     # Armed only now: the others wait for the first one's tokenisation, however long it takes.
     detail_log = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
     stop.arm(cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), detail_log)
-    if rank == 0 and str(cfg.dataset_path).startswith("hf:"):
-        asked = {"asked": str(cfg.dataset_path), "pinned": corpus.report["dataset"]}
-        update_run_info(cfg.output_dir, dataset=asked)
     log_report(corpus.report)
     with attention_kernels(cfg.attention):
         accelerator = build_accelerator(cfg)
         point = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
         run = build_run(cfg, corpus, stop, accelerator, point.accumulation)
+        refuse_too_few_steps(run.total_steps, point.info.get("step", 0))
         state = load_checkpoint(run, point.checkpoint) if point.checkpoint else TrainState()
         stop.defer()
-        begin_at(run, state)
+        if run.is_main:
+            begin_at(run, state, point)
         if point.checkpoint is None and cfg.save_initial:
             save_initial_model(run)
         done = state.step >= run.total_steps
@@ -4268,22 +4218,30 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     hard_exit(0)
 
 
-def begin_at(run: Run, state: TrainState) -> None:
+def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
-    cfg = run.cfg
-    if not run.is_main:
-        return
+    cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step}
     cut_file(cfg.output_dir / "metrics.jsonl", r'^\{"step": (\d+)', state.step)
     cut_file(cfg.output_dir / "samples.md", r"^## 스텝 ([\d,]+)$", state.step)
     for path in list_checkpoints(cfg.output_dir):
         if checkpoint_step(path) > state.step:  # the run will write its own
             aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
             logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
-    begun = {"total_steps": run.total_steps, "first_step": state.step, "skipped_steps": state.skipped_steps}
-    update_run_info(cfg.output_dir, **begun)
-    count = read_json(cfg.output_dir / "run_info.json").get("restarts")
+    if str(cfg.dataset_path).startswith("hf:"):
+        begun["dataset"] = {"asked": str(cfg.dataset_path), "pinned": run.corpus.report["dataset"]}
+    if cfg.device == "cuda":
+        begun["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)
+    if point.checkpoint is not None:
+        logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
+        before, now = point.info["total_steps"], run.total_steps
+        if before != now:
+            logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. 학습률을 새 길이에 맞춰 다시 계산합니다")
+    count, most = (
+        read_json(cfg.output_dir / "run_info.json").get("restarts"),
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS"),
+    )
     if count:
-        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
 
 
@@ -4296,12 +4254,10 @@ def train_quietly(run: Run, state: TrainState) -> str:
     gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
     try:
         return train(run, state)
-    except Exception as error:
+    except Exception:
         while run.saver.busy:  # a save that has begun is not lost, unless torchrun's 30 s for the others are over
-            run.saver.thread.join(1.0)
+            run.saver.wait(1.0)
             run.stop.heartbeat()
-        if is_out_of_memory(error):
-            raise out_of_memory(run.batch_size) from error
         raise
 
 
@@ -4313,8 +4269,10 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
     quiet_libraries()
-    device, typed_length = detect_device(cfg), cfg.max_seq_length
-    cfg = replace(resolve_config(cfg, device)[0], max_seq_length=typed_length)
+    device = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if cfg.device not in ("auto", device):
+        raise EnvironmentProblem("GPU를 찾을 수 없습니다. --device cpu 를 쓰세요")
+    cfg = replace(resolve_config(cfg, device)[0], max_seq_length=cfg.max_seq_length)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
     source, begun = cfg.generate or cfg.evaluate, time.monotonic()
     tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
@@ -4335,42 +4293,33 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
 
 
-def describe_error(error: Exception) -> tuple[str, bool]:
-    """A Korean sentence for an error, and whether it is one that the system itself raises."""
-    if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
-        return f"{save_problem(error)}{f' ({error.filename})' if error.filename else ''}", error.errno == errno.ENOSPC
-    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", str(error))
-    unknown = f"예상하지 못한 오류: {type(error).__name__}: {str(error).strip()[:300]}"
-    return (str(error), True) if known else (unknown, False)
-
-
-def out_of_memory(batch_size: int) -> RuntimeError:
-    """What to say, and to type, when a GPU's memory is too small."""
-    smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else "더 짧은 --max-seq-length"
-    return RuntimeError(f"GPU 메모리가 부족합니다. {smaller} 또는 --gradient-checkpointing 을 쓰세요")
-
-
-def report_failure(cfg: TrainConfig, error: Exception) -> None:
+def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
     """Tell the person in a sentence or a few, keep the traceback, and set the run's state unless it begins again.
 
-    Of ranks that fail at the same moment one speaks: the one that sets the state.
+    Of ranks that fail at the same moment one speaks: the one that sets the state.  Without a ``cfg`` no run, and
+    no log, has begun.
     """
-    text, known = describe_error(out_of_memory(cfg.batch_size) if is_out_of_memory(error) else error)
+    text, known = describe_error(error)
     rank = rank_and_world()[0]
+    if cfg is None:
+        if rank == 0:
+            print("\n".join(f"❌ {problem}" for problem in text.split("\n")), file=sys.stderr)
+        return
     logging.getLogger("traceback").error("run failed", exc_info=error)
     said = f"{text}\n   자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
     if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
         text, said = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다", ""  # that one's fault is the cause
         time.sleep(1)  # it may be about to say why
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # refused before the directory was ours
-        if is_local_main():
-            print(f"❌ {said}", flush=True)
-    elif not known and used < most:
-        if said:
-            print(f"⚠️  {said}", flush=True)
-    elif update_run_info(cfg.output_dir, if_state="running", state="failed", error=text, ended=timestamp()):
-        print(f"❌ {said or text}", flush=True)
+    again = not known and used < most
+    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # before the directory was ours
+        speaks = is_local_main()
+    elif again:
+        speaks = bool(said)
+    else:
+        speaks = update_run_info(cfg.output_dir, "running", state="failed", error=text, ended=timestamp())
+    if speaks:
+        print(f"{'⚠️ ' if again else '❌'} {said or text}", flush=True)
 
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
@@ -4381,23 +4330,17 @@ def main(typed: TrainConfig, stop: StopFlag | None) -> int:
         if stop is None:
             use_checkpoint(typed)
             return 0
-        cfg, notes = set_up_config(typed)
+        cfg, lines = set_up_config(typed)
         if cfg.device == "cuda":
             # Kernels shall outlive a container's /tmp; one cache for each attention, which a graph's key doesn't name.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
         set_up_logging(cfg, rank_and_world()[0])
-        for note in notes:
-            logger.info(f"⚠️  {note}")
+        for line in lines:
+            logger.info(line)
         run_training(cfg, stop)
     except Exception as error:
-        if cfg is not None:
-            report_failure(cfg, error)
-        elif rank_and_world()[0] == 0:
-            if is_out_of_memory(error):
-                error = EnvironmentProblem("GPU 메모리가 부족합니다. --device cpu 또는 더 작은 --batch-size 를 쓰세요")
-            problems = error.problems if isinstance(error, Refusal) else [describe_error(error)[0]]
-            print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
-        return error.exit_code if isinstance(error, Refusal) else ENVIRONMENT_ERROR
+        report_failure(cfg, error)
+        return getattr(error, "exit_code", ENVIRONMENT_ERROR)
 
 
 def hard_exit(code: int) -> NoReturn:

@@ -129,11 +129,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> I
 def slow_save(step: int, seconds: float) -> str:
     """A fault: flushing ``checkpoint-STEP`` takes some time."""
     return f"""
-real_sync = sync_tree
-def sync_tree(folder):
-    if folder.name == ".checkpoint-{step}.tmp":
+real_flush = flush_to_disk
+def flush_to_disk(paths):
+    if paths[-1].name == ".checkpoint-{step}.tmp":
         time.sleep({seconds})
-    real_sync(folder)
+    real_flush(paths)
 """
 
 

@@ -185,9 +185,8 @@ def test_a_run_ends_with_a_checkpoint_at_its_number_of_tokens(tmp_path):
 def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
     """72 seconds from the start of the process, with a save that takes 15 of them."""
     shutil.copytree(undisturbed / "cache", tmp_path / "cache")
-    slow = SCRIPT.read_text(encoding="utf-8").replace(
-        "def sync_tree(folder: Path) -> None:", "def sync_tree(folder: Path) -> None:\n    time.sleep(15)"
-    )
+    rename = "os.rename(temporary, folder)"
+    slow = SCRIPT.read_text(encoding="utf-8").replace(rename, f"time.sleep(15), {rename}")
     (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
     begun = time.monotonic()
     typed = options(tmp_path, *TWENTY, "--max-steps", "100000", "--save-steps", "200", "--max-hours", "0.02")
