@@ -2157,7 +2157,8 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
     special = {token["content"] for token in spec["added_tokens"]}
     words = {word: rank for word, rank in model["vocab"].items() if word not in special}
     ranks = {bytes(map(to_byte.__getitem__, word)): rank for word, rank in words.items()}
-    engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    never = {"\0": len(tokenizer)}  # without a special token to look for, it stops at every byte: half as fast
+    engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
     def encode_fast(texts: list[str]) -> list[bytes]:
         encoded = []
