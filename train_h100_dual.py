@@ -1,14 +1,11 @@
 #!/usr/bin/env python3
 """Pretrain a Korean/English decoder (0.1B to 3B parameters) on one or two H100s, or try it on a CPU.
 
-``run_h100_dual.sh`` is the usual way in: it sets up the environment, starts this script under
-torchrun in the background and watches it.  The script also runs by itself::
+``run_h100_dual.sh`` is the usual way in: it sets up the environment, starts this script under torchrun in the
+background and watches it.  By itself, on a CPU (a tiny model, ten steps), on one GPU, on two::
 
-    # CPU, one process: a tiny model on generated text, ten steps
     python3 train_h100_dual.py --test --device cpu --dummy-data
-    # one GPU
     torchrun --standalone --nproc-per-node 1 train_h100_dual.py --train --dataset-path corpus.jsonl
-    # two GPUs
     torchrun --standalone --nproc-per-node 2 train_h100_dual.py --train --dataset-path corpus.jsonl
 
 The file reads in the order in which a run happens:
@@ -51,12 +48,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -155,6 +154,8 @@ def parse_value(kind: Any, text: str) -> Any:
     """Read a value by its kind: a function, choices, or a number's type and limits; ValueError names the nearest."""
     if callable(kind):
         return kind(text)
+    if not kind:
+        raise ValueError(NO_VALUE)
     if isinstance(kind[0], str):
         if text in kind:
             return text
@@ -164,12 +165,11 @@ def parse_value(kind: Any, text: str) -> Any:
     try:
         value = convert(text)
     except ValueError:
-        name, example = ("정수", 8) if convert is int else ("숫자", "1e-4")
-        raise ValueError(f"'{text}' 값은 {name}가 아닙니다 (예: {example})") from None
+        raise ValueError(f"'{text}' 값은 {'정수' if convert is int else '숫자'}가 아닙니다") from None
     if low <= value <= high:  # never nan
         return value
-    low, high, nearest = map(format_value, (low, high, high if value > high else low))
-    limits = f"{low} 이상" + ("" if high == "inf" else f" {high} 이하")
+    limits = f"{format_value(low)} 이상" + ("" if high == math.inf else f" {format_value(high)} 이하")
+    nearest = format_value(min(high, max(low, value)))
     raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {nearest}")
 
 
@@ -194,15 +194,13 @@ def parse_source(text: str) -> Path | str:
 
 
 def parse_dataset(text: str) -> Path:
-    if not text.startswith("hf:"):
-        return parse_path(text)
-    if not HUB_NAME.fullmatch(text):
+    if text.startswith("hf:") and not HUB_NAME.fullmatch(text):
         raise ValueError(f"'{text}' 값을 읽을 수 없습니다. hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]] 처럼 쓰세요")
-    return Path(text)
+    return Path(text) if text.startswith("hf:") else parse_path(text)
 
 
 def parse_trackers(text: str) -> str:
-    names = list(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(",")))
+    names = dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(","))
     if "none" in names and len(names) > 1:
         raise ValueError("none은 다른 이름과 함께 쓸 수 없습니다")
     return ",".join(names)
@@ -218,7 +216,7 @@ def parse_mix(text: str) -> str:
         shares[name] = parse_value((float, 0, 1e6), number)
     names, total = sorted(shares), sum(shares.values()) or 1.0
     # The rounded ends, so that the parts are whole and so is their sum.
-    ends = [int(MIX_WINDOW * sum(map(shares.get, names[:end])) / total + 0.5) for end in range(len(names) + 1)]
+    ends = [int(MIX_WINDOW * end / total + 0.5) for end in itertools.accumulate(map(shares.get, names), initial=0)]
     rows = [high - low for low, high in itertools.pairwise(ends)]
     if 0 in rows:
         least = names[rows.index(0)]
@@ -229,21 +227,24 @@ def parse_mix(text: str) -> str:
 SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
-def option(metavar: str, kind: Any, help_text: str, **more: Any) -> Any:
-    """Declare one option: its value's name and kind (see ``parse_value``), what it does.
+def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
+    """Declare one option: its value's name, its kind (see ``parse_value``), what it does and its default.
 
-    A default that depends on the situation is given by ``base``, ``test``, ``cpu`` and ``cpu_test``, the last
-    that applies counting; the field is then None until ``resolve_config``.  ``empty`` is the value of an option
-    typed bare, ``group`` the title over it and those below in --help.
+    Where defaults are given by situation, the last that applies counts, and the field is None until
+    ``resolve_config``.  ``more``: ``group`` is the title over it and those below in --help, ``bare`` the value of
+    an option that is typed without one.
     """
-    adapt = {name: more.pop(name) for name in SITUATIONS if name in more}
-    details = {"metavar": metavar or "|".join(kind or ()), "kind": kind, "help": help_text, "adapt": adapt}
-    return field(default=more.pop("default", None), metadata={"flags": {}, "empty": None, **details, **more})
+    defaults = default if isinstance(default, dict) else {"base": default}
+    details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
+    if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
+        default = parse_path(os.path.join(SCRIPT_DIR, os.path.expanduser(default)))
+    value = None if isinstance(default, dict) else default
+    return field(default=value, metadata={"group": "", "bare": None, "flags": {}, **details, **more})
 
 
-def switch(flags: dict[str, tuple[Any, str]], **more: Any) -> Any:
+def switch(flags: dict[str, tuple[Any, str]], default: Any = False, **more: Any) -> Any:
     """Declare options without a value: ``flags`` maps each to what it stands for and its help text."""
-    return option("", None, "", flags=flags, **more)
+    return option("", (), "", default, flags=flags, **more)
 
 
 POSITIVE, SHARE = (int, 1), (float, 0, 1)
@@ -260,35 +261,36 @@ class TrainConfig:
     mode: str = switch({
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
         "--train": ("train", "실제 학습 모드: 전체 에포크"),
-    }, default="test", group="실행 모드")
-    max_steps: int | None = option("N", POSITIVE, "최대 스텝", base=None, test=10)
+    }, "test", group="실행 모드")
+    max_steps: int | None = option("N", POSITIVE, "최대 스텝", {"base": None, "test": 10})
     max_epochs: int = option("N", POSITIVE, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("N", POSITIVE, "최대 학습 토큰 수")
     max_hours: float | None = option("H", (float, 0.01), "최대 시간 (데이터 준비부터 마지막 저장까지)")
     resume: Path | str | None = option("[auto|PATH]", lambda text: text if text == "auto" else parse_path(text),
-        "이어서 학습 (값이 없으면 최신 체크포인트)", empty="auto")
+        "이어서 학습 (값이 없으면 최신 체크포인트)", bare="auto")
     device: str = option("", ("auto", "cuda", "cpu"), "연산 장치", default="auto")
     seed: int = option("N", (int, 0, 2**31 - 1), "난수 시드", default=42)
-    logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", base=10, test=1)
+    logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", {"base": 10, "test": 1})
     dataset_path: Path = option("PATH", parse_dataset,
         "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
-        default=Path("../../../../datasets"), group="데이터")
+        default="../../../../datasets", group="데이터")
     tokenizer: Path | str | None = option("PATH|ID", parse_source, "사용할 토크나이저 (없으면 말뭉치로 학습)")
-    vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", base=65536, cpu_test=2048)
+    vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", {"base": 65536, "cpu_test": 2048})
     text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
     validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
-    dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")}, default=False)
-    cache_dir: Path | None = option("PATH", parse_path, "토큰 캐시 위치 (기본: ~/.cache/h100_dual)")
-    output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default=Path("./outputs"), group="출력")
-    logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default=Path("./logs"))
-    model_size: str | None = option("", tuple(PRESETS), "모델 크기", base="1.3b", cpu_test="tiny", group="모델")
+    dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")})
+    cache_dir: Path = option("PATH", parse_path, "토큰 캐시 위치",
+        default=f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/h100_dual")
+    output_dir: Path = option("PATH", parse_path, "출력 디렉토리", default="./outputs", group="출력")
+    logs_dir: Path = option("PATH", parse_path, "로그 디렉토리", default="./logs")
+    model_size: str | None = option("", tuple(PRESETS), "모델 크기", {"base": "1.3b", "cpu_test": "tiny"}, group="모델")
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: Path | str | None = option("PATH|ID", parse_source, "기존 가중치에서 이어서 사전학습")
     batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4, group="학습 하이퍼파라미터")
     learning_rate: float = option("LR", (float, 1e-9, 1), "학습률", default=1e-4)
-    max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", base=2048, cpu_test=256)
-    gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", base=8, test=1)
+    max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", {"base": 2048, "cpu_test": 256})
+    gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", {"base": 8, "test": 1})
     optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
     lr_schedule: str = option("", ("wsd", "cosine", "linear", "constant"), "학습률 스케줄", default="wsd")
     warmup_ratio: float = option("F", SHARE, "워밍업 비율", default=0.05)
@@ -299,26 +301,24 @@ class TrainConfig:
         "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
         "--fp8": ("fp8", "FP8 행렬곱 + BF16 (실험 기능, Hopper 전용, torchao 필요)"),
         "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
-    }, base="bf16", cpu="fp32", group="H100 최적화")
+    }, {"base": "bf16", "cpu": "fp32"}, group="H100 최적화")
     compile: bool | None = switch({
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
-    }, base=True, cpu=False)
+    }, {"base": True, "cpu": False})
     num_gpus: int = option("N", (int, 1, 64), "사용할 GPU 수", default=2)
     attention: str = option("", ("auto", "cudnn", "flash", "efficient", "math"), "어텐션 커널", default="auto")
-    gradient_checkpointing: bool = switch({"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")},
-        default=False)
-    find_batch_size: bool = switch({"--find-batch-size": (True, "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")},
-        default=False)
-    profile: bool = switch({"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")}, default=False)
+    gradient_checkpointing: bool = switch({"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")})
+    find_batch_size: bool = switch({"--find-batch-size": (True, "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")})
+    profile: bool = switch({"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")})
     save_steps: int = option("N", POSITIVE, "모델 저장 간격 (스텝)", default=500, group="저장과 평가")
-    save_initial: bool = switch({"--no-save-initial": (False, "초기 모델 저장 비활성화")}, default=True)
+    save_initial: bool = switch({"--no-save-initial": (False, "초기 모델 저장 비활성화")}, True)
     save_total_limit: int | None = option("N", POSITIVE, "남겨 둘 체크포인트 수 (기본: 전부)")
     eval_steps: int = option("N", POSITIVE, "평가 간격 (스텝)", default=500)
     sample_steps: int = option("N", POSITIVE, "샘플 생성 간격 (스텝)", default=1000)
     prompt: str | None = option("TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
     report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
-    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", base=3, test=0,
+    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", {"base": 3, "test": 0},
         group="장애 대응")
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
     generate: Path | None = option("CHECKPOINT", parse_path, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
@@ -330,7 +330,7 @@ class TrainConfig:
     nnodes: int | None = option("N", (int, 1, 999), "머신 수. 머신마다 한 번씩 실행 (기본: 1)", group="여러 머신")
     node_rank: int | None = option("N", (int, 0, 998), "이 머신의 번호 (0번이 저장)")
     rdzv_endpoint: str | None = option("HOST:PORT", parse_text, "0번 머신의 주소와 빈 포트")
-    verbose: bool = switch({"--verbose": (True, "상세 로그 출력")}, default=False, group="실행 제어")
+    verbose: bool = switch({"--verbose": (True, "상세 로그 출력")}, group="실행 제어")
     # fmt: on
 
     @property
@@ -362,50 +362,49 @@ def option_names() -> dict[str, Any]:
     return {name: item for item in fields(TrainConfig) for name in item.metadata["flags"] or [as_typed(item.name)]}
 
 
-def default_path(name: str) -> Path:
-    """The default of a path: relative to the script, where a typed one is to the caller."""
-    return Path(os.path.abspath(SCRIPT_DIR / getattr(TrainConfig, name)))
+# Options of which only one may be typed, beside the switches of one field.
+EXCLUSIVE = (
+    ("--dummy-data", "--dataset-path"),
+    ("--model-config", "--init-from"),
+    ("--generate", "--evaluate", "--train"),
+)
+NO_VALUE = "값을 받지 않는 옵션입니다. 값 없이 쓰세요"
 
 
 def parse_args(argv: Iterable[str]) -> TrainConfig:
     """Read the command line; UsageProblem holds all mistakes, so that they can be mended in one go."""
     names, problems, values = option_names(), [], {}
     # It only splits the line into options and texts: it would stop at the first mistake, in English.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, item in names.items():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
         pair = {"type": lambda text, name=name: (name, text), "const": (name, None)}
-        parser.add_argument(name, dest=item.name, nargs="?", **pair)
-    typed, unknown = parser.parse_known_args(list(argv))
+        parser.add_argument(name, dest="typed", default=[], action="append", nargs="?", **pair)
+    line, unknown = parser.parse_known_args(list(argv))
     known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
-    alone = "{0}: 값을 받지 않는 옵션입니다. {0} 만 쓰세요".format
-    for word, before in zip(unknown, ["", *unknown], strict=False):
+    for word in [word for word in unknown if word.startswith("-")] or unknown:  # other words may be its value
         kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
-        if kind == "인자" and before.startswith("-"):
-            continue  # most likely its value: one mistake, one line
         close = difflib.get_close_matches(name, known, 1, 0.5)
         advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
-        problems.append(alone(name) if name in known else f"알 수 없는 {kind}: {name} ({advice})")
-    for field_name, (name, text) in vars(typed).items():
-        details, default = names[name].metadata, names[name].default
-        if details["flags"]:
-            values[field_name] = details["flags"][name][0]
-            if text is not None:
-                problems.append(alone(name))
-        elif text is None and details["empty"] is None:
-            example = details["adapt"].get("base") if default is None else default
-            example = details["metavar"] if example is None else format_value(example)
-            problems.append(f"{name}: 값이 없습니다. 예: {name} {example}")
-        else:
-            try:
-                values[field_name] = parse_value(details["kind"], details["empty"] if text is None else text)
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
+        problems.append(f"{name}: {NO_VALUE}" if name in known else f"알 수 없는 {kind}: {name} ({advice})")
+    for name, text in line.typed:
+        details, field_name = names[name].metadata, names[name].name
+        value = details["flags"][name][0] if details["flags"] else details["bare"]
+        if text is None and value is None:
+            problems.append(f"{name}: 값이 없습니다. 이렇게 쓰세요: {name} {details['metavar']}")
+            continue
+        try:
+            values[field_name] = value if text is None else parse_value(details["kind"], text)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    for group in (*EXCLUSIVE, *(item.metadata["flags"] for item in fields(TrainConfig))):
+        together = sorted({name for name, _ in line.typed}.intersection(group))
+        if len(together) > 1:
+            problems.append(f"함께 쓸 수 없는 옵션입니다: {', '.join(together)}. 하나만 쓰세요")
+    cfg = TrainConfig(**values)
+    problems = problems or validate_config(cfg)
     if problems:
         raise UsageProblem(problems)
-    for name in ("dataset_path", "output_dir", "logs_dir"):
-        values.setdefault(name, default_path(name))
-    values.setdefault("cache_dir", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h100_dual")
-    return TrainConfig(**values)
+    return cfg
 
 
 def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
@@ -415,11 +414,11 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
     brought = {"model_size": cfg.model_config or cfg.init_from, "vocab_size": cfg.tokenizer or cfg.init_from}
     chosen, adapted = {"device": device}, []
     for item in fields(TrainConfig):
-        adapt = [name for name in SITUATIONS if name in item.metadata["adapt"] and applies[name]]
-        if not adapt or getattr(cfg, item.name) is not None:
+        if getattr(cfg, item.name) is not None:
             continue
-        chosen[item.name] = value = item.metadata["adapt"][adapt[-1]]
-        if adapt[-1].startswith("cpu") and not brought.get(item.name):
+        situation, value = [pair for pair in item.metadata["defaults"].items() if applies[pair[0]]][-1]
+        chosen[item.name] = value
+        if situation.startswith("cpu") and not brought.get(item.name):
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
     cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
@@ -428,48 +427,35 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
 
 
 def validate_config(cfg: TrainConfig) -> list[str]:
-    """Return one Korean sentence for each option of a complete configuration that can't be meant, or not here."""
-    problems, kernel, nearest = [], f"--attention {cfg.attention}", round(cfg.vocab_size / 128) * 128
+    """Return a Korean sentence for each option that can't be meant, or not on ``cfg.device`` once that is known."""
+    problems, words = [], cfg.vocab_size or 0
     if cfg.resume and cfg.is_test:
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
-    if cfg.model_config and cfg.init_from:
-        problems.append("--model-config 와 --init-from 은 함께 쓸 수 없습니다. 하나만 쓰세요")
-    if cfg.vocab_size != nearest and not (cfg.tokenizer or cfg.init_from):
-        problems.append(f"--vocab-size {cfg.vocab_size}: 128의 배수여야 합니다. 가장 가까운 값: {nearest}")
-    if cfg.dummy_data and cfg.dataset_path != default_path("dataset_path"):
-        problems.append("--dummy-data 와 --dataset-path 는 함께 쓸 수 없습니다. 하나만 쓰세요")
-    if cfg.generate and cfg.evaluate:
-        problems.append("--generate 와 --evaluate 는 함께 쓸 수 없습니다. 하나만 쓰세요")
-    if cfg.uses_checkpoint and not cfg.is_test:
-        problems.append("--generate 와 --evaluate 는 학습을 시작하지 않습니다. --train 을 빼세요")
+    if words % 128 and not (cfg.tokenizer or cfg.init_from):
+        problems.append(f"--vocab-size {words}: 128의 배수여야 합니다. 가장 가까운 값: {round(words / 128) * 128}")
     if cfg.generate and not cfg.prompt:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
         problems.append("--evaluate: 평가할 데이터가 없습니다. 예: --dataset-path corpus.jsonl")
     machines = (cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint)
-    if machines[1:] != (None, None) or (cfg.nnodes or 1) > 1:
-        if None in machines or not re.fullmatch(r".+:\d+", cfg.rdzv_endpoint):
-            example = "--nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
-            problems.append(f"여러 머신에는 셋을 함께 주세요. 예: {example}")
-        elif cfg.node_rank >= cfg.nnodes:
-            text = f"--node-rank: '{cfg.node_rank}' 값은 범위를 벗어났습니다 (0 이상 {cfg.nnodes - 1} 이하)"
-            problems.append(f"{text}. 가장 가까운 값: {cfg.nnodes - 1}")
-    if cfg.device == "cuda" and cfg.precision == "fp32" and cfg.attention in ("cudnn", "flash"):
-        problems.append(f"{kernel}: --fp32 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
-    if cfg.device == "cpu":  # where accelerate would silently run fp32
-        if cfg.precision in ("fp16", "fp8"):
-            problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-        if cfg.find_batch_size:
-            problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-        if cfg.attention not in ("auto", "flash", "math"):
-            problems.append(f"{kernel}: CPU에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
+    if machines not in ((None, None, None), (1, None, None)) and (
+        None in machines or cfg.node_rank >= cfg.nnodes or not re.fullmatch(r".+:\d+", cfg.rdzv_endpoint)
+    ):
+        example = "--nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
+        problems.append(f"여러 머신에는 셋을 함께 주고 --node-rank 는 --nnodes 보다 작아야 합니다. 예: {example}")
+    if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
+        problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
+    if cfg.device == "cpu" and cfg.find_batch_size:
+        problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
+    unusable = {("cpu", cfg.precision): ("cudnn", "efficient"), ("cuda", "fp32"): ("cudnn", "flash")}
+    if cfg.attention in unusable.get((cfg.device, cfg.precision), ()):
+        setting = f"{cfg.device.upper()}의 {cfg.precision}"
+        problems.append(f"--attention {cfg.attention}: {setting} 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     return problems
 
 
 def format_value(value: Any) -> str:
-    """Write a value as a person would type it: 1e-4 rather than 0.0001, ./outputs rather than outputs."""
-    if isinstance(value, Path) and not value.is_absolute() and value.parts[0] != "..":
-        return f"./{value}"
+    """Write a value as a person would type it: 1e-4 rather than 0.0001."""
     if isinstance(value, float) and 0 < value < 1e-3:
         return re.sub(r"\.?0*e-0?", "e-", f"{value:.6e}")
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -477,25 +463,20 @@ def format_value(value: Any) -> str:
 
 def format_duration(seconds: float) -> str:
     """Days, hours, minutes and seconds as 3일 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    days, minutes = divmod(minutes, 24 * 60)
-    return (f"{days:,}일 " if days else "") + f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return re.sub(r" days?, ", "일 ", str(timedelta(seconds=round(seconds))))
 
 
 def help_text() -> str:
     """The options of the script by group, with defaults; the launcher adds its own."""
     lines = []
     for item in fields(TrainConfig):
-        if "group" in item.metadata:
-            lines += ["", f"{item.metadata['group']}:"]
-        rows = {name: text for name, (_, text) in item.metadata["flags"].items()}
+        details = item.metadata
+        lines += ["", f"{details['group']}:"] if details["group"] else []
+        known = {SITUATIONS[name]: value for name, value in details["defaults"].items() if value is not None}
+        notes = ", ".join(f"{situation}: {format_value(value)}" for situation, value in known.items())
+        rows = {name: text for name, (_, text) in details["flags"].items()}
         if not rows:
-            values = item.metadata["adapt"] if item.default is None else {"base": item.default}
-            notes = [
-                f"{SITUATIONS[name]}: {format_value(value)}" for name, value in values.items() if value is not None
-            ]
-            text = item.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
-            rows = {f"{as_typed(item.name)} {item.metadata['metavar']}": text}
+            rows[f"{as_typed(item.name)} {details['metavar']}"] = details["help"] + (f" ({notes})" if notes else "")
         for left, text in rows.items():
             lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
     lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
@@ -512,14 +493,8 @@ def display_width(text: str) -> int:
 
 def wrap_width(text: str, columns: int) -> list[str]:
     """Break a text at its spaces into lines that take at most ``columns`` on a terminal; a longer word is cut."""
-    lines = [""]
-    for word in re.findall(rf"\S{{1,{columns // 2}}}", text):
-        longer = f"{lines[-1]} {word}".lstrip()
-        if display_width(longer) <= columns:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+    padded = "".join(char + "\0" * (display_width(char) - 1) for char in text)  # which textwrap counts as one more
+    return [line.replace("\0", "") for line in textwrap.wrap(padded, columns - 1)] or [""]
 
 
 # ======================================================================================
@@ -562,7 +537,7 @@ def query_gpus(visible: str | None) -> list[Gpu]:
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    at_default = cfg.dataset_path == default_path("dataset_path")
+    at_default = cfg.dataset_path == TrainConfig.dataset_path
     return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
 
 
@@ -943,10 +918,7 @@ def follow_agent() -> None:
 
 def check_use(cfg: TrainConfig) -> None:
     """Check what --generate and --evaluate ask for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
-    problems = validate_config(resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0])
-    if problems:
-        raise UsageProblem(problems)
-    path = cfg.generate or cfg.evaluate
+    problems, path = [], cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
         newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
         hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
@@ -1735,7 +1707,6 @@ import resource
 from collections import deque
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
-from datetime import timedelta
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 

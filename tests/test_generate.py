@@ -214,7 +214,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_before_anything_is_installed
     for arguments, code, text in (
         ([*good], 2, '--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"'),
         ([*good, "--prompt"], 2, "--prompt: 값이 없습니다"),
-        ([*good, "--prompt", "x", "--train"], 2, "--train 을 빼세요"),
+        ([*good, "--prompt", "x", "--train"], 2, "함께 쓸 수 없는 옵션입니다: --generate, --train"),
         ([*good, "--prompt", "x", "--top-p", "2"], 2, "--top-p: '2' 값은 범위를 벗어났습니다"),
         (["--generate", "nothing", "--prompt", "x"], 1, "체크포인트가 없습니다: .*nothing"),
         (["--generate", str(tmp_path / "folder"), "--prompt", "x"], 1, r"체크포인트가 없습니다: .*config\.json"),

@@ -28,17 +28,17 @@ MISTAKES = {
     "unknown option of the launcher": (["--foregroun"], ["--foregroun ", "가장 가까운", "--foreground"]),
     "unknown option beside --status": (["--status", "--jsn"], ["--jsn ", "가장 가까운", "--json"]),
     "unknown argument": (["outputs"], ["알 수 없는 인자", "outputs"]),
-    "missing value": (["--batch-size"], ["--batch-size", "값이 없습니다", "4"]),
-    "missing value of the launcher": (["--num-gpus"], ["--num-gpus", "값이 없습니다", "2"]),
+    "missing value": (["--batch-size"], ["--batch-size", "값이 없습니다", "--batch-size N"]),
+    "missing value of the launcher": (["--num-gpus"], ["--num-gpus", "값이 없습니다", "--num-gpus N"]),
     "empty value of the launcher": (["--python="], ["--python", "값이 없습니다"]),
     "value out of range": (["--batch-size", "0"], ["--batch-size", "'0'", "가장 가까운 값: 1"]),
-    "no number": (["--learning-rate", "abc"], ["--learning-rate", "'abc'", "숫자", "1e-4"]),
+    "no number": (["--learning-rate", "abc"], ["--learning-rate", "'abc'", "숫자"]),
     "no GPU at all": (["--num-gpus", "0"], ["--num-gpus", "'0'", "가장 가까운 값: 1"]),
     "machines without this one's number": (["--nnodes=2", "--rdzv-endpoint=a:1"], ["--nnodes 2", "--node-rank 0"]),
     "a number without machines": (["--node-rank", "1"], ["--node-rank", "--nnodes"]),
     "a number past the machines": (
         ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "10.0.0.1:29500"],
-        ["--node-rank", "'2'", "0 이상 1 이하", "가장 가까운 값: 1"],
+        ["--node-rank", "--nnodes"],
     ),
     "a meeting place without a port": (
         ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "10.0.0.1"],
@@ -46,6 +46,7 @@ MISTAKES = {
     ),
     "unknown choice": (["--model-size", "1.4b"], ["--model-size", "'1.4b'", "가장 가까운 값: 1.3b"]),
     "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
+    "two that exclude each other": (["--test", "--train"], ["--test, --train", "하나만"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground", "값을 받지 않는"]),
 }
 
