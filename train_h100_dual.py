@@ -3559,22 +3559,21 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
     if wait and run.painter is not None:
         run.painter.wait()
     detail_log = run.cfg.logs_dir / "training_detail_rank_0.log"
-    if importlib.util.find_spec("matplotlib") and (run.painter is None or run.painter.poll() is not None):
+    if run.painter is None or run.painter.poll() is not None:
         command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
-        # A picture is no reason to end training.
-        with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:
+        with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:  # training doesn't depend on it
             run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     if wait and run.painter is not None and run.painter.wait():
         logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
 
 
-def cut_file(path: Path, step_pattern: str, step: int) -> None:
-    """Cut a file at its first line whose step is after ``step``, as a resumed run writes it again, or at a torn end."""
+def cut_file(path: Path, step: int) -> None:
+    """Drop from ``metrics.jsonl`` or ``samples.md`` a torn end and what is of steps after ``step``."""
     if not path.exists():
         return
     content = path.read_bytes()
-    lines = re.finditer(step_pattern.encode(), content, re.MULTILINE)
-    later = (line.start() for line in lines if int(line[1].replace(b",", b"")) > step)
+    headings = re.finditer(r'^(?:\{"step": |## 스텝 )([\d,]+)'.encode(), content, re.MULTILINE)
+    later = (heading.start() for heading in headings if int(heading[1].replace(b",", b"")) > step)
     os.truncate(path, next(later, content.rfind(b"\n") + 1))
 
 
@@ -4193,8 +4192,8 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
 def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
     cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step}
-    cut_file(cfg.output_dir / "metrics.jsonl", r'^\{"step": (\d+)', state.step)
-    cut_file(cfg.output_dir / "samples.md", r"^## 스텝 ([\d,]+)$", state.step)
+    for name in ("metrics.jsonl", "samples.md"):
+        cut_file(cfg.output_dir / name, state.step)
     for path in list_checkpoints(cfg.output_dir):
         if checkpoint_step(path) > state.step:  # the run will write its own
             aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
