@@ -337,28 +337,12 @@ signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun 
 }
 
 start_foreground() {
-  if [[ -t 1 ]]; then show_foreground; fi
-  local tee_pid code=0
-  exec > >(
-    trap '' HUP
-    exec tee -i -a "$console_log" 9>&-
-  )
-  tee_pid=$!
-  supervise || code=$?
-  exec >&-
-  wait "$tee_pid" || true
-  exit "$code"
-}
-
-show_foreground() {
-  # On a terminal the run writes to the log alone, and a process beside it shows the log with a progress bar.
+  # The run writes to the log alone; a process beside it shows the log to the end, on a terminal with a progress bar.
   local follower code=0
   : >>"$console_log"
-  "${python:-$plain_python}" "$TRAIN_SCRIPT" internal:follow "$$" "${script_args[@]}" 9>&- &
+  "$python" "$TRAIN_SCRIPT" internal:follow "$$" "${script_args[@]}" 9>&- &
   follower=$!
-  exec >>"$console_log" 2>&1
-  supervise || code=$?
-  kill -TERM "$follower" 2>/dev/null || true
+  supervise >>"$console_log" 2>&1 || code=$?
   wait "$follower" || true
   exit "$code"
 }

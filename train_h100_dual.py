@@ -91,7 +91,6 @@ CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is be
 CACHE_VERSION = 6  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
-RECENT_METRICS_BYTES = 1 << 19  # of metrics.jsonl that are read to tell how a run stands: 2,000 lines and more
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
@@ -779,143 +778,6 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
     return cfg.logs_dir / (f"{stem}_node_{node_rank(cfg)}.{ending}" if node_rank(cfg) else name)
 
 
-# --- a run's state, and its restarts by torchrun ---
-
-
-def timestamp() -> str:
-    """The time with its zone, as metadata carries it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def run_id() -> str:
-    """What one start of the launcher, or of torchrun, has in common over all its restarts."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
-    return os.environ.get("RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
-
-
-def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
-    """Change ``run_info.json``, with ``if_state`` only if the run is in that state; returns whether it was written.
-
-    Ranks that fail at the same moment and the supervisor take turns.
-    """
-    path = output_dir / "run_info.json"
-    with open(output_dir / ".run_info.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        info = read_json(path)
-        if if_state is not None and info.get("state") != if_state:
-            return False
-        write_json(path, {**info, **changes})
-    return True
-
-
-def is_restart(info: dict[str, Any]) -> bool:
-    """Whether torchrun started this worker anew in the run that ``info``, a ``run_info.json``, speaks of."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id") == run_id()
-
-
-def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
-    """In a restarted worker go on from what this run wrote; before its first checkpoint, as it was asked to.
-
-    A run that has failed for a known reason, or was asked to stop, is not repeated: SystemExit with 0, which
-    torchrun takes for the end.
-    """
-    info = read_json(cfg.output_dir / "run_info.json")
-    if not is_restart(info):
-        return cfg
-    if info["state"] != "running" or "stop_requested" in info:
-        sys.exit()
-    goes_on = "first_step" in info and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
-    return replace(cfg, resume="auto") if goes_on else cfg
-
-
-def note_stop_request(output_dir: str) -> None:
-    """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
-    if read_json(Path(output_dir) / "run_info.json").get("run_id") == run_id():
-        update_run_info(Path(output_dir), stop_requested=timestamp())
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Rank and number of processes as torchrun announces them, before any process group exists."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_local_main() -> bool:
-    """Whether this is its machine's first process, which speaks there."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
-
-    However often a signal comes it sets the flag and nothing else: Slurm, systemd and a reboot send SIGTERM to every
-    process at once, and torchrun passes its own on.  Until ``defer`` there is nothing to save, so a signal ends the
-    process at once with 0, which torchrun doesn't repeat.  That is done by a thread, as the main thread, in which
-    Python's handlers run, may wait in a collective for a rank that has left already.
-    """
-
-    def __init__(self) -> None:
-        self.requested = self.deferred = False
-        self.deadline = math.inf  # of --max-hours, on the monotonic clock
-        self.limit: float | None = None  # seconds without a heartbeat that are a hang
-        self.log: Any = None
-        self.armed = -math.inf
-        ready, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "requested", True))
-        threading.Thread(target=self.end_early, args=(ready,), daemon=True, name="stop").start()
-        follow_agent()
-
-    def end_early(self, signals: int) -> None:
-        """The thread: end this process at the first signal that comes before ``defer``."""
-        while os.read(signals, 1) and not self.deferred:
-            if is_local_main() and "RUN_ID" not in os.environ:  # else the supervisor says it
-                print("🛑 시작하기 전에 중단했습니다", flush=True)
-            os._exit(0)
-
-    def defer(self) -> None:
-        """From now on a signal only sets the flag."""
-        self.deferred = True
-        if self.requested:  # it came while the thread slept
-            os._exit(0)
-
-    def is_set(self) -> bool:
-        return self.requested or time.monotonic() > self.deadline
-
-    def arm(self, minutes: float, log: Any) -> None:
-        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``.
-
-        faulthandler's own timer does it, which needs no thread of Python's and no GIL.
-        """
-        self.limit, self.log, self.armed = 60 * minutes, log, -math.inf
-        self.heartbeat()
-
-    def heartbeat(self) -> None:
-        now = time.monotonic()
-        if self.limit is not None and now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms
-            faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
-            self.armed = now
-
-    def finish(self) -> None:
-        """This rank waits for no other any more: what is left takes as long as it takes."""
-        self.limit = None
-        faulthandler.cancel_dump_traceback_later()
-
-
-def follow_agent() -> None:
-    """Under torchrun let the kernel send us SIGTERM when it dies, so that no orphan holds a GPU."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return  # a shell may well go away
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    name = os.environ.get("RUN_ID")
-    with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        if name is None or f"RUN_ID={name}".encode() in environment:
-            return
-    os._exit(0)  # torchrun was gone before we asked
-
-
 def check_use(cfg: TrainConfig) -> None:
     """Check what --generate and --evaluate ask for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
     problems, path = [], cfg.generate or cfg.evaluate
@@ -1395,244 +1257,59 @@ def fp8_problem(capability: tuple[int, int]) -> str | None:
     return None
 
 
-# --- watching a run: --status, --follow, training_curves.png ---
-
-STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
-WARNING_NAMES = {"restarts": "자동 재시작", "failed_saves": "실패한 저장", "skipped_steps": "건너뛴 스텝"}
-STATUS_FIGURES = {  # the last of each in metrics.jsonl: its label and format
-    "loss": ("손실", "{:.4f}"),
-    "val_bits_per_byte": ("검증 bits/byte", "{:.4f}"),
-    "val_bits_per_byte_ko": ("   한국어", "{:.4f}"),
-    "val_bits_per_byte_en": ("   영어", "{:.4f}"),
-    "tokens_per_second": ("속도", "{:,.0f} 토큰/s"),
-    "mfu": ("MFU", "{:.1%}"),
-    "memory_gb": ("메모리", "{:.1f} GB"),
-}
-FOLLOW_CODES = {"finished": 0, "stopped": STOPPED}  # by the run's last state; else ENVIRONMENT_ERROR
-CURVES = (  # title, unit, and the figures of metrics.jsonl
-    ("Training loss", "Cross entropy (nats/token)", ("loss",)),
-    ("Validation", "Bits per byte of text", ("val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en")),
-    ("Learning rate", "Learning rate of a step", ("learning_rate",)),
-    ("Speed", "Tokens/s (all ranks)", ("tokens_per_second",)),
-)
+# --- a run's state on the disk, its stop and its restarts ---
+#
+# Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
+# 0 takes the outputs' lock (torchrun's ranks inherit nothing).  update_run_info alone changes run_info.json, whose
+# run_id tells this run from an earlier one.
+# A stop: the supervisor signals the ranks until they leave; they agree on it, save, set "stopped" and exit with 0.
+# A failure: with a known cause the rank sets "failed" and exits with 1; torchrun starts all ranks again, they find
+# "failed" and exit with 0.  After any other (killed, hung, unknown) the state is still "running": they go on from the
+# newest checkpoint, while --max-restarts lasts.
+# The end: once every rank has left (the outputs' lock is free) the supervisor sets by finalize_state what the ranks
+# could not, removes the PID file, lets go of the logs' lock and runs --notify.
 
 
-def recent_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The last lines of ``metrics.jsonl``, at most ``RECENT_METRICS_BYTES``, oldest first."""
-    records = []
-    with suppress(FileNotFoundError), open(output_dir / "metrics.jsonl", "rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - RECENT_METRICS_BYTES))
-        for line in stream.read().splitlines():
-            with suppress(ValueError):  # cut off by where we began to read, or half-written
-                records.append(json.loads(line))
-    return records
+def timestamp() -> str:
+    """The time with its zone, as metadata carries it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def seconds_left(records: Iterable[dict[str, Any]], total_steps: int | None) -> float | None:
-    """Time to the end at the pace of the last 100 logged steps, evaluations and saves included; None if unknown."""
-    logged = [record for record in records if "loss" in record][-100:]
-    if len(logged) < 2 or total_steps is None:
-        return None
-    first, last = logged[0], logged[-1]
-    return (total_steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of processes as torchrun announces them, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def this_runs_info(output_dir: Path, pid: str) -> dict[str, Any]:
-    """``run_info.json`` of the run whose supervisor is ``pid``; empty while the file is an earlier run's."""
-    info = read_json(output_dir / "run_info.json")
-    return info if str(info.get("run_id")).partition("-")[0] == pid else {}
+def is_local_main() -> bool:
+    """Whether this is its machine's first process, which speaks there."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def find_supervisor(cfg: TrainConfig) -> str:
-    """PID of the living supervisor of these logs, which has their lock on descriptor 9; empty if there is none."""
-    pid = read_text(log_path(cfg, "training.pid")).strip()
-    with suppress(OSError):  # it is gone, or somebody else's
-        if os.path.samefile(f"/proc/{pid}/fd/9", cfg.logs_dir / f".{log_path(cfg, 'training.lock').name}"):
-            return pid
-    return ""
+def run_id() -> str:
+    """What one start of the launcher, or of torchrun, has in common over all its restarts."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
+    return os.environ.get("RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
 
 
-def run_status(cfg: TrainConfig) -> dict[str, Any]:
-    """How a run stands, as ``--status --json`` prints it."""
-    pid = find_supervisor(cfg)
-    alive = bool(pid)
-    info = this_runs_info(cfg.output_dir, pid) if alive else read_json(cfg.output_dir / "run_info.json")
-    records = recent_metrics(cfg.output_dir) if info or not alive else []
-    latest = {name: value for record in records for name, value in record.items()}
-    state = "running" if alive else info.get("state")
-    gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
-    if alive and info.get("options", {}).get("device") == "cuda":
-        with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
-            gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
-    return {
-        "state": "failed" if state == "running" and not alive else state,
-        "stopping": bool(alive and info.get("stop_requested")),
-        "pid": int(pid) if pid else None,
-        "started": info.get("started"),
-        # The last logged one while it runs, or died; one that ended by itself has said which was its last.
-        "step": (state in FOLLOW_CODES and info.get("step")) or latest.get("step"),
-        "total_steps": info.get("total_steps"),
-        **{name: latest.get(name) for name in STATUS_FIGURES},
-        "seconds_left": seconds_left(records, info.get("total_steps")) if alive else None,
-        "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
-        "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "warnings": {name: info.get(name, 0) for name in WARNING_NAMES},
-        "error": info.get("error"),
-    }
+def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
+    """Change ``run_info.json``, with ``if_state`` only if the run is in that state; returns whether it was written.
 
-
-def print_status(cfg: TrainConfig, as_json: bool) -> int:
-    """Returns the exit code: 0 running, 1 dead with its PID file there, 3 not running."""
-    status = run_status(cfg)
-    code = 0 if status["pid"] else 1 if log_path(cfg, "training.pid").exists() else NOT_RUNNING
-    if as_json:
-        print(json.dumps(status, ensure_ascii=False))
-        return code
-    lines, step, total = [], status["step"], status["total_steps"]
-    if step is not None:
-        lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
-    elif status["pid"]:
-        log = read_text(log_path(cfg, "training_console.log")).strip()
-        lines.append(("지금", wrap_width(log.splitlines()[-1] if log else "시작하는 중", 55)[0]))
-    if status["seconds_left"] is not None:
-        lines.append(("남은 시간", format_duration(status["seconds_left"])))
-    known = [(label, form, status[name]) for name, (label, form) in STATUS_FIGURES.items()]
-    known += [(label, "{:,}번", status["warnings"][name] or None) for name, label in WARNING_NAMES.items()]
-    lines += [(label, form.format(value)) for label, form, value in known if value is not None]
-    for index, gpu in enumerate(status["gpus"]):
-        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
-        lines.append((f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"))
-    if status["last_checkpoint"]:
-        path = Path(status["last_checkpoint"])
-        lines.append(("마지막 체크포인트", f"{path.name} ({format_duration(time.time() - path.stat().st_mtime)} 전)"))
-    if status["error"]:
-        lines.append(("오류", status["error"]))
-    state = "멈추는 중" if status["stopping"] else STATE_NAMES.get(status["state"], "기록 없음")
-    print(f"📊 상태: {state}" + (f" (PID {status['pid']})" if status["pid"] else ""))
-    for label, text in lines:
-        print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
-    return code
-
-
-def follow_log(cfg: TrainConfig, pid: str, stream: Any, ended: list[bool]) -> None:
-    """Show the log from where ``stream`` stands while the supervisor ``pid`` runs and nothing has ``ended``.
-
-    On a terminal a bar stands below it, set to the last line of metrics.jsonl whenever the log grows.
+    Ranks that fail at the same moment and the supervisor take turns.
     """
-    tqdm = bar = None
-    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        with suppress(ImportError):  # it comes with the packages, which this Python may lack
-            from tqdm import tqdm
-    alive, unfinished = True, b""
-    try:
-        while alive:
-            # Its lock of the logs; asked before reading, so that the last lines are not missed.
-            alive = not ended and os.path.exists(f"/proc/{pid}/fd/9")
-            *lines, unfinished = (unfinished + stream.read()).split(b"\n")
-            text = b"".join(line + b"\n" for line in lines).decode("utf-8", "replace")
-            if tqdm and lines:
-                tqdm.write(text, end="")
-                bar = draw_bar(tqdm, bar, cfg.output_dir, pid)
-            elif lines:
-                print(text, end="", flush=True)
-            if alive:
-                time.sleep(0.3)
-    finally:
-        if bar is not None:
-            bar.close()
+    path = output_dir / "run_info.json"
+    with open(output_dir / ".run_info.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        info = read_json(path)
+        if if_state is not None and info.get("state") != if_state:
+            return False
+        write_json(path, {**info, **changes})
+    return True
 
 
-def draw_bar(tqdm: Any, bar: Any, output_dir: Path, pid: str) -> Any:
-    """Set the bar to the last logged step; returns it, None until there is one."""
-    info, records = this_runs_info(output_dir, pid), recent_metrics(output_dir)
-    logged = next((record for record in reversed(records) if "loss" in record), None)
-    if logged is None or not info.get("total_steps"):
-        return bar
-    step, total, left = logged["step"], info["total_steps"], seconds_left(records, info["total_steps"])
-    rest = "멈추는 중" if info.get("stop_requested") else f"{'-' if left is None else format_duration(left)} 남음"
-    loss = "-" if logged["loss"] is None else f"{logged['loss']:.4f}"
-    text = f"{step:,}/{total:,}  손실 {loss}  {logged['tokens_per_second']:,.0f} 토큰/s  {rest}"
-    columns = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
-    if bar is None:  # in ASCII: block characters are two columns wide on some Korean terminals
-        style = {"bar_format": "[{bar}] {percentage:5.1f}% {desc}", "ascii": "-=", "leave": False, "nrows": 24}
-        bar = tqdm(total=total, initial=step, desc=text, ncols=columns, file=sys.stdout, **style)
-    bar.n, bar.ncols = step, columns
-    bar.set_description_str(text)
-    return bar
-
-
-def follow_run(cfg: TrainConfig, mode: str) -> int:
-    """Follow a run's log to the run's end; returns the exit code of how it stood then.
-
-    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the run to stop first
-    and shows at the end how it stands; else the supervisor's PID, whose launcher runs in the foreground and ends
-    this with SIGTERM.
-    """
-    ended: list[bool] = []
-    pid = mode if mode.isdigit() else find_supervisor(cfg)
-    if not pid:
-        print("실행 중인 학습이 없습니다")
-        return print_status(cfg, False) if mode == "follow" else NOT_RUNNING
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads this has seen enough, as in --follow | head
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if mode == pid:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the run: the launcher passes it on
-        signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
-    with open(log_path(cfg, "training_console.log"), "rb") as stream:
-        if mode == "follow":
-            lines = stream.read().splitlines(keepends=True)
-            stream.seek(-sum(map(len, lines[-10:])), os.SEEK_END)
-        elif mode == "stop":
-            stream.seek(0, os.SEEK_END)
-            if this_runs_info(cfg.output_dir, pid).get("stop_requested"):  # a second signal would end it unsaved
-                print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})", flush=True)
-            else:
-                print(f"🛑 중단 요청을 보냅니다 (PID {pid}). 현재 스텝을 마치고 저장합니다...", flush=True)
-                os.kill(int(pid), signal.SIGTERM)
-        try:
-            follow_log(cfg, pid, stream, ended)
-        except KeyboardInterrupt:
-            again = f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요"
-            print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요" if mode == "stop" else again)
-            return 0
-    code = FOLLOW_CODES.get(str(read_json(cfg.output_dir / "run_info.json").get("state")), ENVIRONMENT_ERROR)
-    if mode == "stop":
-        print_status(cfg, False)
-        return 0 if code == STOPPED else code  # it is what was asked for
-    return code
-
-
-def draw_curves(folder: str) -> None:
-    """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
-    os.nice(10)
-    output_dir = Path(folder)
-    import matplotlib
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    matplotlib.rcdefaults()
-    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10})
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    info = read_json(output_dir / "run_info.json")
-    figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
-    figure.suptitle(f"Step {records[-1]['step']:,} of {info.get('total_steps', 0):,}", fontsize=11)
-    for axes, (title, unit, names) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
-        for name in names:
-            known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            steps, values = np.array(known).reshape(-1, 2).T
-            if name == "loss":
-                axes.plot(steps, values, alpha=0.35, linewidth=0.8, label=name)
-                end, sums = np.arange(1, len(values) + 1), np.cumsum([0.0, *values])
-                begin = np.maximum(0, end - max(4, len(values) // 60))
-                values, name = (sums[end] - sums[begin]) / (end - begin), "moving average"
-            if known:
-                axes.plot(steps, values, marker="o" if "val" in name else "", markersize=3, label=name)
-        axes.set(title=title, xlabel="Step", ylabel=unit)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.locator_params(axis="x", nbins=5, integer=True)
-        if axes.lines:
-            axes.legend()
-    figure.savefig(output_dir / "training_curves.png")
+def note_stop_request(output_dir: str) -> None:
+    """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
+    if read_json(Path(output_dir) / "run_info.json").get("run_id") == run_id():
+        update_run_info(Path(output_dir), stop_requested=timestamp())
 
 
 def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset: str) -> None:
@@ -1656,11 +1333,316 @@ def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset
     print(info["state"])
 
 
+def is_restart(info: dict[str, Any]) -> bool:
+    """Whether torchrun started this worker anew in the run that ``info``, a ``run_info.json``, speaks of."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id") == run_id()
+
+
+def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
+    """In a restarted worker go on from what this run wrote; before its first checkpoint, as it was asked to.
+
+    SystemExit with 0 where the run has failed for a known reason or was asked to stop.
+    """
+    info = read_json(cfg.output_dir / "run_info.json")
+    if not is_restart(info):
+        return cfg
+    if info["state"] != "running" or "stop_requested" in info:
+        sys.exit()
+    goes_on = "first_step" in info and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
+    return replace(cfg, resume="auto") if goes_on else cfg
+
+
+class StopFlag:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
+
+    However often a signal comes it sets the flag and nothing else: Slurm, systemd and a reboot send SIGTERM to every
+    process at once, and torchrun passes its own on.  Until ``defer`` there is nothing to save, so a signal ends the
+    process at once with 0, which torchrun doesn't repeat.  That is done by a thread, as the main thread, in which
+    Python's handlers run, may wait in a collective for a rank that has left already.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.deferred = False
+        self.deadline = math.inf  # of --max-hours, on the monotonic clock
+        self.limit: float | None = None  # seconds without a heartbeat that are a hang
+        self.log: Any = None
+        self.armed = -math.inf
+        ready, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "requested", True))
+        threading.Thread(target=self.end_early, args=(ready,), daemon=True, name="stop").start()
+        follow_agent()
+
+    def end_early(self, signals: int) -> None:
+        """The thread: end this process at the first signal that comes before ``defer``."""
+        os.read(signals, 1)
+        if not self.deferred:
+            if is_local_main() and "RUN_ID" not in os.environ:  # else the supervisor says it
+                print("🛑 시작하기 전에 중단했습니다", flush=True)
+            os._exit(0)
+
+    def defer(self) -> None:
+        """From now on a signal only sets the flag."""
+        self.deferred = True
+        if self.requested:  # it came while the thread slept
+            os._exit(0)
+
+    def is_set(self) -> bool:
+        return self.requested or time.monotonic() > self.deadline
+
+    def arm(self, minutes: float, log: Any) -> None:
+        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``.
+
+        faulthandler's own timer does it, which needs no thread of Python's and no GIL.
+        """
+        self.limit, self.log, self.armed = 60 * minutes, log, -math.inf
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        now = time.monotonic()
+        if self.limit is not None and now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms
+            faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
+            self.armed = now
+
+    def finish(self) -> None:
+        """This rank waits for no other any more: what is left takes as long as it takes."""
+        self.limit = None
+        faulthandler.cancel_dump_traceback_later()
+
+
+def follow_agent() -> None:
+    """Under torchrun let the kernel send us SIGTERM when it dies, so that no orphan holds a GPU."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # a shell may well go away
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    name = os.environ.get("RUN_ID")
+    with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        if name is None or f"RUN_ID={name}".encode() in environment:
+            return
+    os._exit(0)  # torchrun was gone before we asked
+
+
+# --- watching a run: --status, --follow, training_curves.png ---
+
+STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
+STATUS_LINES = {  # label and format; what isn't known, and a count of 0, has no line
+    "seconds_left": ("남은 시간", format_duration),
+    "loss": ("손실", "{:.4f}".format),
+    "val_bits_per_byte": ("검증 bits/byte", "{:.4f}".format),
+    "val_bits_per_byte_ko": ("   한국어", "{:.4f}".format),
+    "val_bits_per_byte_en": ("   영어", "{:.4f}".format),
+    "tokens_per_second": ("속도", "{:,.0f} 토큰/s".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "memory_gb": ("메모리", "{:.1f} GB".format),
+    "restarts": ("자동 재시작", "{:,}번".format),
+    "failed_saves": ("실패한 저장", "{:,}번".format),
+    "skipped_steps": ("건너뛴 스텝", "{:,}번".format),
+    "last_checkpoint": ("마지막 체크포인트", os.path.basename),
+    "error": ("오류", str),
+}
+CURVES = {  # title: figures of metrics.jsonl
+    "Training loss (nats/token)": ("loss",),
+    "Validation (bits/byte)": ("val_bits_per_byte", "val_bits_per_byte_ko", "val_bits_per_byte_en"),
+    "Learning rate": ("learning_rate",),
+    "Tokens/s (all ranks)": ("tokens_per_second",),
+}
+
+
+def read_metrics(output_dir: Path, most: int = 1 << 19) -> list[dict[str, Any]]:
+    """The lines in the last ``most`` bytes of ``metrics.jsonl``, oldest first; by default more than 2,000."""
+    records = []
+    with suppress(FileNotFoundError), open(output_dir / "metrics.jsonl", "rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - most))
+        for line in stream:
+            with suppress(ValueError):  # cut off by where we began to read, or half-written
+                records.append(json.loads(line))
+    return records
+
+
+def seconds_left(records: Iterable[dict[str, Any]], total_steps: int | None) -> float | None:
+    """Time to the end at the pace of the last 100 logged steps, evaluations and saves included; None if unknown."""
+    logged = [record for record in records if "loss" in record][-100:]
+    if len(logged) < 2 or total_steps is None:
+        return None
+    first, last = logged[0], logged[-1]
+    return (total_steps - last["step"]) * (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+
+
+def find_supervisor(cfg: TrainConfig) -> str:
+    """PID of the living supervisor of these logs, which has their lock on descriptor 9; empty if there is none."""
+    pid = read_text(log_path(cfg, "training.pid")).strip()
+    with suppress(OSError):  # it is gone, or somebody else's
+        if os.path.samefile(f"/proc/{pid}/fd/9", cfg.logs_dir / f".{log_path(cfg, 'training.lock').name}"):
+            return pid
+    return ""
+
+
+def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
+    """How a run stands, as ``--status --json`` prints it; while it starts, nothing of the one before it."""
+    pid, info = find_supervisor(cfg), read_json(cfg.output_dir / "run_info.json")
+    if pid and str(info.get("run_id")).partition("-")[0] != pid:
+        info = {}
+    records = read_metrics(cfg.output_dir) if info or not pid else []
+    latest = {name: value for record in records for name, value in record.items()}
+    ended = info.get("state") if info.get("state") != "running" else "failed"  # without a word
+    gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
+    if with_gpus and pid and info.get("options", {}).get("device") == "cuda":
+        with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
+            gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
+    return {
+        "state": "running" if pid else ended,
+        "stopping": bool(pid and info.get("stop_requested")),
+        "pid": int(pid) if pid else None,
+        "started": info.get("started"),
+        # The last logged one while it runs, or died; one that ended by itself has said which was its last.
+        "step": info["step"] if not pid and "step" in info and ended != "failed" else latest.get("step"),
+        "total_steps": info.get("total_steps"),
+        **{name: {**latest, **info}.get(name) for name in STATUS_LINES},
+        "seconds_left": seconds_left(records, info.get("total_steps")) if pid else None,
+        "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
+        "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
+    }
+
+
+def print_status(cfg: TrainConfig, as_json: bool = False) -> int:
+    """Returns the exit code: 0 running, 1 dead with its PID file there, 3 not running."""
+    status, lines = run_status(cfg), []
+    pid, step, total = status["pid"], status["step"], status["total_steps"]
+    code = 0 if pid else 1 if log_path(cfg, "training.pid").exists() else NOT_RUNNING
+    if as_json:
+        print(json.dumps(status, ensure_ascii=False))
+        return code
+    if step is not None:
+        lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
+    elif pid:
+        log = read_text(log_path(cfg, "training_console.log")).strip() or "시작하는 중"
+        lines.append(("지금", wrap_width(log.splitlines()[-1], 55)[0]))
+    lines += [(label, form(status[name])) for name, (label, form) in STATUS_LINES.items() if status[name]]
+    for index, gpu in enumerate(status["gpus"]):
+        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
+        lines.append((f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"))
+    state = "멈추는 중" if status["stopping"] else STATE_NAMES.get(status["state"], "기록 없음")
+    print(f"📊 상태: {state}" + (f" (PID {pid})" if pid else ""))
+    for label, text in lines:
+        print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
+    return code
+
+
+def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
+    """Show the log from where ``stream`` stands to the end of the supervisor ``pid``; on a terminal a bar below it."""
+    bar, alive, text = None, True, b""
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with suppress(ImportError):  # it comes with the packages, which this Python may lack
+            from tqdm import tqdm
+
+            # In ASCII: block characters are two columns wide on some Korean terminals.
+            form = "[{bar}] {percentage:5.1f}% {desc}"
+            bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=80, nrows=24)
+    try:
+        while alive:
+            # Its lock of the logs; asked before reading, so that the last lines are not missed.
+            alive = os.path.exists(f"/proc/{pid}/fd/9")
+            text += stream.read()
+            end = text.rfind(b"\n") + 1 if alive else len(text)
+            (print if bar is None else bar.write)(text[:end].decode("utf-8", "replace"), end="")
+            if bar is not None and end:
+                set_bar(bar, run_status(cfg, with_gpus=False))
+            text = text[end:]
+            if alive:
+                time.sleep(0.3)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def set_bar(bar: Any, status: dict[str, Any]) -> None:
+    """Set the bar to the last logged step."""
+    words = {name: form(status[name]) if status[name] else "-" for name, (_, form) in STATUS_LINES.items()}
+    rest = "멈추는 중" if status["stopping"] else f"{words['seconds_left']} 남음"
+    bar.n, bar.total = status["step"] or 0, status["total_steps"]
+    bar.ncols = shutil.get_terminal_size().columns - 3  # with room for the ^C that a terminal shows
+    text = f"{bar.n:,}/{bar.total or 0:,}  손실 {words['loss']}  {words['tokens_per_second']}  {rest}"
+    bar.set_description_str(text if status["step"] else "시작하는 중")
+
+
+def follow_run(cfg: TrainConfig, mode: str) -> int:
+    """Follow a run's log to the run's end; returns the exit code of how it stood then.
+
+    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the run to stop first
+    and shows at the end how it stands; else the PID of a launcher in the foreground, for which the signals are meant.
+    """
+    pid = mode if mode.isdigit() else find_supervisor(cfg)
+    if not pid:
+        print("실행 중인 학습이 없습니다")
+        return print_status(cfg)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM) if mode == pid else ():
+        signal.signal(number, signal.SIG_IGN)
+    path = log_path(cfg, "training_console.log")
+    if not path.exists():
+        print(f"⚠️  로그 파일이 없어 학습이 끝나기만 기다립니다: {display_path(path)}")
+        path = Path(os.devnull)
+    with open(path, "rb") as stream:
+        if mode == "follow":
+            lines = stream.read().splitlines(keepends=True)
+            stream.seek(-sum(map(len, lines[-10:])), os.SEEK_END)
+        elif mode == "stop":
+            stream.seek(0, os.SEEK_END)
+            if run_status(cfg, with_gpus=False)["stopping"]:  # a second signal would end it unsaved
+                print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})")
+            else:
+                print(f"🛑 중단 요청을 보냅니다 (PID {pid}). 현재 스텝을 마치고 저장합니다...")
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGTERM)
+        try:
+            follow_log(cfg, pid, stream)
+        except KeyboardInterrupt:
+            again = f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요"
+            print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요" if mode == "stop" else again)
+            return 0
+    if mode == "stop":
+        print_status(cfg)
+    codes = {"finished": 0, "stopped": 0 if mode == "stop" else STOPPED}
+    return codes.get(run_status(cfg, with_gpus=False)["state"], ENVIRONMENT_ERROR)
+
+
+def draw_curves(folder: str) -> None:
+    """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
+    os.nice(10)
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    records, info = read_metrics(Path(folder), most=sys.maxsize), read_json(Path(folder) / "run_info.json")
+    figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
+    figure.suptitle(f"Step {records[-1]['step']:,} of {info.get('total_steps', 0):,}")
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        for name in names:
+            known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            steps, values = np.array(known).reshape(-1, 2).T
+            if known:
+                axes.plot(steps, values, label=name, marker="o" if "val" in name else "", markersize=3, linewidth=1)
+            width = max(4, len(values) // 60)
+            if name == "loss" and len(values) > width:
+                mean = np.convolve(values, np.full(width, 1 / width), "valid")
+                axes.plot(steps[width - 1 :], mean, label="moving average")
+        axes.set(title=title, xlabel="Step")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        if len(axes.lines) > 1:
+            axes.legend()
+    figure.savefig(Path(folder) / "training_curves.png")
+
+
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
     "internal:packages": lambda: print(" ".join(missing_packages())),
-    "internal:status": lambda json, *argv: print_status(parse_args(argv), json == "true"),
+    "internal:status": lambda as_json, *argv: print_status(parse_args(argv), as_json == "true"),
     "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
     "internal:stopping": note_stop_request,
@@ -1673,21 +1655,21 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
 
     Returns the options, and the stop flag where a rank is to run; raises SystemExit where all is done.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", line_buffering=True)  # whatever the locale and PYTHONIOENCODING say
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads an answer may have seen enough; a run ignores it
     try:
         if "--help" in argv or "-h" in argv:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads it may have seen enough
             print(help_text())
             sys.exit()
         if argv and argv[0] in INTERNAL:
             sys.exit(INTERNAL[argv[0]](*argv[1:]))
         cfg = parse_args(argv)
-        if cfg.uses_checkpoint:
-            for number in (signal.SIGINT, signal.SIGPIPE):
-                signal.signal(number, signal.SIG_DFL)  # nothing is lost, so nothing is caught
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin lose far more beside other work
-            check_use(cfg)
-            return cfg, None
-        return resume_after_restart(cfg), StopFlag()
+        if not cfg.uses_checkpoint:
+            return resume_after_restart(cfg), StopFlag()
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin lose far more beside other work
+        check_use(cfg)
+        return cfg, None
     except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -1715,7 +1697,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -1763,7 +1744,7 @@ COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
 # ======================================================================================
-# Runtime: logs, signals, the accelerator
+# Runtime: logs, the accelerator
 # ======================================================================================
 
 
@@ -1782,7 +1763,6 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
     logger.setLevel(logging.DEBUG)
     logger.handlers[:] = [own]
     if is_local_main():
-        sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # also under LC_ALL=C
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.DEBUG if cfg.verbose else logging.INFO)
         logger.addHandler(console)
@@ -1797,46 +1777,39 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def installed_trackers(cfg: TrainConfig) -> list[str]:
-    """The trackers of ``--report-to`` whose packages are here; says which are not."""
-    names, have = cfg.report_to.split(","), {str(name) for name in get_available_trackers()}
-    for name in names:
-        if name not in have and name != "none":
-            logger.info(
-                f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {sys.executable} -m pip install {name})"
-            )
-    return [name for name in names if name in have]
-
-
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
     """Create the process group and the precision policy.
 
     Accumulation is the loop's own (``train_step`` scales the loss and calls ``no_sync``), so that
     the accelerator's counter can't disagree with the data position.
     """
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    # Later than the hang timer, which shows where each rank is.
-    group = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5))
-    precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
     if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # Else the kernel clears the same pages for each step anew: a tenth of the tiny model's.
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
-    if cfg.device == "cuda" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    if cfg.device == "cuda":
         # No holes in the GPU's memory; pinned buffers as large as asked, not rounded up to a power of two.
         exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # 2.11 refuses words that it doesn't know
-        words = ["expandable_segments:True", *(["pinned_max_round_threshold_mb:1"] if exact else [])]
-        os.environ["PYTORCH_ALLOC_CONF"] = ",".join(words)
+        words = "expandable_segments:True" + (",pinned_max_round_threshold_mb:1" if exact else "")
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", words))
+        torch.set_float32_matmul_precision("high")
+    trackers = [name for name in cfg.report_to.split(",") if name != "none"]
     accelerator = Accelerator(
         cpu=cfg.device == "cpu",
-        mixed_precision=precision,
-        kwargs_handlers=[ddp, group],
-        log_with=installed_trackers(cfg) or None,
+        mixed_precision={"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision),  # of what FP8 leaves
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # Later than the hang timer, which shows where each rank is.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5)),
+        ],
+        log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir=str(cfg.logs_dir / "tensorboard")),
     )
     set_seed(cfg.seed)
-    if cfg.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    for name in trackers:
+        if name not in map(str, accelerator.log_with):
+            command = f"{sys.executable} -m pip install {name}"
+            logger.info(f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {command})")
     return accelerator
 
 

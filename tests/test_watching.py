@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,10 +147,9 @@ def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
     assert t.seconds_left(records(10, 20), None) is None
 
 
-def test_only_the_end_of_long_metrics_is_read(tmp_path, monkeypatch):
+def test_only_the_end_of_long_metrics_is_read(tmp_path):
     cfg = write_run(tmp_path, records(*range(1, 1001)))
-    monkeypatch.setattr(t, "RECENT_METRICS_BYTES", 10_000)
-    found = t.recent_metrics(cfg.output_dir)
+    found = t.read_metrics(cfg.output_dir, 10_000)
     assert 20 < len(found) < 100
     assert found[-1]["step"] == 1000
 
@@ -174,12 +174,12 @@ def test_a_status_tells_everything_that_is_known(tmp_path, alive, monkeypatch, c
     assert (status["loss"], status["mfu"], status["val_bits_per_byte_ko"]) == (3.25, 0.45, 0.9)
     assert status["seconds_left"] == pytest.approx(450)
     assert [(gpu["used_mib"], gpu["use"]) for gpu in status["gpus"]] == [(62000, None), (61000, 97)]
-    assert status["warnings"] == {"skipped_steps": 3, "restarts": 1, "failed_saves": 2}
+    assert [status[name] for name in ("skipped_steps", "restarts", "failed_saves")] == [3, 1, 2]
     assert t.print_status(cfg, as_json=False) == 0
     shown = capsys.readouterr().out
     phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s", "45.0%", "61.2 GB"]
-    phrases += ["재시작: +1번", "저장: +2번", "스텝: +3번", "GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%"]
-    assert_in_order(shown, [*phrases, r"checkpoint-90 \(0:00:0\d 전\)"])
+    phrases += ["재시작: +1번", "저장: +2번", "스텝: +3번", "체크포인트: +checkpoint-90$"]
+    assert_in_order(shown, [*phrases, "GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%"])
     values = [re.match(r"   • [^:]+: +", line)[0] for line in shown.splitlines()[1:]]
     assert len({t.display_width(head) for head in values}) == 1, "the values stand below each other"
     assert max(map(t.display_width, shown.splitlines())) <= 80
@@ -262,19 +262,43 @@ def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised):
     assert not supervised.heard.exists()
 
 
-def test_no_bar_stands_for_an_earlier_run_or_without_tqdm(tmp_path, monkeypatch):
+def test_no_bar_stands_without_tqdm(tmp_path, monkeypatch):
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    cfg = write_run(tmp_path, records(90, 100), run_id="66-1")
     monkeypatch.setenv("TERM", "xterm")
-    for missing in (False, True):
-        monkeypatch.setattr(sys, "stdout", Screen())
-        if missing:
-            monkeypatch.setitem(sys.modules, "tqdm", None)
-        t.follow_log(cfg, "66" if missing else "77", io.BytesIO("가\n나\n".encode()), [])
-        assert sys.stdout.getvalue() == "가\n나\n"
+    monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    t.follow_log(write_run(tmp_path, records(90, 100)), "77", io.BytesIO("가\n나".encode()))
+    assert sys.stdout.getvalue() == "가\n나"
+
+
+def test_a_bar_stands_at_its_beginning_until_the_run_has_logged_a_step(supervised):
+    place = supervised.place
+    t.update_run_info(place.outputs, run_id="66-1")  # the files are still an earlier run's
+    terminal = Terminal(place, "--follow")
+    terminal.wait_for_text("]   0.0% 시작하는 중")
+    assert "100/1,000  손실" not in terminal.text
+
+
+def test_a_run_whose_log_was_removed_is_watched_and_stopped(supervised):
+    place = supervised.place
+    place.console_log.unlink()
+    stop = place.start("--stop")
+    place.wait("the signal", supervised.heard.exists)
+    t.update_run_info(place.outputs, state="stopped")
+    supervised.process.kill()
+    supervised.process.wait()
+    assert_in_order(place.finish(stop, 20)[0], ["로그 파일이 없어", "🛑 중단 요청", "상태: 중단됨"])
+    assert stop.returncode == 0
+
+
+def test_a_status_is_told_whatever_encoding_the_environment_asks_for(place):
+    place.environment |= {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
+    answer = place.run("--status")
+    assert answer.code == 3
+    assert "📊 상태: 기록 없음" in answer.out
 
 
 @pytest.fixture(scope="module")
@@ -473,11 +497,11 @@ def test_a_tracker_that_does_not_start_ends_no_run(build, tmp_path, caplog, monk
 
 
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(t, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     caplog.set_level("INFO")
-    assert t.installed_trackers(config(tmp_path, "--report-to", "tensorboard,wandb")) == ["tensorboard"]
+    cfg = config(tmp_path, "--device", "cpu", "--report-to", "tensorboard,wandb")
+    assert [str(name) for name in t.build_accelerator(cfg).log_with] == ["tensorboard"]
     assert re.search(r"wandb 패키지가 없어 .*pip install wandb", caplog.text)
-    assert t.installed_trackers(config(tmp_path, "--report-to", "none")) == []
 
 
 @pytest.mark.parametrize(("typed", "told"), [("tensorbord", "tensorboard"), ("none,wandb", "none")])
