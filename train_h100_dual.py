@@ -3490,9 +3490,7 @@ class StepLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.unwritten = b""
         except OSError as error:
-            logger.warning(
-                f"⚠️  {display_path(path)} 에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}"
-            )
+            logger.warning(f"⚠️  metrics.jsonl에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}")
         group = "validation" if "val_loss" in record else "train"
         figures = {f"{group}/{name.removeprefix('val_')}": value for name, value in record.items() if value is not None}
         with tracking(self.run):
@@ -3507,9 +3505,7 @@ def tracking(run: Run) -> Iterator[None]:
     except Exception as error:
         run.accelerator.trackers.clear()
         logging.getLogger("traceback").error("tracking failed", exc_info=error)
-        logger.warning(
-            f"⚠️  --report-to 기록에 실패해 더 보내지 않습니다: {describe_error(error)[0]}. 학습은 계속합니다"
-        )
+        logger.warning(f"⚠️  --report-to 기록에 실패해 학습만 계속합니다. {describe_error(error)[0]}")
 
 
 def start_trackers(run: Run, state: TrainState) -> None:

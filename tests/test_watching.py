@@ -493,7 +493,7 @@ def test_a_tracker_that_does_not_start_ends_no_run(build, tmp_path, caplog, monk
 
     monkeypatch.setattr(run.accelerator, "init_trackers", fail)
     t.start_trackers(run, t.TrainState())
-    assert "더 보내지 않습니다: RuntimeError: no key" in caplog.text
+    assert "학습만 계속합니다. 예상하지 못한 오류: RuntimeError: no key" in caplog.text
 
 
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
