@@ -88,7 +88,7 @@ PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, 
 ASSUMED_MFU = 0.4  # for the time of a run before its first step
 CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
 
-CACHE_VERSION = 6  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 7  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
@@ -1839,57 +1839,53 @@ class Documents:
 
 def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
     """Cut a file into chunks of ``size`` bytes and what completes the last line; in a .txt file, the paragraph."""
-    codec, is_text, first_line = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix), path.suffix == ".txt", 1
-    try:
-        with open(path, "rb") as raw:
-            stream: Any = raw
-            if codec:
-                import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
+    import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
 
-                stream = io.BufferedReader(pyarrow.input_stream(raw, compression=codec))
-            while block := stream.read(size):
-                parts = [block, stream.readline()]
-                while is_text and parts[-1].strip() and (line := stream.readline()):
-                    parts.append(line)
-                block = b"".join(parts)
-                yield str(path), first_line, block.removeprefix(b"\xef\xbb\xbf" * (first_line == 1))
-                first_line += block.count(b"\n")
-    except OSError as error:
-        if not codec:
-            raise
-        raise RuntimeError(f"압축 파일이 손상되었습니다: {path} ({error}). 파일을 다시 받으세요") from error
+    first_line = 1
+    with io.BufferedReader(pyarrow.input_stream(path)) as stream:  # by its suffix also .gz and .zst
+        while block := stream.read(size):
+            parts = [block, stream.readline()]
+            while path.suffix == ".txt" and parts[-1].strip() and (line := stream.readline()):
+                parts.append(line)
+            block = b"".join(parts)
+            yield str(path), first_line, block.removeprefix(b"\xef\xbb\xbf" * (first_line == 1))
+            first_line += block.count(b"\n")
 
 
 def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
     """Read a parquet file, or stream a data set of the hub, of which nothing is executed; a row stands for a line."""
-    import pyarrow.parquet
+    if name := HUB_NAME.fullmatch(source):
+        import datasets
 
-    first_line, name = 1, HUB_NAME.fullmatch(source)
-    try:
-        if name:
-            import datasets
+        repository, revision, config, split = (part or None for part in name.groups())
+        options = {"split": split or "train", "revision": revision, "streaming": True}
+        batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(TABLE_ROWS)
+    else:
+        import pyarrow.parquet
 
-            repository, revision, config, split = (part or None for part in name.groups())
-            options = {"split": split or "train", "revision": revision, "streaming": True}
-            batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(TABLE_ROWS)
-        else:
-            file = pyarrow.parquet.ParquetFile(source)
-            columns = [column for column in (text_column, "lang", "source") if column in file.schema_arrow.names]
-            batches = file.iter_batches(TABLE_ROWS, columns=columns)
-        for batch in batches:
-            yield source, first_line, batch
-            first_line += batch.num_rows
-    except pyarrow.ArrowInvalid as error:
-        raise RuntimeError(f"parquet 파일이 손상되었습니다: {source} ({error})") from error
+        file = pyarrow.parquet.ParquetFile(source)
+        columns = [column for column in (text_column, "lang", "source") if column in file.schema_arrow.names]
+        batches = file.iter_batches(TABLE_ROWS, columns=columns)
+    first_line = 1
+    for batch in batches:
+        yield source, first_line, batch
+        first_line += batch.num_rows
 
 
 def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
-    """Read the corpus in a stable order; tables have chunks of their own size."""
-    for source in map(str, files or [cfg.dataset_path]):
-        if files and not source.endswith(".parquet"):
-            yield from read_line_chunks(Path(source), size or CHUNK_BYTES)
-        else:
-            yield from read_table_chunks(source, cfg.text_column)
+    """Read the corpus in a stable order; tables have chunks of their own size.  RuntimeError: a file is damaged."""
+    import pyarrow
+
+    for path in files or [cfg.dataset_path]:
+        try:
+            if not files or path.suffix == ".parquet":
+                yield from read_table_chunks(str(path), cfg.text_column)
+            else:
+                yield from read_line_chunks(path, size or CHUNK_BYTES)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            if not files or getattr(error, "errno", None):  # the hub's, or the system's: no permission, for instance
+                raise
+            raise RuntimeError(f"파일이 손상되었습니다: {path} ({error}). 다시 받으세요") from error
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
@@ -2190,12 +2186,11 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
     if bad:
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
-        logger.warning(f"⚠️  읽지 못한 줄 {bad_count:,}개를 건너뛰었습니다: {display_path(path)}")
+        shutil.copy(path, folder)  # for the runs that find the corpus prepared
     refuse_bad_lines(bad, bad_count, line_count)
     if offset == 0:
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
-    write_json(folder / "sources.json", {"sources": list(names["source"])})
-    return {"bad_lines": bad_count, "languages": list(names["language"])}
+    return {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
@@ -2294,7 +2289,7 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     """Write the lists of documents that --mix and --validation-split stand for, and their part of the report."""
     records, names = np.memmap(cache / "documents.bin", DOCUMENT, "r"), list(cfg.mix_counts) or ["all"]
     index, offsets = records[:-1], np.ascontiguousarray(records["offset"])
-    languages, sources = read_json(cache / "corpus.json")["languages"], read_json(cache / "sources.json")["sources"]
+    languages, sources = map(read_json(cache / "corpus.json").get, ("languages", "sources"))
     domain = np.zeros(len(index), np.int16)
     if cfg.mix_counts:  # a source's name goes before a language's
         number = {name: place for place, name in enumerate(names)}
@@ -2341,8 +2336,8 @@ class Corpus:
         return sum(domain.rows(max_seq_length) for domain in self.domains)
 
 
-def prepare_corpus(cfg: TrainConfig) -> Corpus:
-    """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
+def prepare_lists(cfg: TrainConfig) -> Path:
+    """Write what the token cache lacks; return the folder of the lists, which stands in the prepared corpus's."""
     from filelock import FileLock
 
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -2351,20 +2346,38 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     folder = cfg.cache_dir / corpus_key(cfg, files)
     lists = folder / lists_name(cfg)
-    if is_local_main() and not lists.exists():
-        with log_waiting("다른 실행이 같은 데이터를 준비하기를 기다리는 중"):
-            lock = FileLock(folder.with_suffix(".lock")).acquire()  # the kernel ends a dead one's
-        with lock:
-            if not folder.exists():
-                logger.info(f"📚 데이터 준비 중... ({len(files)}개 파일)")
-                with atomic_dir(folder) as temporary:
-                    write_cache(temporary, cfg, files)
-            if not lists.exists():
-                with atomic_dir(lists) as temporary:
-                    write_lists(temporary, cfg, folder)
-    while not lists.exists():  # rank 0 is at it; should it fail, the agent ends us
-        time.sleep(0.1)
+    if lists.exists():
+        return lists
+    with log_waiting("다른 실행이 같은 데이터를 준비하기를 기다리는 중"):
+        lock = FileLock(folder.with_suffix(".lock")).acquire()  # the kernel ends a dead one's
+    with lock:
+        if not folder.exists():
+            logger.info(f"📚 데이터 준비 중... ({len(files)}개 파일)")
+            with atomic_dir(folder) as temporary:
+                write_cache(temporary, cfg, files)
+        if not lists.exists():
+            with atomic_dir(lists) as temporary:
+                write_lists(temporary, cfg, folder)
+    return lists
+
+
+def prepare_corpus(cfg: TrainConfig) -> Corpus:
+    """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
+    lists = prepare_lists(cfg) if is_local_main() else None
+    if rank_and_world()[1] > 1:  # that rank tells the others which corpus it is: they might see the files change
+        store, name = next(dist.rendezvous("env://"))[0], f"corpus/{os.environ.get('GROUP_RANK', '0')}"
+        if lists:
+            store.set(name, str(lists))
+        while not store.check([name]):  # should that rank fail, the agent ends us
+            time.sleep(0.1)
+        lists = Path(store.get(name).decode())
+    folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
+    if report["bad_lines"]:
+        path = cfg.logs_dir / "bad_lines.jsonl"
+        if is_local_main():
+            shutil.copy(folder / path.name, path)
+        logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
     *domains, val = (DocumentList(tokens, part) for part in pieces)
@@ -3579,24 +3592,25 @@ def start_profile(run: Run, left: int) -> Any:
 # ======================================================================================
 
 
-def evaluation_rows(corpus: Corpus, max_seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack the held-out documents, up to 2 M tokens of whole ones, into rows as in training.
+def evaluation_rows(
+    corpus: Corpus, max_seq_length: int, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pack the held-out documents, up to 2 M tokens of whole ones, into a ``multiple`` of rows as in training.
 
     Returns rows (n, max_seq_length + 1) int64; for each target the language of its document, or -1
-    for what fills up the last row (n, max_seq_length) int64; and the bytes of text by language.
+    for what fills up the last rows (n, max_seq_length) int64; and the bytes of text by language.
     """
     offsets, documents = corpus.documents["offset"], corpus.val_documents
     ends = np.cumsum(offsets[documents + 1] - offsets[documents])
     count = max(1, int(np.searchsorted(ends, MOST_EVALUATION_TOKENS - 1, "right")))  # one token stands before them
     chosen, ends = corpus.documents[documents[:count]], ends[:count]
+    filling = (0, -int(ends[-1]) % (multiple * max_seq_length))
     stream = corpus.val.read(np.zeros(1, np.int64), int(ends[-1]))[0].astype(np.int64)
+    stream = np.pad(stream, filling, constant_values=stream[0])
+    tags = np.pad(np.repeat(chosen["language"], np.diff(ends, prepend=0)).astype(np.int64), filling, constant_values=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, max_seq_length + 1)[::max_seq_length]
     text_bytes = np.bincount(chosen["language"], chosen["bytes"], minlength=len(corpus.report["languages"]))
-    rows = -(-(len(stream) - 1) // max_seq_length)
-    filled, tags = np.full(rows * max_seq_length + 1, stream[0]), np.full(rows * max_seq_length, -1)
-    filled[: len(stream)] = stream
-    tags[: len(stream) - 1] = np.repeat(chosen["language"], np.diff(ends, prepend=0))
-    windows = np.lib.stride_tricks.sliding_window_view(filled, max_seq_length + 1)[::max_seq_length]
-    return windows, tags.reshape(rows, max_seq_length), text_bytes
+    return windows, tags.reshape(-1, max_seq_length), text_bytes
 
 
 @torch.no_grad()
@@ -3606,18 +3620,17 @@ def evaluate(run: Run) -> dict[str, float | None]:
     The loss is the mean over all targets in nats.  Bits per byte count the text and not the
     end-of-text tokens, so they compare across tokenizers.  None for a language without documents.
     """
-    rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length)
     size = max(run.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
+    # One shape for every batch, so that nothing recompiles.
+    rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length, size)
     world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
     names = run.corpus.report["languages"]
     # By language: nats, targets, nats of text; column 0 takes the filling.
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     run.loss_module.eval()
     for first in range(rank * size, len(rows), world_size * size):
-        numbers = np.arange(first, first + size)  # one shape for every batch, so that nothing recompiles
-        filling, numbers = numbers >= len(rows), numbers.clip(max=len(rows) - 1)
-        batch = torch.from_numpy(rows[numbers]).to(sums.device)
-        tag = torch.from_numpy(np.where(filling[:, None], 0, tags[numbers] + 1)).to(sums.device).flatten()
+        batch = torch.from_numpy(rows[first : first + size].copy()).to(sums.device)
+        tag = torch.from_numpy(tags[first : first + size] + 1).to(sums.device).flatten()
         loss = run.loss_module(batch, reduction="none").double()
         is_text = batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id
         sums.index_add_(1, tag, torch.stack([loss, torch.ones_like(loss), loss * is_text]))
@@ -3653,31 +3666,37 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 # --- samples ---
 
 
+def start_token(tokenizer: Any) -> int:
+    """What stands before a document, for lm-evaluation-harness too."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 @torch.no_grad()
-def generate_continuation(
-    model: nn.Module, ids: list[int], cfg: TrainConfig, most: int, streamer: Any, **more: Any
-) -> list[int]:
-    """Continue tokens by up to ``most``; the same ones for the same seed, and no generator's state is changed.
+def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
+    """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes.
 
     ValueError: the prompt leaves no room in the model's context.
     """
     from transformers import GenerationConfig
 
+    ids = [start_token(tokenizer), *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
     length = context_length(model)
-    if len(ids) >= length:
-        raise ValueError(
-            f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({length:,} 토큰)에 들어가지 않습니다. 줄이세요"
-        )
-    most = min(most, length - len(ids))
+    room = length - len(ids)
+    if room <= 0:
+        text = f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({length:,} 토큰)에 들어가지 않습니다. 줄이세요"
+        raise ValueError(text)
+    if room < cfg.max_new_tokens:
+        logger.warning(f"⚠️  모델의 최대 길이가 {length:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
     sampling = {"do_sample": cfg.temperature > 0, "temperature": cfg.temperature or 1.0, "top_p": cfg.top_p}
-    settings = GenerationConfig(max_new_tokens=most, top_k=0, use_cache=True, **sampling, **more)  # top_k: else 50
+    sampling |= {"max_new_tokens": min(room, cfg.max_new_tokens), "top_k": 0, "use_cache": True}  # top_k: else 50
     tokens = torch.tensor([ids], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     # The kernel that --attention names may not take a single query; a growing cache would compile the layers anew.
     with torch.random.fork_rng(devices), attention_kernels("auto"), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(cfg.seed)
-        mask = torch.ones_like(tokens)
-        return model.generate(tokens, attention_mask=mask, generation_config=settings, streamer=streamer)[0].tolist()
+        options = {"attention_mask": torch.ones_like(tokens), "generation_config": GenerationConfig(**sampling)}
+        tokens = model.generate(tokens, streamer=streamer, **options)
+    return tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
@@ -3687,14 +3706,13 @@ def generate_samples(run: Run, state: TrainState) -> None:
     """
     cfg, tokenizer, start, texts = run.cfg, run.corpus.tokenizer, time.monotonic(), {}
     tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
-    end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    most = min(SAMPLE_TOKENS, cfg.max_seq_length // 2)
     run.loss_module.eval()
     try:
+        run.model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         for prompt in [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS:
-            ids = tokenizer(prompt).input_ids
             with run.accelerator.autocast():
-                tokens = generate_continuation(run.model, ids, cfg, SAMPLE_TOKENS, tick, **end)
-            text = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True)
+                text = generate_text(run.model, tokenizer, replace(cfg, prompt=prompt, max_new_tokens=most), tick)
             text = text.replace("\r\n", "\n").replace("\t", " ")
             # An untrained model writes any bytes: also control and format characters.
             plain = (char if char == "\n" or unicodedata.category(char)[0] != "C" else "\ufffd" for char in text)
@@ -3720,17 +3738,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
         run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
 
 
-# --- a checkpoint in use: --generate and --evaluate ---
-
-
-def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
-    """Continue ``cfg.prompt`` as from the beginning of a document, the same on a device for a seed; the whole text."""
-    ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
-    room = context_length(model) - len(ids)
-    if 0 < room < cfg.max_new_tokens:
-        logger.warning(f"⚠️  모델의 최대 길이가 {context_length(model):,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
-    tokens = generate_continuation(model, ids, cfg, cfg.max_new_tokens, streamer)
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+# --- a checkpoint in use: --evaluate ---
 
 
 def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -3754,13 +3762,10 @@ def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, 
     """
     windows = sorted(windows, key=lambda window: -len(window[0]))
     while windows:
-        longest = len(windows[0][0])
-        size = max(1, most // (longest - 1))
+        size = max(1, most // (len(windows[0][0]) - 1))
         batch, windows = windows[:size], windows[size:]
-        rows = np.zeros((len(batch), longest), np.int64)
-        for line, (row, _, _) in zip(rows, batch, strict=True):
-            line[: len(row)] = row
-        loss = loss_module(torch.from_numpy(rows).to(loss_module.model.device), reduction="none")
+        rows = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row, _, _ in batch], batch_first=True)
+        loss = loss_module(rows.to(loss_module.model.device), reduction="none")
         for nats, (row, count, total) in zip(loss.view(len(batch), -1).double().cpu().numpy(), batch, strict=True):
             total[3] += nats[len(row) - 1 - count : len(row) - 1].sum()
 
@@ -3790,7 +3795,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
             for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
                 total = totals.setdefault(language, np.zeros(4))
                 total += (1, len(item.ids), len(text.encode()), 0)
-                rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
+                rows = rolling_windows(np.array(item.ids), start_token(tokenizer), length)
                 windows += [(row, count, total) for row, count in rows]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
@@ -4216,8 +4221,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
     source, begun = cfg.generate or cfg.evaluate, time.monotonic()
     tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
     model = model.to(device).eval()
     if cfg.generate:
         from transformers import TextStreamer

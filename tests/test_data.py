@@ -196,6 +196,11 @@ def test_a_damaged_archive_is_an_error_that_names_it(tmp_path, suffix):
         documents_of(path)
 
 
+def test_a_file_that_can_not_be_opened_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl\.gz"):
+        documents_of(tmp_path / "a.jsonl.gz")
+
+
 def test_languages_are_taken_from_the_line_or_told_from_hangul(tmp_path):
     lines = [
         {"text": "anything", "lang": "KO"},
@@ -393,6 +398,17 @@ def test_too_many_bad_lines_stop_the_run_and_show_the_first_five(tmp_path, caplo
     lines = [json.loads(line) for line in (cfg.logs_dir / "bad_lines.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == list(range(91, 101))
     assert list(cfg.cache_dir.glob(".*.tmp")) == []
+
+
+def test_what_was_skipped_is_told_again_by_a_run_that_finds_the_corpus_prepared(tmp_path, caplog):
+    (tmp_path / "corpus.jsonl").write_bytes(b"\n".join([GOOD] * 200 + [b"bad"]))
+    told = tmp_path / "logs" / "bad_lines.jsonl"
+    for _ in range(2):
+        caplog.clear()
+        prepare(tmp_path)
+        assert f"읽지 못한 줄 1개를 건너뛰었습니다: {told}" in caplog.text
+        assert json.loads(told.read_text())["line"] == 201
+        told.unlink()
 
 
 def in_a_process(function, *arguments) -> multiprocessing.Process:

@@ -516,11 +516,10 @@ def test_unknown_trackers_are_refused(tmp_path, typed, told):
 def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(trained):
     decoder, tokenizer = trained.run.model, trained.run.corpus.tokenizer
     before = torch.get_rng_state()
-    ticks, ids = [], tokenizer("오늘").input_ids
+    ticks, cfg = [], dataclasses.replace(trained.run.cfg, prompt="오늘", max_new_tokens=24)
     streamer = SimpleNamespace(put=ticks.append, end=lambda: None)
     first, again, other = (
-        t.generate_continuation(decoder, ids, dataclasses.replace(trained.run.cfg, seed=seed), 24, streamer)
-        for seed in (1, 1, 2)
+        t.generate_text(decoder, tokenizer, dataclasses.replace(cfg, seed=seed), streamer) for seed in (1, 1, 2)
     )
     assert first == again != other
     assert len(ticks) >= 24, "the timer for hangs hears of every token"
