@@ -2791,9 +2791,11 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outer = {id(module.weight) for module in (*embeddings, model.get_output_embeddings()) if module is not None}
     hidden, matrices, vectors = [], [], []
-    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
-        orthogonal = cfg.optimizer == "muon" and weight.dim() == 2 and id(weight) not in outer
-        (hidden if orthogonal else matrices if weight.dim() >= 2 else vectors).append(weight)
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        if cfg.optimizer == "muon" and weight.dim() == 2 and id(weight) not in outer:
+            hidden.append(weight)
+        else:
+            (matrices if weight.dim() >= 2 else vectors).append(weight)
     groups = [{"params": hidden}, {"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, **ADAMW, "fused": True}
@@ -2902,7 +2904,12 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
     if cfg.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
     size = rows
-    while not batch_fits(cfg, size, tokenizer, accelerator):
+    while True:
+        fits = try_steps(cfg, size, tokenizer, accelerator)
+        torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
+        accelerator.free_memory()  # it keeps the models that it prepared
+        if all(gather_object([fits])):
+            break
         logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
         if size == 1:
             raise EnvironmentProblem(
@@ -2917,38 +2924,28 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
     return size
 
 
-def batch_fits(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
-    """Whether every rank has memory for steps of this size; what they leave behind is cleared."""
-    fits = torch.ones((), device=accelerator.device)
-    try:
-        try_steps(cfg, size, tokenizer, accelerator)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        fits.zero_()
-    torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
-    accelerator.free_memory()  # it keeps the models that it prepared
-    if dist.is_initialized():
-        dist.all_reduce(fits, dist.ReduceOp.MIN)
-    return bool(fits)
-
-
-def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> None:
-    """Two steps on a new model without any collective, as one rank may fail alone.
+def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
+    """Whether there is memory for two steps of a new model; without any collective, as one rank may fail alone.
 
     Beside others DDP's buckets are there from the beginning: as the gradients, which lie in them, and
     once more, as DDP makes them anew in the second forward pass while NCCL may still hold the first ones.
     """
-    loss_module = build_loss(cfg, tokenizer, accelerator.device)
-    optimizer = build_optimizer(loss_module.model, cfg, alone=True)
-    model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-    rows, first_buckets = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device), []
-    for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
-        weight.grad = torch.zeros_like(weight)
-        first_buckets.append(torch.empty_like(weight))
-    for _ in range(2):
-        model(rows).backward()
-        optimizer.step()
+    shape, first_buckets = (size, cfg.max_seq_length + 1), []
+    try:
+        loss_module = build_loss(cfg, tokenizer, accelerator.device)
+        optimizer = build_optimizer(loss_module.model, cfg, alone=True)
+        model = accelerator.prepare_model(loss_module, evaluation_mode=True)
+        for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
+            weight.grad = torch.zeros_like(weight)
+            first_buckets.append(torch.empty_like(weight))
+        for _ in range(2):
+            model(torch.zeros(shape, dtype=torch.int64, device=accelerator.device)).backward()
+            optimizer.step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -361,11 +361,11 @@ def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeEr
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
     sizes = []
 
-    def fail(cfg: t.TrainConfig, size: int, *more: Any) -> None:
-        sizes.append(size)
+    def fail(self: t.LMWithLoss, rows: torch.Tensor) -> None:
+        sizes.append(len(rows))
         raise error
 
-    monkeypatch.setattr(t, "try_steps", fail)
+    monkeypatch.setattr(t.LMWithLoss, "forward", fail)
     with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
         t.find_batch_size(run.cfg, 4, run.corpus.tokenizer, run.accelerator)
     assert sizes == [4, 2, 1]
