@@ -2067,6 +2067,8 @@ def load_tokenizer(source: str | Path) -> Any:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         lacks = "문서 끝 토큰(eos_token)" if tokenizer.is_fast else "tokenizer.json"
         raise RuntimeError(f"토크나이저에 {lacks}이 없습니다: {source} (다른 --tokenizer 를 쓰세요)")
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
     return tokenizer
 
 
@@ -2399,27 +2401,20 @@ def log_report(report: dict[str, Any]) -> None:
 
 def write_dummy_data(folder: Path) -> Path:
     """Write 4,000 Korean and English documents of a small grammar: a model learns something of it in ten steps."""
-    path = folder / "dummy-1.jsonl"
+    path = folder / "dummy-2.jsonl"
     if path.exists():
         return path
-    korean = (
-        "오늘|어제|내일|아침|저녁|주말|지난달|올해",
-        "학생이|연구원이|기자가|아이가|선생님이|개발자가|친구가|의사가|요리사가|여행자가",
-        "서울에서|부산에서|학교에서|도서관에서|회사에서|시장에서|바닷가에서|집에서",
-        "책을|논문을|모델을|데이터를|음식을|영화를|편지를|코드를|사진을|노래를",
-        "읽었다.|만들었다.|분석했다.|보냈다.|준비했다.|고쳤다.|나누었다.|기억했다.|찾았다.|설명했다.",
-    )
-    english = (
-        "Today|Yesterday|Tomorrow|Sometimes|Later|Often|Suddenly|Finally",
-        "the student|a researcher|the reporter|a child|my teacher|the engineer|an old friend|the doctor",
-        "read|wrote|analysed|shared|prepared|repaired|remembered|found|explained|measured",
-        "a book|the paper|a small model|the data|some food|a film|the letter|new code|a photograph|that song",
-        "in Seoul.|at school.|in the library.|at work.|by the sea.|at home.|in the market.|on the train.",
-    )
+    grammars = {
+        "ko": "오늘|어제|내일|아침/학생이|연구원이|기자가|아이가|선생님이/서울에서|학교에서|도서관에서|시장에서/"
+        "책을|논문을|모델을|데이터를|음식을/읽었다.|만들었다.|분석했다.|보냈다.|준비했다.",
+        "en": "Today|Yesterday|Sometimes|Finally/the student|a researcher|the reporter|my teacher/read|wrote|analysed|"
+        "prepared|found/a book|the paper|a small model|the data/in Seoul.|at school.|in the library.|by the sea.",
+    }
     draw, lines = random.Random(0), []  # the same text on every machine
-    for lang, grammar in (("ko", korean), ("en", english)) * 2000:
-        words = [draw.choice(part.split("|")) for _ in range(draw.randint(3, 16)) for part in grammar]
-        lines.append(json.dumps({"text": " ".join(words), "lang": lang}, ensure_ascii=False) + "\n")
+    for lang, grammar in [*grammars.items()] * 2000:
+        parts = [part.split("|") for part in grammar.split("/")]
+        text = " ".join(draw.choice(part) for _ in range(draw.randint(3, 16)) for part in parts)
+        lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     os.utime(temporary, (0, 0))  # whichever rank comes last, the token cache knows the file by the same time
@@ -3589,47 +3584,34 @@ def start_profile(run: Run, left: int) -> Any:
 # ======================================================================================
 
 
-def evaluation_rows(
-    corpus: Corpus, max_seq_length: int, multiple: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack the held-out documents, up to 2 M tokens of whole ones, into a ``multiple`` of rows as in training.
-
-    Returns rows (n, max_seq_length + 1) int64; for each target the language of its document, or -1
-    for what fills up the last rows (n, max_seq_length) int64; and the bytes of text by language.
-    """
-    offsets, documents = corpus.documents["offset"], corpus.val_documents
-    ends = np.cumsum(offsets[documents + 1] - offsets[documents])
-    count = max(1, int(np.searchsorted(ends, MOST_EVALUATION_TOKENS - 1, "right")))  # one token stands before them
-    chosen, ends = corpus.documents[documents[:count]], ends[:count]
-    filling = (0, -int(ends[-1]) % (multiple * max_seq_length))
-    stream = corpus.val.read(np.zeros(1, np.int64), int(ends[-1]))[0].astype(np.int64)
-    stream = np.pad(stream, filling, constant_values=stream[0])
-    tags = np.pad(np.repeat(chosen["language"], np.diff(ends, prepend=0)).astype(np.int64), filling, constant_values=-1)
-    windows = np.lib.stride_tricks.sliding_window_view(stream, max_seq_length + 1)[::max_seq_length]
-    text_bytes = np.bincount(chosen["language"], chosen["bytes"], minlength=len(corpus.report["languages"]))
-    return windows, tags.reshape(-1, max_seq_length), text_bytes
-
-
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float | None]:
-    """Loss and bits per byte on the held-out documents: of all, and of Korean and English apart.
+    """Loss and bits per byte on the held-out documents, up to 2 M tokens of whole ones: of all, of Korean, of English.
 
     The loss is the mean over all targets in nats.  Bits per byte count the text and not the
     end-of-text tokens, so they compare across tokenizers.  None for a language without documents.
     """
-    size = max(run.batch_size, LEAST_EVALUATION_BATCH // run.cfg.max_seq_length)
-    # One shape for every batch, so that nothing recompiles.
-    rows, tags, text_bytes = evaluation_rows(run.corpus, run.cfg.max_seq_length, size)
-    world_size, rank = run.accelerator.num_processes, run.accelerator.process_index
-    names = run.corpus.report["languages"]
-    # By language: nats, targets, nats of text; column 0 takes the filling.
+    corpus, length = run.corpus, run.cfg.max_seq_length
+    size = max(run.batch_size, LEAST_EVALUATION_BATCH // length)
+    names, offsets, chosen = corpus.report["languages"], corpus.documents["offset"], corpus.val_documents
+    ends = np.cumsum(offsets[chosen + 1] - offsets[chosen])
+    ends = ends[: max(1, np.searchsorted(ends, MOST_EVALUATION_TOKENS - 1, "right"))]  # one token stands before them
+    documents = corpus.documents[chosen[: len(ends)]]
+    text_bytes = np.bincount(documents["language"], documents["bytes"], minlength=len(names))
+    # Rows as in training, and for each target the language of its document + 1, or 0 for what fills the last batch up:
+    # one shape for every batch, so that nothing recompiles.
+    filling = (0, -int(ends[-1]) % (size * length))
+    stream = np.pad(corpus.val.read(np.zeros(1, np.int64), int(ends[-1]))[0].astype(np.int64), filling)
+    rows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
+    tags = np.pad(np.repeat(documents["language"] + np.int64(1), np.diff(ends, prepend=0)), filling)
+    # By language + 1: nats, targets, nats of text.
     sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
     run.loss_module.eval()
-    for first in range(rank * size, len(rows), world_size * size):
+    for first in range(run.accelerator.process_index * size, len(rows), run.accelerator.num_processes * size):
         batch = torch.from_numpy(rows[first : first + size].copy()).to(sums.device)
-        tag = torch.from_numpy(tags[first : first + size] + 1).to(sums.device).flatten()
+        tag = torch.from_numpy(tags[first * length : (first + size) * length]).to(sums.device)
         loss = run.loss_module(batch, reduction="none").double()
-        is_text = batch[:, 1:].flatten() != run.corpus.tokenizer.eos_token_id
+        is_text = batch[:, 1:].flatten() != corpus.tokenizer.eos_token_id
         sums.index_add_(1, tag, torch.stack([loss, torch.ones_like(loss), loss * is_text]))
         run.stop.heartbeat()
     run.loss_module.train()
@@ -3638,9 +3620,9 @@ def evaluate(run: Run) -> dict[str, float | None]:
     figures, sums = {}, sums[:, 1:].cpu().numpy()
     for suffix, chosen in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
         columns = [names.index(name) for name in chosen if name in names]
-        (loss, targets, text_loss), length = sums[:, columns].sum(axis=1), text_bytes[columns].sum()
+        (loss, targets, text_loss), text_size = sums[:, columns].sum(axis=1), text_bytes[columns].sum()
         figures[f"val_loss{suffix}"] = float(loss / targets) if targets else None
-        figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / length) if length else None
+        figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / text_size) if text_size else None
     return figures
 
 
@@ -3663,11 +3645,6 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 # --- samples ---
 
 
-def start_token(tokenizer: Any) -> int:
-    """What stands before a document, for lm-evaluation-harness too."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
 @torch.no_grad()
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
     """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes.
@@ -3676,7 +3653,7 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     """
     from transformers import GenerationConfig
 
-    ids = [start_token(tokenizer), *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
+    ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
     length = context_length(model)
     room = length - len(ids)
     if room <= 0:
@@ -3792,7 +3769,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
             for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
                 total = totals.setdefault(language, np.zeros(4))
                 total += (1, len(item.ids), len(text.encode()), 0)
-                rows = rolling_windows(np.array(item.ids), start_token(tokenizer), length)
+                rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
                 windows += [(row, count, total) for row, count in rows]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())

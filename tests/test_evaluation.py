@@ -64,14 +64,17 @@ def test_the_bytes_are_those_of_the_documents(tmp_path):
 
 
 def test_an_evaluation_reads_whole_documents_up_to_its_limit(tmp_path, monkeypatch):
-    corpus = tiny_run(tmp_path).corpus
-    monkeypatch.setattr(t, "MOST_EVALUATION_TOKENS", 1000)
-    rows, tags, text_bytes = t.evaluation_rows(corpus, 32)
-    read = int((tags >= 0).sum())
-    assert 500 < read < 1000
-    count = held_out_ends(corpus).tolist().index(read + 1)
-    assert text_bytes.sum() == corpus.documents["bytes"][corpus.val_documents[:count]].sum()
-    assert rows.shape == (len(tags), 33)
+    run = tiny_run(tmp_path)
+    corpus, limit = run.corpus, 1000
+    count = int(np.searchsorted(held_out_ends(corpus), limit, "right")) - 1
+    numbers = corpus.val_documents[:count]
+    assert 0 < count < len(corpus.val_documents)
+    val = t.DocumentList(corpus.val.tokens, t.list_pieces(corpus.documents["offset"], numbers))
+    run.corpus = t.replace(corpus, val=val, val_documents=numbers)
+    expected = reference(run)
+    run.corpus = corpus
+    monkeypatch.setattr(t, "MOST_EVALUATION_TOKENS", limit)
+    assert t.evaluate(run) == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_ranks_find_what_one_does(tmp_path):
