@@ -2994,7 +2994,6 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
-        """The bare transformers model."""
         return self.loss_module.model
 
     @property
@@ -3022,8 +3021,8 @@ def provenance() -> dict[str, Any]:
     return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit}
 
 
-def write_model(folder: Path, run: Run) -> None:
-    """Write what makes weights a Hugging Face model: configuration and tokenizer."""
+def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> str:
+    """Write a Hugging Face model: weights, configuration and tokenizer; returns the SHA-256 of the weights' file."""
     from transformers import GenerationConfig
 
     tokenizer = run.corpus.tokenizer
@@ -3042,6 +3041,7 @@ def write_model(folder: Path, run: Run) -> None:
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
     GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, **sampling).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    return write_tensors(folder / "pytorch_model.bin", weights)
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> str:
@@ -3062,9 +3062,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise RuntimeError(
-            f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)"
-        ) from error
+        text = f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path}"
+        raise RuntimeError(f"{text} (다른 체크포인트를 쓰세요)") from error
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:
@@ -3097,8 +3096,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
 def remove_directory(folder: Path) -> None:
     """Remove a directory so that, whenever this is interrupted, its name stands for all of it or for nothing."""
-    parent = folder.parent.parent if folder.name == "training_state" else folder.parent
-    aside = parent / f".{folder.parent.name}.{folder.name}.old.tmp"
+    aside = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     shutil.rmtree(aside)
@@ -3114,7 +3112,7 @@ def save_initial_model(run: Run) -> None:
     if not run.is_main:
         return
     logger.info("🚀 초기 모델 저장 중...")
-    folder, begun = run.cfg.output_dir / "initial_model", time.monotonic()
+    begun, folder = time.monotonic(), run.cfg.output_dir / "initial_model"
     count, embedding = run.model.num_parameters, run.model.get_input_embeddings().weight
     info = {
         "parameters": {"total": count(), "trainable": count(only_trainable=True), "embedding": embedding.numel()},
@@ -3130,8 +3128,7 @@ def save_initial_model(run: Run) -> None:
     try:
         check_room(run)
         with atomic_dir(folder) as temporary:
-            write_tensors(temporary / "pytorch_model.bin", weights)
-            write_model(temporary, run)
+            write_model(temporary, run, weights)
             write_json(temporary / "model_info.json", info)
         logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
     except (OSError, EnvironmentProblem) as error:
@@ -3181,11 +3178,7 @@ class Saver:
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
         if name not in self.buffers:
-            try:
-                self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            except RuntimeError as error:  # the host has too little memory that can't be swapped out
-                logger.debug(f"{name} is copied to ordinary memory: {error}")
-                self.buffers[name] = torch.empty_like(tensor, device="cpu")
+            self.buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return self.buffers[name].copy_(tensor, non_blocking=True)
 
     def copy_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -3211,13 +3204,10 @@ class Saver:
 
 
 def wait_for_saver(run: Run) -> None:
-    """Wait on every rank until rank 0 writes no checkpoint any more, which then says how that ended.
-
-    A loop of short collectives, so that no rank's hang timer takes a slow disk for a hang.
-    """
+    """Wait on every rank until rank 0 writes no checkpoint any more, and let it tell how that ended."""
     busy = torch.ones((), device=run.accelerator.device)
     with log_waiting("앞선 체크포인트의 저장을 기다리는 중"):
-        while busy:
+        while busy:  # short collectives, so that no rank's hang timer takes a slow disk for a hang
             run.saver.wait(1.0)
             broadcast(busy.fill_(run.saver.busy))  # other ranks have none
             run.stop.heartbeat()
@@ -3229,8 +3219,8 @@ def check_room(run: Run) -> None:
     needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
     free = shutil.disk_usage(run.cfg.output_dir).free
     if free < needed:
-        sizes = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-        raise EnvironmentProblem(f"디스크 공간이 부족합니다 ({sizes})")
+        figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        raise EnvironmentProblem(f"디스크 공간이 부족합니다 ({figures})")
 
 
 def describe_error(error: Exception) -> tuple[str, bool]:
@@ -3276,9 +3266,8 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
     check_room(run)
     with atomic_dir(run.cfg.output_dir / f"checkpoint-{info['step']}") as temporary:
         (temporary / "training_state").mkdir()
-        hashes = {"pytorch_model.bin": write_tensors(temporary / "pytorch_model.bin", weights)}
+        hashes = {"pytorch_model.bin": write_model(temporary, run, weights)}
         hashes["training_state/state.pt"] = write_tensors(temporary / "training_state" / "state.pt", content)
-        write_model(temporary, run)
         write_json(temporary / "training_info.json", info)
         files = {}
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
@@ -3297,25 +3286,31 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
     run.save_seconds = time.monotonic() - begun
 
 
-def report_save(run: Run) -> BaseException | None:
-    """Tell, once, how the save ended that was being written, and return its error; the next interval tries again."""
+def report_save(run: Run, is_last: bool = False) -> None:
+    """Tell, once, how the save ended that was being written; what fails is tried again at the next interval.
+
+    With ``is_last`` wait for it, on rank 0 alone; RuntimeError if it failed.
+    """
     saver = run.saver
+    if is_last:
+        saver.wait()
     if saver.save is None or saver.busy:
-        return None
+        return
     error, saver.save = saver.save.exception(), None
     if error is None:
         folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
         logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({run.save_seconds:.1f}초)")
-        return None
-    failed = read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0) + 1
-    with suppress(OSError):  # a full disk
-        update_run_info(run.cfg.output_dir, failed_saves=failed)
+        return
+    reason, left = describe_error(error)[0], last_checkpoint(run.cfg)
+    if is_last:
+        text = f"마지막 스텝({saver.step:,})을 저장하지 못했습니다: {reason}"
+        raise RuntimeError(f"{text}. 공간을 비우고 --train --resume 으로 이어서 하세요. {left}") from error
     logging.getLogger("traceback").error("a save failed", exc_info=error)
-    logger.warning(
-        f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {describe_error(error)[0]}. "
-        f"다음 저장 때 다시 시도합니다. {last_checkpoint(run.cfg)}"
-    )
-    return error
+    text = f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {reason}"
+    logger.warning(f"{text}. 다음 저장 때 다시 시도합니다. {left}")
+    count = read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0)
+    with suppress(OSError):  # a full disk
+        update_run_info(run.cfg.output_dir, failed_saves=count + 1)
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:
@@ -3324,22 +3319,8 @@ def last_checkpoint(cfg: TrainConfig) -> str:
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
 
 
-def finish_saving(run: Run, state: TrainState) -> None:
-    """Wait, on rank 0 alone, for the last step's save; RuntimeError if it failed."""
-    run.saver.wait()
-    error = report_save(run)
-    if error is not None:
-        raise RuntimeError(
-            f"마지막 스텝({state.step:,})을 저장하지 못했습니다: {describe_error(error)[0]}. "
-            f"공간을 비우고 --train --resume 으로 이어서 하세요. {last_checkpoint(run.cfg)}"
-        ) from error
-
-
 def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> ResumePoint:
-    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank begins.
-
-    EnvironmentProblem as ``find_resume_point``; RuntimeError: the ranks have different corpora.
-    """
+    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank begins."""
     point = None
     if accelerator.is_main_process:
         point = find_resume_point(cfg, accelerator.num_processes, fingerprint, thorough=True)
@@ -3355,7 +3336,6 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Bring model, optimizer, scaler and generators back to where a checkpoint was written.
 
     Rank 0 reads it; the others, which may be on other machines, get it from there, a tensor at a time.
-    EnvironmentProblem: its weights don't fit the model.
     """
     content: dict[str, Any] = {}
     if run.is_main:
@@ -3840,11 +3820,7 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
 
 
 def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float, list[float]] | None) -> bool:
-    """Take in the figures of a step that has ended on every rank; returns whether to stop.
-
-    Raises:
-        RuntimeError: too many steps gave no finite loss and gradient.
-    """
+    """Take in the figures of a step that has ended on every rank, if there is one; returns whether to stop."""
     if read is None:
         return False
     step, moment, (loss, grad_norm, skipped, asked) = read
@@ -3903,15 +3879,11 @@ def run_age() -> float:
 
 
 def set_deadline(run: Run, step_seconds: float) -> None:
-    """Tell the stop flag when to stop, so that ``--max-hours`` has room for two steps, an evaluation and a save.
-
-    Before the first evaluation its length is estimated from its tokens: a forward pass is a third of
-    a step.  Rank 0 decides for all.
-    """
+    """Let rank 0 stop all, so that ``--max-hours`` has room for two steps, an evaluation and a save."""
     if run.cfg.max_hours is None or not run.is_main:
         return
     evaluation, saves = run.evaluation_seconds, 2.5 if run.saver.busy else 1.5
-    if evaluation is None:
+    if evaluation is None:  # a forward pass takes a third of a step's time
         evaluation = 0.5 * step_seconds * min(len(run.corpus.val), MOST_EVALUATION_TOKENS) / run.step_tokens
     reserve = 2 * step_seconds + evaluation + run.sample_seconds + saves * run.save_seconds + 5
     run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
@@ -3941,7 +3913,11 @@ def train(run: Run, state: TrainState) -> str:
             profile.step()
         if is_first:
             run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
-            release_first_buckets(cfg)
+            if cfg.device == "cuda":
+                # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
+                # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
+                torch.cuda.synchronize()
+                time.sleep(0.3)
         else:
             set_deadline(run, time.monotonic() - begun)
         last = state.step == run.total_steps
@@ -3964,30 +3940,17 @@ def train(run: Run, state: TrainState) -> str:
     return "finished" if state.step >= run.total_steps else "stopped"
 
 
-def release_first_buckets(cfg: TrainConfig) -> None:
-    """Free the buckets that DDP replaces in the second forward pass: 4 bytes a parameter beside its activations.
-
-    NCCL's watchdog holds them until it looks again, every 0.1 s.
-    """
-    if cfg.device == "cuda":
-        torch.cuda.synchronize()
-        time.sleep(0.3)
-
-
 # ======================================================================================
 # main
 # ======================================================================================
 
 
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Complete the options, and return lines to show.
-
-    The launcher has made the plan and shown it; of ranks that were started by hand the first one does.
-    """
+    """Complete the options; returns also what to show where no launcher has made the plan and shown it."""
     if "RUN_ID" in os.environ:
         return resolve_config(typed, typed.device)[0], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if rank_and_world()[0]:
+    if rank_and_world()[0]:  # the first one makes the plan
         gpus = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
         return resolve_config(typed, plan_device(typed, gpus, processes)[0])[0], []
     plan = make_launch_plan(typed, processes)
@@ -4012,7 +3975,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
-    for torn in cfg.output_dir.glob(".*.tmp"):
+    for torn in (*cfg.output_dir.glob(".*.tmp"), *cfg.output_dir.glob("checkpoint-*/.*.tmp")):
         shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
     if cfg.resume is None:
         for path in (*list_checkpoints(cfg.output_dir), *cfg.output_dir.glob("initial_model")):
@@ -4032,7 +3995,9 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
     info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()
     if is_restart(info):
         kept += ("restarts", "first_step", "failed_saves", "dataset")
-        info["restarts"] = info.get("restarts", 0) + 1
+        info["restarts"] = count = info.get("restarts", 0) + 1
+        most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
+        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째)")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["env", f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
     command += os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1] or [sys.executable, *sys.argv]
@@ -4055,10 +4020,9 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
 def build_run(
     cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, accumulation: int | None = None
 ) -> Run:
-    """Create the model and the optimizer, and wrap them for training; ``accumulation`` is a resume's, if not as typed.
+    """Create the model and the optimizer, and wrap them for training; ``accumulation`` is a resume's, else as typed.
 
-    RuntimeError: the corpus is smaller than one global batch, or a domain than one row; of --find-batch-size: no
-    row fits.
+    RuntimeError: the corpus is smaller than a step, a domain than a row, or no row fits into a GPU.
     """
     rows, length = cfg.batch_size * (accumulation or cfg.gradient_accumulation_steps), cfg.max_seq_length
     step_tokens = rows * accelerator.num_processes * length
@@ -4117,22 +4081,23 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
             begin_at(run, state, point)
         if point.checkpoint is None and cfg.save_initial:
             save_initial_model(run)
-        done = state.step >= run.total_steps
-        ended = "finished" if done else train_quietly(run, state)
+        ended = train_quietly(run, state)
     stop.finish()
     with tracking(run):
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
-        if not done:
-            draw_curves_beside(run, wait=True)
-        finish_saving(run, state)
+        draw_curves_beside(run, wait=True)
+        report_save(run, is_last=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
-        if done:
-            logger.info(f"✅ 이미 끝난 학습입니다 (스텝 {state.step:,}). 더 하려면 --max-steps 를 늘리세요")
+        if point.info.get("step") == state.step:
+            words = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
+        elif ended == "finished":
+            words = "✅ 학습 완료!"
+        elif cfg.is_test:
+            words = "🛑 테스트를 중단했습니다"
         else:
-            stopped = "테스트를 중단했습니다" if cfg.is_test else "학습을 중단했습니다. 이어서 하려면 --train --resume"
-            words = "✅ 학습 완료!" if ended == "finished" else f"🛑 {stopped}"
-            logger.info(f"{words} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
+            words = "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume"
+        logger.info(f"{words} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
         lock.close()
     hard_exit(0)
 
@@ -4156,12 +4121,6 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         before, now = point.info["total_steps"], run.total_steps
         if before != now:
             logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. 학습률을 새 길이에 맞춰 다시 계산합니다")
-    count, most = (
-        read_json(cfg.output_dir / "run_info.json").get("restarts"),
-        os.environ.get("TORCHELASTIC_MAX_RESTARTS"),
-    )
-    if count:
-        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째): 스텝 {state.step:,}부터")
 
 
 def train_quietly(run: Run, state: TrainState) -> str:
@@ -4213,12 +4172,10 @@ def use_checkpoint(cfg: TrainConfig) -> None:
 def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
     """Tell the person in a sentence or a few, keep the traceback, and set the run's state unless it begins again.
 
-    Of ranks that fail at the same moment one speaks: the one that sets the state.  Without a ``cfg`` no run, and
-    no log, has begun.
+    Of ranks that fail at the same moment one speaks: the one that sets the state.
     """
-    text, known = describe_error(error)
-    rank = rank_and_world()[0]
-    if cfg is None:
+    (text, known), rank = describe_error(error), rank_and_world()[0]
+    if cfg is None:  # no run has begun, and no log
         if rank == 0:
             print("\n".join(f"❌ {problem}" for problem in text.split("\n")), file=sys.stderr)
         return
@@ -4263,9 +4220,8 @@ def main(typed: TrainConfig, stop: StopFlag | None) -> int:
 def hard_exit(code: int) -> NoReturn:
     """End this process at once, with everything written.
 
-    Python's own way out takes the interpreter down under gloo's and NCCL's threads.  One that still
-    holds the last collective's tensors then asks for a GIL that is gone, and the process dies of
-    SIGABRT, so that torchrun calls a finished run failed.
+    Python's own way out takes the interpreter from under gloo's and NCCL's threads.  One that still holds the last
+    collective's tensors asks for a GIL that is gone: SIGABRT, and torchrun calls a finished run failed.
     """
     logging.shutdown()
     sys.stdout.flush()

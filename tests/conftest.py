@@ -316,7 +316,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     run, state = tiny_run(tmp_path_factory.mktemp("trained")), t.TrainState()
     t.save_initial_model(run)
     assert t.train(run, state) == "finished"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     return run, state, run.cfg.output_dir
 
 

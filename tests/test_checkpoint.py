@@ -152,12 +152,12 @@ def test_the_newest_two_keep_their_training_state_and_a_limit_removes_older_ones
         (output / f"checkpoint-{step}" / "training_state").mkdir(parents=True)
         (output / f"checkpoint-{step}" / "training_state" / "state.pt").touch()
     t.save_checkpoint(run, state)
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     assert {path.parent.name for path in output.glob("*/training_state")} == {"checkpoint-20", "checkpoint-100"}
     assert len(t.list_checkpoints(output)) == 4
     run.cfg = t.replace(run.cfg, save_total_limit=1)
     t.save_checkpoint(run, state)
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     assert [path.name for path in output.iterdir() if path.is_dir()] == ["checkpoint-100"]
 
 
@@ -314,7 +314,7 @@ def test_killed_at_any_write_of_a_save_every_checkpoint_is_whole(tmp_path):
     small = ("--model-config", str(tmp_path / "config.json"))
     run, state = tiny_run(tmp_path, "--save-total-limit", "3", *small), t.TrainState()
     t.train(run, state)
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     output = run.cfg.output_dir
     state.loss_window = []
     boundary, seen = 0, set()
@@ -384,7 +384,7 @@ def test_the_buffers_of_a_save_are_allocated_once(tmp_path):
         patch.setattr(t, "write_checkpoint", watch)
         state = t.TrainState()
         t.train(run, state)
-        t.finish_saving(run, state)
+        t.report_save(run, is_last=True)
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
 
@@ -402,7 +402,7 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_writt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "write_checkpoint", slowly)
         t.train(run, state)
-        t.finish_saving(run, state)
+        t.report_save(run, is_last=True)
     assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-4", "checkpoint-8"]
     saved = torch.load(run.cfg.output_dir / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(saved[name], value) for name, value in at_four.items())
@@ -422,7 +422,7 @@ def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "write_checkpoint", broken)
         assert t.train(run, state) == "finished"
-        t.finish_saving(run, state)
+        t.report_save(run, is_last=True)
     (line,) = [text for text in caplog.messages if "저장하지 못했습니다" in text]
     assert "(스텝 4)" in line
     assert "Input/output error" in line

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory) -> Path:
     more = ("--max-seq-length", "128", "--max-steps", "60", "--save-steps", "60", "--eval-steps", "60")
     run, state = tiny_run(tmp_path_factory.mktemp("export"), *more), t.TrainState()
     assert t.train(run, state) == "finished"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     return run.cfg.output_dir / "checkpoint-60"
 
 

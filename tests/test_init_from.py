@@ -69,7 +69,7 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
     assert (run.backend in ("sdpa", "eager")) == (kind in ("qwen3-sliding", "gemma2", "gemma3"))
     before = t.evaluate(run)["val_loss"]
     assert t.train(run, state) == "finished"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     assert state.evaluation["val_loss"] < before - 0.1
 
     checkpoint = run.cfg.output_dir / "checkpoint-8"

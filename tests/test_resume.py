@@ -175,7 +175,7 @@ def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_
 def test_a_run_ends_with_a_checkpoint_at_its_number_of_tokens(tmp_path):
     run, state = tiny_run(tmp_path, "--max-tokens", "200"), t.TrainState()  # 64 a step
     assert t.train(run, state) == "finished"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     (checkpoint,) = t.list_checkpoints(run.cfg.output_dir)
     info = t.read_json(checkpoint / "training_info.json")
     assert (info["step"], info["total_steps"], info["tokens_seen"]) == (3, 3, 192)
@@ -216,7 +216,7 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
         run.stop = t.StopFlag()
         monkeypatch.setattr(t, "run_age", lambda: 3600 - 7.0)
         assert t.train(run, state) == "stopped"
-        t.finish_saving(run, state)
+        t.report_save(run, is_last=True)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -229,16 +229,16 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
     typed = ("--eval-steps", "2", "--save-steps", "100")
     whole, state = tiny_run(tmp_path / "whole", *typed), t.TrainState()
     t.train(whole, state)
-    t.finish_saving(whole, state)
+    t.report_save(whole, is_last=True)
     run, state = tiny_run(tmp_path / "stopped", *typed), t.TrainState()
     run.stop.requested = True
     assert t.train(run, state) == "stopped"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     assert (state.step, state.evaluation_step) == (2, None)
     run = tiny_run(tmp_path / "stopped", *typed)
     run.stop.requested = False
     state = t.load_checkpoint(run, run.cfg.output_dir / "checkpoint-2")
     assert t.train(run, state) == "finished"
-    t.finish_saving(run, state)
+    t.report_save(run, is_last=True)
     assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
     assert [line["step"] for line in timeless(tmp_path / "whole") if "val_loss" in line] == [2, 4]
