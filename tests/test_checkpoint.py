@@ -224,7 +224,7 @@ def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(tra
     assert "checkpoint-16 (config.json 파일이 없거나" in point.notes[0]
     assert "checkpoint-12 (pytorch_model.bin 파일의 내용이" in point.notes[1]
     with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
-        t.find_resume_point(t.replace(cfg, resume=str(tmp_path / "checkpoint-12")), 1, thorough=True)
+        t.find_resume_point(t.replace(cfg, resume=tmp_path / "checkpoint-12"), 1, thorough=True)
     for step in (4, 8):
         (tmp_path / f"checkpoint-{step}" / "config.json").unlink()
     with pytest.raises(t.EnvironmentProblem) as refused:
@@ -439,7 +439,7 @@ def refusal(cfg, world_size=1, fingerprint=None):
 
 def test_what_would_change_the_rows_is_refused_on_resume(trained):
     run, _, output = trained
-    cfg, known = t.replace(run.cfg, resume=str(output / "checkpoint-4")), run.corpus.report["fingerprint"]
+    cfg, known = t.replace(run.cfg, resume=output / "checkpoint-4"), run.corpus.report["fingerprint"]
     point = t.find_resume_point(cfg, 1, known)
     assert (point.checkpoint, point.info["step"], point.notes) == (output / "checkpoint-4", 4, ())
     for change, named in (
@@ -465,7 +465,7 @@ def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained
     tokens = 10 * 48 * run.cfg.max_seq_length
     (folder / "training_info.json").write_text(json.dumps({**info, "step": 10, "tokens_seen": tokens, "world_size": 2}))
     sign(folder)
-    cfg = t.replace(run.cfg, resume=str(folder), gradient_accumulation_steps=6)
+    cfg = t.replace(run.cfg, resume=folder, gradient_accumulation_steps=6)
     for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
         point = t.find_resume_point(t.replace(cfg, batch_size=batch_size), world_size)
         assert point.accumulation == expected
