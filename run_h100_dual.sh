@@ -21,19 +21,14 @@ readonly OWN_OPTIONS="--foreground --dry-run --help --status --json --follow --s
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
 export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 
-foreground=false
-dry_run=false
-action=run
-as_json=false
-notify=""
-wanted_python=""
-may_install=true
+action=run foreground=false dry_run=false as_json=false may_install=true
+notify="" wanted_python=""
 script_args=()
 python=""       # has the packages
 plain_python="" # recent enough, may lack them
 missing=""      # packages that plain_python lacks
 
-log() { printf '%s\n' "$*"; }
+log() { printf '%s\n' "$@"; } # log LINE...
 warn() { printf '⚠️  %s\n' "$*" >&2; }
 die() { # die MESSAGE [EXIT_CODE]
   printf '❌ %s\n' "$1" >&2
@@ -72,6 +67,7 @@ usage() {
   --no-install                    아무것도 설치하지 않고 부족한 패키지만 알림
 
 TEXT
+  script_args=() # whatever else was typed
   find_python
   "$plain_python" "$TRAIN_SCRIPT" --help
 }
@@ -103,18 +99,20 @@ parse_args() { # the script parses all options that are its own, once, in make_p
     esac
     shift
   done
-  if [[ $as_json == true && $action == run ]]; then
-    die "--json: --status 와 함께 쓰세요" 2
-  fi
+  [[ $as_json == false || $action =~ ^(status|help)$ ]] || die "--json: --status 와 함께 쓰세요" 2
 }
 
 # --- environment ---
 
 find_python() { # sets plain_python, recent enough to run the script, and where one has the packages python
-  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate reply
+  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate reply code
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
-    reply=$("$candidate" "$TRAIN_SCRIPT" internal:packages 2>/dev/null) || continue # not there, or too old
+    code=0
+    reply=$("$candidate" "$TRAIN_SCRIPT" internal:packages "${script_args[@]}" 2>/dev/null) || code=$?
+    # Wrong options are told by the first that can, before others are searched for the packages.
+    ((code != 2)) || exec "$candidate" "$TRAIN_SCRIPT" internal:packages "${script_args[@]}"
+    ((code == 0)) || continue # not there, or too old
     [[ -n $plain_python ]] || plain_python=$candidate missing=$reply
     [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
     if [[ -z $reply ]]; then
@@ -180,28 +178,19 @@ explain_pip_failure() { # explain_pip_failure OUTPUT
 # --- plan ---
 
 declare -A plan=()
-check_text=""
-info_text=""
+plan_text=""
 
 make_plan() {
   # One question answers everything that can be told before the start, and refuses what can't run; the code says
   # whether the options (2) or the machine (1) were at fault.
-  local line block=0 background=true
+  local line background=true
   [[ $foreground == true ]] && background=false
-  check_text="" info_text=""
-  while IFS= read -r line; do
-    if [[ -z $line ]] && ((block < 2)); then
-      block=$((block + 1))
-    elif ((block == 0)); then
-      plan[${line%%=*}]=${line#*=}
-    elif ((block == 1)); then
-      check_text+=$line$'\n'
-    else
-      info_text+=$line$'\n'
-    fi
-  done < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$background" "${script_args[@]}")
+  {
+    while IFS= read -r line && [[ -n $line ]]; do plan[${line%%=*}]=${line#*=}; done
+    IFS= read -rd '' plan_text || true # to the end
+  } < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$background" "${script_args[@]}")
   if ((${plan[code]:-1} != 0)); then
-    printf '%s' "$check_text" >&2
+    printf '%s' "$plan_text" >&2
     exit "${plan[code]:-1}"
   fi
 }
@@ -225,10 +214,6 @@ build_command() {
     --max-restarts "${plan[max_restarts]}" --signals-to-handle "SIGTERM,SIGINT,SIGQUIT" # and not SIGHUP
     "$TRAIN_SCRIPT" "${script_args[@]}" --device "${plan[device]}"
   )
-  if [[ ${plan[device]} == cpu ]]; then
-    # Threads that wait for each other by spinning leave no core to the loader and the writer of checkpoints.
-    command=(env "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}" "${command[@]:1}")
-  fi
 }
 
 print_command() {
@@ -349,27 +334,19 @@ start_foreground() {
 
 start_background() {
   local pid look
-  log "🔄 백그라운드 모드로 실행됩니다"
-  log "📋 로그 파일: $(shown_path "$console_log")"
-  log "📋 실시간 로그 확인: tail -f $(shown_path "$console_log")"
-  log ""
+  look="tail -f $(shown_path "$console_log")"
+  log "🔄 백그라운드 모드로 실행됩니다" "📋 로그 파일: ${look#tail -f }" "📋 실시간 로그 확인: $look" ""
   : >"$console_log"
-  trap 'log ""; log "백그라운드에서 계속 실행 중... (PID ${pid-})"; exit 0' INT
+  trap 'log "" "백그라운드에서 계속 실행 중... (PID ${pid-})"; exit 0' INT
   setsid nohup "$BASH" "$SCRIPT_PATH" internal:supervise "${plan[output_dir]}" "${plan[logs_dir]}" "$notify" "$python" \
     "${plan[processes]}" "${plan[node_rank]}" "${command[@]}" >>"$console_log" 2>&1 </dev/null &
   pid=$!
   exec 9>&-
-  log "✅ 백그라운드 학습 시작됨!"
-  log "🔢 프로세스 ID: $pid"
-  log "📄 PID 파일: $(shown_path "$pid_file")"
-  log ""
+  log "✅ 백그라운드 학습 시작됨!" "🔢 프로세스 ID: $pid" "📄 PID 파일: $(shown_path "$pid_file")" ""
   log "🔍 학습 상태 확인 명령어:"
-  look="tail -f $(shown_path "$console_log")"
   printf '  %-*s     # %s\n' "${#look}" "$look" "실시간 로그" "${#look}" "ps -p $pid" "프로세스 상태" \
     "${#look}" "kill $pid" "학습 중단"
-  log ""
-  log "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):"
-  log "----------------------------------------"
+  log "" "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):" "----------------------------------------"
   for ((i = 0; i < FIRST_LOG_WAIT * 5; i++)); do
     if [[ -s $console_log ]]; then
       timeout "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" || true
@@ -401,11 +378,7 @@ report_first_seconds() { # report_first_seconds PID
 }
 
 shown_path() { # shown_path PATH: as it can be typed here
-  if [[ $1 == "$PWD"/* ]]; then
-    printf '%s' ".${1#"$PWD"}"
-  else
-    printf '%s' "$1"
-  fi
+  printf '%s' "${1/#"$PWD/"/./}"
 }
 
 start_run() {
@@ -413,8 +386,7 @@ start_run() {
   banner
   log "🔍 H100 학습 환경 확인 중..."
   ensure_environment
-  log "$check_text"
-  log "$info_text"
+  log "$plan_text"
   build_command
   if [[ $dry_run == true ]]; then
     print_command

@@ -1248,6 +1248,12 @@ def missing_packages() -> list[str]:
     return missing
 
 
+def print_missing_packages(*argv: str) -> None:
+    """Answer the launcher, which asks one Python after the other: the first that can refuses wrong options."""
+    parse_args(argv)
+    print(" ".join(missing_packages()))
+
+
 def fp8_problem(capability: tuple[int, int]) -> str | None:
     """What keeps ``--fp8`` from running with this Python on a GPU of this compute capability, in Korean."""
     if capability < (8, 9):
@@ -1578,7 +1584,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     pid = mode if mode.isdigit() else find_supervisor(cfg)
     if not pid:
         print("실행 중인 학습이 없습니다")
-        return print_status(cfg)
+        return print_status(cfg) if mode == "follow" else NOT_RUNNING
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGINT, signal.SIGTERM) if mode == pid else ():
         signal.signal(number, signal.SIG_IGN)
@@ -1641,7 +1647,7 @@ def draw_curves(folder: str) -> None:
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
-    "internal:packages": lambda: print(" ".join(missing_packages())),
+    "internal:packages": print_missing_packages,
     "internal:status": lambda as_json, *argv: print_status(parse_args(argv), as_json == "true"),
     "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
@@ -1665,9 +1671,10 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         if argv and argv[0] in INTERNAL:
             sys.exit(INTERNAL[argv[0]](*argv[1:]))
         cfg = parse_args(argv)
+        if cfg.uses_checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if not cfg.uses_checkpoint:
             return resume_after_restart(cfg), StopFlag()
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin lose far more beside other work
         check_use(cfg)
         return cfg, None
     except Refusal as error:

@@ -47,6 +47,7 @@ MISTAKES = {
     "unknown choice": (["--model-size", "1.4b"], ["--model-size", "'1.4b'", "가장 가까운 값: 1.3b"]),
     "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
     "two that exclude each other": (["--test", "--train"], ["--test, --train", "하나만"]),
+    "--json without --status": (["--stop", "--json"], ["--json", "--status"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground", "값을 받지 않는"]),
 }
 
@@ -115,6 +116,15 @@ def test_a_mistake_gets_one_line_where_nothing_is_installed(
 
 def test_a_mistake_is_answered_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
     assert answer_quickly(bare_place, "--batch-size", "0").code == 2
+
+
+def test_a_mistake_is_told_by_the_first_python_that_can(bare_place: Place, tmp_path: Path) -> None:
+    other = write_program(tmp_path / "other" / "python3.12", f"touch '{tmp_path}/asked'; exit 1")
+    bare_place.environment["PATH"] += f":{other.parent}"
+    assert bare_place.run("--test", "--resume").code == 2
+    assert not (tmp_path / "asked").exists()
+    assert bare_place.run("--test", "--no-install").code == 1
+    assert (tmp_path / "asked").exists()
 
 
 def test_several_mistakes_are_all_reported(place: Place) -> None:
