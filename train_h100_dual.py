@@ -53,7 +53,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -1362,39 +1362,26 @@ class StopFlag:
     """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
 
     However often a signal comes it sets the flag and nothing else: Slurm, systemd and a reboot send SIGTERM to every
-    process at once, and torchrun passes its own on.  Until ``defer`` there is nothing to save, so a signal ends the
-    process at once with 0, which torchrun doesn't repeat.  That is done by a thread, as the main thread, in which
-    Python's handlers run, may wait in a collective for a rank that has left already.
+    process at once, and torchrun passes its own on.
     """
 
     def __init__(self) -> None:
-        self.requested = self.deferred = False
+        self.requested = False
         self.deadline = math.inf  # of --max-hours, on the monotonic clock
         self.limit: float | None = None  # seconds without a heartbeat that are a hang
         self.log: Any = None
         self.armed = -math.inf
-        ready, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "requested", True))
-        threading.Thread(target=self.end_early, args=(ready,), daemon=True, name="stop").start()
         follow_agent()
 
-    def end_early(self, signals: int) -> None:
-        """The thread: end this process at the first signal that comes before ``defer``."""
-        os.read(signals, 1)
-        if not self.deferred:
-            if is_local_main() and "RUN_ID" not in os.environ:  # else the supervisor says it
-                print("🛑 시작하기 전에 중단했습니다", flush=True)
-            os._exit(0)
+    def listen(self) -> None:
+        """From now on there is something to save.
 
-    def defer(self) -> None:
-        """From now on a signal only sets the flag."""
-        self.deferred = True
-        if self.requested:  # it came while the thread slept
-            os._exit(0)
+        Before, a signal ends the process as it does any other, by the kernel: also where the main thread, in which
+        Python's handlers run, waits in a collective for a rank that has left already.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "requested", True))
 
     def is_set(self) -> bool:
         return self.requested or time.monotonic() > self.deadline
@@ -1548,21 +1535,18 @@ def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
             # In ASCII: block characters are two columns wide on some Korean terminals.
             form = "[{bar}] {percentage:5.1f}% {desc}"
             bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=80, nrows=24)
-    try:
+    with nullcontext() if bar is None else bar:
         while alive:
             # Its lock of the logs; asked before reading, so that the last lines are not missed.
             alive = os.path.exists(f"/proc/{pid}/fd/9")
             text += stream.read()
-            end = text.rfind(b"\n") + 1 if alive else len(text)
-            (print if bar is None else bar.write)(text[:end].decode("utf-8", "replace"), end="")
-            if bar is not None and end:
-                set_bar(bar, run_status(cfg, with_gpus=False))
-            text = text[end:]
+            if end := text.rfind(b"\n") + 1 if alive else len(text):
+                (print if bar is None else bar.write)(text[:end].decode("utf-8", "replace"), end="")
+                text = text[end:]
+                if bar is not None:
+                    set_bar(bar, run_status(cfg, with_gpus=False))
             if alive:
                 time.sleep(0.3)
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def set_bar(bar: Any, status: dict[str, Any]) -> None:
@@ -1695,7 +1679,6 @@ import random
 import resource
 from collections import deque
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 
@@ -4083,7 +4066,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         run = build_run(cfg, corpus, stop, accelerator, point.accumulation)
         refuse_too_few_steps(run.total_steps, point.info.get("step", 0))
         state = load_checkpoint(run, point.checkpoint) if point.checkpoint else TrainState()
-        stop.defer()
+        stop.listen()
         if run.is_main:
             begin_at(run, state, point)
         if point.checkpoint is None and cfg.save_initial:

@@ -54,7 +54,7 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     with t.attention_kernels(cfg.attention):
         run = t.build_run(cfg, corpus, stop, t.build_accelerator(cfg))
         stop.arm(cfg.hang_timeout, sys.stderr)
-        stop.defer()
+        stop.listen()
         gc.collect()
         gc.freeze()
         gc.disable()
