@@ -1534,7 +1534,7 @@ def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
 
             # In ASCII: block characters are two columns wide on some Korean terminals.
             form = "[{bar}] {percentage:5.1f}% {desc}"
-            bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=80, nrows=24)
+            bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=77, nrows=24)
     with nullcontext() if bar is None else bar:
         while alive:
             # Its lock of the logs; asked before reading, so that the last lines are not missed.
