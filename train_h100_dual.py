@@ -60,19 +60,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # ======================================================================================
-# Options: standard library only, so that --help and a mistyped option are answered within
-# a second by any Python, before anything is installed.
+# Options: by the standard library alone, so that any Python answers --help and a mistake within a second
 # ======================================================================================
 
 SCRIPT_DIR = Path(__file__).resolve().parent
-
-# The one place where the least versions stand; requirements.txt pins what is installed.
-MINIMUM_PYTHON = (3, 11)
+MINIMUM_PYTHON = (3, 11)  # the least versions stand here only; requirements.txt pins what is installed
 if sys.version_info < MINIMUM_PYTHON:  # before anything below that an older one can't do
     sys.exit(f"❌ Python {MINIMUM_PYTHON[0]}.{MINIMUM_PYTHON[1]} 이상이 필요합니다 (지금 {sys.version.split()[0]})")
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10"}
 MINIMUM_VERSIONS |= {"numpy": "2.0", "tiktoken": "0.9"}
-
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 # Two figures for the estimates before a corpus is tokenised (shown as 추정): measured on the
@@ -82,7 +78,6 @@ COMPRESSION_ESTIMATE = 2.5
 SMALL_CORPUS_BYTES = 16 << 20
 
 MEMORY_TO_USE = 0.92  # of a GPU's: the allocator's gaps and what others hold take the rest
-
 # Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
 ASSUMED_MFU = 0.4  # for the time of a run before its first step
@@ -189,7 +184,7 @@ def parse_path(text: str) -> Path:
 def parse_source(text: str) -> Path | str:
     """A directory, or a name on the hub where there is no such path."""
     path = parse_path(text)
-    return text if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) and not path.exists() else path
+    return text if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) and not os.path.exists(path) else path
 
 
 def parse_dataset(text: str) -> Path:
@@ -362,11 +357,8 @@ def option_names() -> dict[str, Any]:
 
 
 # Options of which only one may be typed, beside the switches of one field.
-EXCLUSIVE = (
-    ("--dummy-data", "--dataset-path"),
-    ("--model-config", "--init-from"),
-    ("--generate", "--evaluate", "--train"),
-)
+EXCLUSIVE = [{"--dummy-data", "--dataset-path"}, {"--model-config", "--init-from"}]
+EXCLUSIVE += [{"--generate", "--evaluate", "--train"}]
 NO_VALUE = "값을 받지 않는 옵션입니다. 값 없이 쓰세요"
 
 
@@ -1646,7 +1638,8 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
     Returns the options, and the stop flag where a rank is to run; raises SystemExit where all is done.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", line_buffering=True)  # whatever the locale and PYTHONIOENCODING say
+        # Whatever the locale and PYTHONIOENCODING say, and also for what was typed in another encoding.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads an answer may have seen enough; a run ignores it
     try:
         if "--help" in argv or "-h" in argv:
