@@ -93,6 +93,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
+# What has to stay at a resume, each unless one of some others is given, which then decide.
+FIXED_OPTIONS: dict[str, tuple[str, ...]] = {"model_size": ("model_config", "init_from")}
+FIXED_OPTIONS |= {"vocab_size": ("tokenizer", "init_from"), "model_config": (), "init_from": (), "tokenizer": ()}
+FIXED_OPTIONS |= {"seed": (), "max_seq_length": (), "validation_split": (), "mix": (), "optimizer": ()}
 # What may change at a resume, but has an effect on what is learnt: it is told.
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
 
@@ -507,58 +511,41 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     """Ask nvidia-smi for the GPUs that a CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     if not shutil.which("nvidia-smi"):
         return []
-    values = "index,uuid,name,memory.total,memory.used,utilization.gpu"
-    query = ["nvidia-smi", f"--query-gpu={values}", "--format=csv,noheader,nounits"]
+    query = "--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         text = f"nvidia-smi가 GPU를 보고하지 못했습니다 ({error}). 드라이버를 확인하세요: nvidia-smi"
         raise EnvironmentProblem(text) from error
     gpus = {}
     for line in answer.strip().splitlines():
         index, uuid, name, *numbers = (part.strip() for part in line.split(","))
-        total, used, use = (int(number) if number.isdigit() else None for number in [*numbers, ""][:3])
+        total, used, use = (int(number) if number.isdigit() else None for number in numbers)
         gpus[index, uuid] = Gpu(name, total or 0, used or 0, use)
     if visible is None:
         return list(gpus.values())
-    wanted = [key.strip() for key in visible.split(",") if key.strip()]
-    # A UUID may be cut short, as CUDA allows.
+    wanted = re.findall(r"[^,\s]+", visible)  # a UUID may be cut short
     return [gpu for key in wanted for (index, uuid), gpu in gpus.items() if key == index or uuid.startswith(key)]
 
 
-def uses_dummy_data(cfg: TrainConfig) -> bool:
-    """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    at_default = cfg.dataset_path == TrainConfig.dataset_path
-    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
-
-
-def corpus_files(cfg: TrainConfig) -> list[Path]:
-    """The files of the corpus in a stable order; none where dummy text or a hub data set stands in for them."""
-    path = cfg.dataset_path
-    if uses_dummy_data(cfg) or str(path).startswith("hf:"):
-        return []
-    if not path.exists():
-        advice = "있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요"
-        raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
-    files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
-    if not files:
-        raise FileNotFoundError(f"읽을 수 있는 데이터 파일이 없습니다: {path} (가능: {', '.join(DATA_SUFFIXES)})")
-    if not any(item.stat().st_size for item in files):
-        raise FileNotFoundError(f"데이터 파일이 비어 있습니다: {files[0]}")
-    return files
-
-
-def checkpoint_step(path: Path) -> int:
-    """Step of a directory called ``checkpoint-N``; -1 for any other name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match else -1
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) >= 0), key=checkpoint_step)
+def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[str]]:
+    """Device, its GPUs, and what isn't as it was asked for: a test goes on with it, training doesn't."""
+    if cfg.device == "cpu":
+        return "cpu", [], []
+    gpus = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[:num_gpus]
+    if not gpus and cfg.device == "auto" and cfg.is_test:
+        return "cpu", [], [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"]
+    if not gpus:
+        return "cuda", [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
+    lacking = []
+    if len(gpus) < num_gpus:
+        lacking.append(f"GPU {num_gpus}개를 요청했지만 {len(gpus)}개만 있습니다 (--num-gpus {len(gpus)})")
+    for index, gpu in enumerate(gpus):
+        if gpu.used > 1024:  # a driver and a display take less
+            text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
+            lacking.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
+    return "cuda", gpus, lacking
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -605,6 +592,34 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def room_problem(folder: Path, needed: int) -> str | None:
+    """A sentence, but for its stop, if the disk of ``folder`` has no ``needed`` bytes left."""
+    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+    return f"디스크 공간이 부족합니다: {folder} 에 {figures}" if needed > free else None
+
+
+def display_path(path: Path) -> str:
+    """A path as the person at the prompt can use it: relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return min(str(path), relative if relative.startswith("..") else f"./{relative}", key=len)
+
+
+# --- where a run begins ---
+
+
+def checkpoint_step(path: Path) -> int:
+    """Step of a directory called ``checkpoint-N``."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    paths = output_dir.glob("checkpoint-*")
+    return sorted((path for path in paths if re.fullmatch(r"\D+\d+", path.name)), key=checkpoint_step)
+
+
 def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     """What is not as the manifest says, as a Korean phrase: a file's size or, if ``thorough``, its checksum."""
     try:
@@ -633,6 +648,14 @@ def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path 
     return None, damaged
 
 
+def options_of(cfg: TrainConfig) -> dict[str, Any]:
+    """All options of a run in a form that JSON holds."""
+    values = asdict(cfg)
+    if cfg.model_config or cfg.init_from:
+        values["model_size"] = None  # the preset that would have been taken
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """Where a run begins: decided in ``find_resume_point`` only."""
@@ -651,47 +674,39 @@ def find_resume_point(
     The plan asks before the start, rank 0 again with the corpus's ``fingerprint`` and ``thorough``; other
     machines, which may not have the checkpoints, don't.  EnvironmentProblem: it can't go on from there.
     """
+    typed = cfg.gradient_accumulation_steps
     if cfg.resume is None or node_rank(cfg):
-        return ResumePoint(cfg.gradient_accumulation_steps)
-    place, checkpoints = cfg.output_dir, list_checkpoints(cfg.output_dir)
-    if cfg.resume != "auto":
-        place, checkpoints = cfg.resume, [cfg.resume]
-    elif not checkpoints and read_json(cfg.output_dir / "run_info.json").get("mode") == "train":
-        return ResumePoint(cfg.gradient_accumulation_steps, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
+        return ResumePoint(typed)
+    place = cfg.output_dir if cfg.resume == "auto" else cfg.resume
+    checkpoints = list_checkpoints(place) if cfg.resume == "auto" else [place]
+    if not checkpoints and read_json(place / "run_info.json").get("mode") == "train":
+        return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, damaged = newest_whole(checkpoints, thorough)
     if checkpoint is None:
         advice = "학습 상태는 최신 둘에만 있습니다. --resume auto 로 찾거나 --init-from 으로 가중치만 이어받으세요"
         problems = [f"이어서 학습할 체크포인트가 없습니다: {place} ({advice})"]
         raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
-    notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
     info = read_json(checkpoint / "training_info.json")
     problems = resume_problems(cfg, checkpoint, info, fingerprint)
     if problems:
         raise EnvironmentProblem(problems)
-    tokens, rows = info["tokens_seen"] // info["step"], cfg.batch_size * world_size
-    accumulation, rest = divmod(tokens, rows * cfg.max_seq_length)
+    tokens = info["tokens_seen"] // info["step"]
+    accumulation, rest = divmod(tokens, cfg.batch_size * world_size * cfg.max_seq_length)
     if rest or not accumulation:
         raise EnvironmentProblem(
             f"체크포인트의 스텝당 토큰({tokens:,})을 프로세스 {world_size}개 x --batch-size {cfg.batch_size} x "
             f"길이 {cfg.max_seq_length:,}(으)로 나눌 수 없습니다. --batch-size 나 GPU 수를 바꾸세요"
         )
-    if accumulation != cfg.gradient_accumulation_steps:
+    notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
+    if accumulation != typed:
         notes.append(
-            f"스텝당 토큰({tokens:,})을 체크포인트와 같게 두려고 기울기 누적을 {cfg.gradient_accumulation_steps} → "
-            f"{accumulation} 로 맞춥니다 (프로세스 {info['world_size']} → {world_size}개)"
+            f"스텝당 토큰({tokens:,})을 체크포인트와 같게 두려고 기울기 누적을 {typed} → {accumulation} 로 맞춥니다 "
+            f"(프로세스 {info['world_size']} → {world_size}개)"
         )
     pairs = [(name, info["options"][name], getattr(cfg, name)) for name in LEARNING_OPTIONS]
-    changed = ", ".join(f"{name} {before} → {after}" for name, before, after in pairs if before != after)
-    notes += [f"바뀐 옵션: {changed}"] if changed else []
+    changed = [f"{name} {before} → {after}" for name, before, after in pairs if before != after]
+    notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
     return ResumePoint(accumulation, checkpoint, info, tuple(notes))
-
-
-def options_of(cfg: TrainConfig) -> dict[str, Any]:
-    """All options of a run in a form that JSON holds."""
-    values = asdict(cfg)
-    if cfg.model_config or cfg.init_from:
-        values["model_size"] = None  # the preset that would have been taken
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str | None) -> list[str]:
@@ -704,51 +719,57 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
-    # Another path may name the same files; whether there is one has to stay.
-    sources = [name for name in ("init_from", "tokenizer") if before[name] or after[name]]
-    fixed = ["seed", "max_seq_length", "validation_split", "mix", "model_config", "optimizer"]
-    fixed += [name for name in sources if not (before[name] and after[name])] or ([] if sources else ["vocab_size"])
-    fixed += ["model_size"] if before["model_size"] and after["model_size"] else []
-    for name in fixed:
-        value, typed = before[name], as_typed(name)
-        if after[name] != value:
-            instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
-            problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
+    for name, unless in FIXED_OPTIONS.items():
+        moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
+        if before[name] == after[name] or moved or any(before[other] or after[other] for other in unless):
+            continue
+        typed, value = as_typed(name), before[name]
+        instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
+        problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
     if fingerprint not in (None, info["data_fingerprint"]):
         text = "체크포인트와 데이터의 내용이 다릅니다. 같은 데이터와 토크나이저로 이어서 학습하거나"
         problems.append(f"{text}, 새 데이터로는 --init-from 을 쓰세요")
     return problems
 
 
+def lock_output(output_dir: Path, mode: str) -> Any:
+    """Open the lock of a run's outputs and take it, until it is closed; EnvironmentProblem: another run has it."""
+    lock = open(output_dir / ".lock", mode, encoding="utf-8")  # noqa: SIM115 - it may be held to the process's end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'}): {output_dir}"
+        raise EnvironmentProblem(f"{text} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)") from None
+    return lock
+
+
 def output_problems(cfg: TrainConfig) -> list[str]:
-    """What keeps a run from writing where it is to: no right to, another run, or what an earlier one left."""
+    """What keeps a run from writing where it is to: no right to, or what an earlier one left.
+
+    EnvironmentProblem: another run is at work there.
+    """
     problems = []
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
-        usable = path.is_dir() and os.access(path, os.W_OK | os.X_OK)
-        if not path.exists():  # tried, as permission bits don't tell all
-            probe = next(folder for folder in (path, *path.parents) if folder.parent.exists())
-            with suppress(OSError):
-                probe.mkdir()
-                probe.rmdir()
-                usable = True
-        if not usable:
+        try:  # permission bits don't tell all
+            probe = next(parent for parent in (path, *path.parents) if parent.exists()) / f".{os.getpid()}.tmp"
+            probe.mkdir()
+            probe.rmdir()
+        except OSError:
             problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {as_typed(name)} 로 주세요)")
     info = read_json(cfg.output_dir / "run_info.json")
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
         return problems
-    with suppress(FileNotFoundError), open(cfg.output_dir / ".lock", "r+", encoding="utf-8") as lock:  # for NFS's flock
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'})"
-            return [f"{text}: {cfg.output_dir} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)"]
-    goes_on = cfg.resume == "auto"
-    if cfg.resume and not goes_on:
-        goes_on = cfg.resume.resolve().parent == cfg.output_dir.resolve()
+    with suppress(FileNotFoundError):
+        lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    if cfg.resume is None:
+        goes_on = info.get("mode") == "test"  # or begins anew, as nothing is lost
+    else:
+        goes_on = cfg.resume == "auto" or cfg.resume.resolve().parent == cfg.output_dir.resolve()
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if earlier and not goes_on and (cfg.resume or info.get("mode") != "test"):
+    if earlier and not goes_on:
         hint = "이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요"
         problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({hint})")
     return problems
@@ -770,68 +791,43 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
     return cfg.logs_dir / (f"{stem}_node_{node_rank(cfg)}.{ending}" if node_rank(cfg) else name)
 
 
-def check_use(cfg: TrainConfig) -> None:
-    """Check what --generate and --evaluate ask for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
-    problems, path = [], cfg.generate or cfg.evaluate
-    if not (path / "config.json").is_file():
-        newest = [*list_checkpoints(cfg.output_dir), *list_checkpoints(path), *list_checkpoints(path.parent)][-1:]
-        hint = f"있는 것: {display_path(newest[0])}" if newest else "outputs/checkpoint-N 같은 경로를 주세요"
-        problems.append(f"체크포인트가 없습니다: {path} (config.json이 든 디렉토리를 찾습니다. {hint})")
-    with collecting(problems):
-        if cfg.evaluate:
-            corpus_files(cfg)
-    if problems:
-        raise EnvironmentProblem(problems)
+# --- the corpus and the length of a run ---
 
 
-def plan_device(cfg: TrainConfig, gpus: list[Gpu], num_gpus: int) -> tuple[str, int, list[str]]:
-    """Device, number of processes, and what isn't as it was asked for: a test goes on with it, training doesn't."""
-    if cfg.device == "cpu":
-        return "cpu", num_gpus, []
-    if not gpus and cfg.device == "auto" and cfg.is_test:
-        return "cpu", num_gpus, [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"]
-    if not gpus:
-        return "cuda", num_gpus, ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
-    count, lacking = min(num_gpus, len(gpus)), []
-    if count < num_gpus:
-        lacking.append(f"GPU {num_gpus}개를 요청했지만 {count}개만 있습니다 (--num-gpus {count})")
-    for index, gpu in enumerate(gpus[:count]):
-        if gpu.used > 1024:  # a driver and a display take less
-            text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
-            lacking.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
-    return "cuda", count, lacking
+def uses_dummy_data(cfg: TrainConfig) -> bool:
+    """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
+    at_default = cfg.dataset_path == TrainConfig.dataset_path
+    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
 
 
-def corpus_key(cfg: TrainConfig, files: list[Path]) -> str:
-    """Identity of a prepared corpus: its files (of 100 GB only the ends are read), how they are read, the tokenizer."""
+def corpus_files(cfg: TrainConfig) -> list[Path]:
+    """The files of the corpus in a stable order; none where dummy text or a hub data set stands in for them."""
+    path = cfg.dataset_path
+    if uses_dummy_data(cfg) or str(path).startswith("hf:"):
+        return []
+    if not path.exists():
+        advice = "있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요"
+        raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
+    files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
+    if not any(item.stat().st_size for item in files):
+        raise FileNotFoundError(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
+    return files
+
+
+def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
+    """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else str(cfg.dataset_path)]
-    for path in files:
-        info = path.stat()
-        with open(path, "rb") as stream:
-            digest = hashlib.blake2b(stream.read(65536))
-            stream.seek(max(0, info.st_size - 65536))
-            digest.update(stream.read(65536))
-        parts.append([str(path), info.st_size, info.st_mtime_ns, digest.hexdigest()])
+    parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
-    if isinstance(source, Path):  # all that decides its tokens
+    if isinstance(source, Path):
         parts += [[name, file_checksum(source / name)] for name in TOKENIZER_FILES if (source / name).is_file()]
     else:
         parts.append(f"hub:{source}" if source else f"trained:{cfg.vocab_size}")
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-
-
-def lists_name(cfg: TrainConfig) -> str:
-    """Name, in a prepared corpus, of the folder for what --mix (whatever the shares) and --validation-split select."""
-    parts = json.dumps([list(cfg.mix_counts), cfg.validation_split])
-    return f"lists-{hashlib.blake2b(parts.encode(), digest_size=6).hexdigest()}"
-
-
-def total_steps(cfg: TrainConfig, rows: int, step_tokens: int) -> int:
-    """Optimizer steps of a run over a corpus of ``rows`` rows; what fills no global batch at its end isn't read."""
-    steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // step_tokens
-    if cfg.max_tokens is not None:
-        steps = min(steps, max(1, cfg.max_tokens // step_tokens))
-    return steps
+    lists = [list(cfg.mix_counts), cfg.validation_split]  # whatever the shares
+    keys = [hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest() for key in (parts, lists)]
+    return cfg.cache_dir / keys[0], cfg.cache_dir / keys[0] / f"lists-{keys[1]}"
 
 
 def estimated_bytes(files: list[Path]) -> int:
@@ -840,20 +836,20 @@ def estimated_bytes(files: list[Path]) -> int:
     return int(sum(path.stat().st_size * (COMPRESSION_ESTIMATE if path.suffix in packed else 1) for path in files))
 
 
-def model_shape(cfg: TrainConfig) -> tuple[Preset, str] | None:
-    """Shape and name of the model as far as it can be told without importing transformers."""
-    if cfg.model_config is None and cfg.init_from is None:
-        return PRESETS[cfg.model_size], cfg.model_size
-    source = cfg.model_config or cfg.init_from
-    values = read_config(source)
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    layers, hidden, mlp, heads = sizes = [values.get(name) for name in needed]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or any("experts" in name for name in values):
-        return None
-    head = values.get("head_dim") or hidden // heads
-    keys = head * (values.get("num_key_value_heads") or heads)
-    tied = values.get("tie_word_embeddings", values.get("model_type") in TIED_BY_DEFAULT)
-    return Preset(layers, hidden, mlp, head, head * heads, keys, tied), f"추정, {display_path(Path(source))}"
+def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) -> int:
+    """Optimizer steps of a run over a corpus of ``rows`` rows; what fills no global batch at its end isn't read.
+
+    EnvironmentProblem: a checkpoint has ``done`` more.
+    """
+    steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // step_tokens
+    steps = min(steps, max(1, (cfg.max_tokens or steps * step_tokens) // step_tokens))
+    if steps < done:
+        text = f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {steps:,}입니다"
+        raise EnvironmentProblem(f"{text}. --max-steps, --max-tokens, --max-epochs 를 늘리세요")
+    return steps
+
+
+# --- the model that is to come, and the room that it takes ---
 
 
 def read_config(source: Path | str | None) -> dict[str, Any]:
@@ -869,11 +865,26 @@ def tokenizer_size(source: Path | str | None) -> int:
     return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
 
 
+def model_shape(cfg: TrainConfig) -> Preset | None:
+    """Shape of the model as far as it can be told without importing transformers."""
+    source = cfg.model_config or cfg.init_from
+    if source is None:
+        return PRESETS[cfg.model_size]
+    values = read_config(source)
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    layers, hidden, mlp, heads = sizes = [values.get(name) for name in needed]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or any("experts" in name for name in values):
+        return None
+    head = values.get("head_dim") or hidden // heads
+    keys = head * (values.get("num_key_value_heads") or heads)
+    tied = values.get("tie_word_embeddings", values.get("model_type") in TIED_BY_DEFAULT)
+    return Preset(layers, hidden, mlp, head, head * heads, keys, tied)
+
+
 def logit_chunk_size(tokens: int, vocab_size: int) -> int:
     """Rows of logits that the loss holds at a time: all that take 2 GiB in fp32, else pieces of at most 1 GiB."""
     size = 4 * tokens * vocab_size
-    pieces = 1 if size <= 2 << 30 else -(-size >> 30)
-    return -(-tokens // pieces)
+    return tokens if size <= 2 << 30 else -(-tokens // -(-size >> 30))
 
 
 def optimizer_bytes(cfg: TrainConfig, shape: Preset) -> int:
@@ -928,46 +939,43 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
 
 
 def memory_words(parts: dict[str, int]) -> str:
-    """The parts of an estimate in GiB, as a sum."""
-    return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30)
+    """An estimate in GiB: its sum and its parts."""
+    words = [f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30]
+    return f"{sum(parts.values()) / 2**30:.1f} GiB (추정: {' + '.join(words)})"
 
 
 def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | None:
-    """A sentence if a run needs more than its smallest GPU has, with the options that fit, as they are typed."""
-    shape, memory = model_shape(cfg), min((gpu.total for gpu in gpus), default=0) << 20
-    if shape is None or not memory:
-        return None
+    """A sentence if a run needs more than its smallest GPU has."""
+    shape, gpu = model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=None)
     if cfg.find_batch_size:  # the least that it may find
         cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
-
-    def needed(**changes: Any) -> int:
-        other = replace(cfg, **changes)
-        return sum(estimate_memory(other, model_shape(other)[0], world_size).values())
-
-    if needed() <= memory:
+    parts = estimate_memory(cfg, shape, world_size) if shape else {}
+    if gpu is None or not gpu.total or sum(parts.values()) <= gpu.total << 20:
         return None
-    rows, room, options = cfg.batch_size * cfg.gradient_accumulation_steps, MEMORY_TO_USE * memory, []
-    batches = [(size, rows // size) for size in range(cfg.batch_size, 0, -1) if rows % size == 0]
-    for again in sorted({cfg.gradient_checkpointing, True}):
-        typed = "--gradient-checkpointing " if again > cfg.gradient_checkpointing else ""
-        for size, steps in batches:
-            if needed(batch_size=size, gradient_accumulation_steps=steps, gradient_checkpointing=again) <= room:
-                typed += f"--batch-size {size} --gradient-accumulation-steps {steps}" if size < cfg.batch_size else ""
-                options.append(typed.strip())
-                break
-    if not (cfg.resume or cfg.model_config or cfg.init_from):
-        smaller = list(PRESETS)[: list(PRESETS).index(cfg.model_size)]
-        options += [f"--model-size {name}" for name in smaller if needed(model_size=name) <= room][-1:]
-    advice = f"들어가는 설정: {', 또는 '.join(options)}" if options else "--max-seq-length 를 줄이거나 큰 GPU를 쓰세요"
-    figures = f"GPU당 {needed() / 2**30:.1f} GiB가 필요하고 {gpus[0].name}에는 {memory / 2**30:.1f} GiB가 있습니다"
-    return f"GPU 메모리가 부족합니다: {figures} ({memory_words(estimate_memory(cfg, shape[0], world_size))}). {advice}"
+    need = f"GPU당 {memory_words(parts)}가 필요하고 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB가 있습니다"
+    less = "--batch-size 를 줄이거나(--find-batch-size 가 찾아 줌) --gradient-checkpointing, --model-size 를 쓰세요"
+    return f"GPU 메모리가 부족합니다: {need}. {less}"
+
+
+def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
+    """A sentence if what the steps that are ``left`` save can't fit: weights, of three also the optimizer's state."""
+    shape = model_shape(cfg)
+    if shape is None or left is None or node_rank(cfg):
+        return None
+    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))  # these take no more room
+    count = -(-left // cfg.save_steps)
+    count = min(count, max(0, (cfg.save_total_limit or have + count) - have)) + 1
+    models = count + (cfg.save_initial and not have)
+    needed = models * 4 * shape.parameter_count(cfg.vocab_size)
+    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)
+    problem = room_problem(cfg.output_dir, needed)
+    return problem and f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
     """Peak FLOP/s of a GPU by its name; None where it isn't known, as of a part of one."""
-    if " MIG " in gpu_name:
-        return None
-    return next((value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name), None)
+    peaks = [value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name and " MIG " not in gpu_name]
+    return peaks[0] if peaks else None
 
 
 def training_flops(parameters: int, layers: int, hidden: int, length: int) -> int:
@@ -975,15 +983,17 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
     return 6 * parameters + 12 * layers * hidden * length
 
 
-def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str | None, tokens: int) -> str:
-    """How long ``tokens`` take at an assumed MFU, where the GPU's peak is known."""
-    shape, peak = model_shape(cfg), gpu_name and named_peak_flops(gpu_name)
-    if shape is None or not peak:
-        return "알 수 없음 (스텝 줄의 남은 시간을 보세요)"
-    preset, length = shape[0], cfg.max_seq_length
-    counted = preset.parameter_count(cfg.vocab_size) - (0 if preset.tied else cfg.vocab_size * preset.hidden)
-    seconds = tokens * training_flops(counted, preset.layers, preset.hidden, length) / (ASSUMED_MFU * peak * world_size)
-    return f"{format_duration(seconds)} (MFU {ASSUMED_MFU:.0%} 가정)"
+def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str, tokens: int) -> str | None:
+    """How long ``tokens`` take at an assumed MFU; None where the model or the GPU's peak isn't known."""
+    shape, peak = model_shape(cfg), named_peak_flops(gpu_name)
+    if shape is None or peak is None:
+        return None
+    parameters = replace(shape, tied=True).parameter_count(cfg.vocab_size)
+    flops = tokens * training_flops(parameters, shape.layers, shape.hidden, cfg.max_seq_length)
+    return f"{format_duration(flops / (ASSUMED_MFU * peak * world_size))} (MFU {ASSUMED_MFU:.0%} 가정)"
+
+
+# --- the plan itself ---
 
 
 @contextmanager
@@ -995,8 +1005,6 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems += error.problems
     except FileNotFoundError as error:
         problems.append(str(error))
-    except PermissionError as error:
-        problems.append(f"읽을 권한이 없습니다: {error.filename}")
 
 
 def source_problems(cfg: TrainConfig) -> list[str]:
@@ -1034,23 +1042,24 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
     return problems
 
 
-def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
-    """A sentence if what the steps that are ``left`` save can't fit: weights, of three also the optimizer's state."""
-    shape = model_shape(cfg)
-    if shape is None or left is None or node_rank(cfg):
-        return None
-    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))  # these take no more room
-    count = -(-left // cfg.save_steps)
-    count = min(count, max(0, (cfg.save_total_limit or have + count) - have)) + 1
-    models = count + (cfg.save_initial and not have)
-    needed = models * 4 * shape[0].parameter_count(cfg.vocab_size)
-    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape[0])
-    existing = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed <= free:
-        return None
-    figures = f"체크포인트에 {needed / 2**30:.1f} GiB가 필요하지만 {existing} 에는 {free / 2**30:.1f} GiB만 남았습니다"
-    return f"디스크 공간이 부족합니다: {figures}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"
+def check_use(cfg: TrainConfig) -> TrainConfig:
+    """Complete what --generate or --evaluate asks for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
+    device, gpus, lacking = plan_device(cfg, 1)
+    complete = resolve_config(cfg, device)[0]
+    wrong = validate_config(complete)
+    if wrong:
+        raise UsageProblem(wrong)
+    problems, path = [] if gpus or device == "cpu" else lacking, cfg.generate or cfg.evaluate
+    if not (path / "config.json").is_file():
+        newest = (list_checkpoints(path) or list_checkpoints(cfg.output_dir))[-1:]
+        hint = f"있는 것: {display_path(newest[0])}" if newest else "예: outputs/checkpoint-500"
+        problems.append(f"체크포인트가 없습니다: {path} (config.json이 든 디렉토리를 주세요. {hint})")
+    with collecting(problems):
+        if cfg.evaluate:
+            corpus_files(cfg)
+    if problems:
+        raise EnvironmentProblem(problems)
+    return replace(complete, max_seq_length=cfg.max_seq_length)  # the model's own, unless it was typed
 
 
 @dataclass(frozen=True)
@@ -1070,13 +1079,13 @@ class LaunchPlan:
 
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
-    gpus = [] if cfg.device == "cpu" else query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    device, processes, lacking = plan_device(cfg, gpus, num_gpus)
+    device, gpus, lacking = plan_device(cfg, num_gpus)
     notes, problems = (lacking, []) if cfg.is_test and (gpus or device == "cpu") else ([], lacking)
     cfg, adapted = resolve_config(cfg, device)
     wrong = validate_config(cfg)
     if wrong:
         raise UsageProblem(wrong)
+    processes = len(gpus) or num_gpus
     files, report, world_size = [], {}, node_count(cfg) * processes
     point = ResumePoint(cfg.gradient_accumulation_steps)
     for rule in (output_problems, source_problems):
@@ -1084,8 +1093,8 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
             problems += rule(cfg)
     with collecting(problems):
         files = corpus_files(cfg)
-        folder = cfg.cache_dir / corpus_key(cfg, files)
-        report = {**read_json(folder / "corpus.json"), **read_json(folder / lists_name(cfg) / "lists.json")}
+        corpus, lists = corpus_folders(cfg, files)
+        report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}
     with collecting(problems):
         point = find_resume_point(cfg, world_size, report.get("fingerprint"))
     done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
@@ -1095,50 +1104,37 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     tokens = report.get("train_tokens", int(estimated_bytes(files) / BYTES_PER_TOKEN_ESTIMATE))
     exact, steps, left = bool(cfg.max_steps or "train_tokens" in report), None, None
     if cfg.max_steps or files:
-        steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens)
-        left = max(0, steps - done)
         with collecting(problems):
-            refuse_too_few_steps(steps if exact else math.inf, done)
+            steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens, done if exact else 0)
+            left = max(0, steps - done)
     if problems:
         raise EnvironmentProblem(problems)
-    short = [text for text in (disk_problem(cfg, left), memory_problem(cfg, gpus[:processes], world_size)) if text]
+    short = [text for text in (disk_problem(cfg, left), memory_problem(cfg, gpus, world_size)) if text]
     if short and not cfg.is_test:
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, gpus[:processes], processes, world_size, step_tokens, steps, left, exact, notes)
+    return LaunchPlan(cfg, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
 
 
 def print_launch_plan(argv: list[str], background: bool) -> None:
     """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
     try:
-        typed = parse_args(argv)
+        typed, values, shown = parse_args(argv), {"code": 0}, []
         if typed.uses_checkpoint:
             check_use(typed)
-            print("code=0")
-            return
-        plan = make_launch_plan(typed, typed.num_gpus)
-        checks = check_lines(plan)
+        else:
+            plan = make_launch_plan(typed, typed.num_gpus)
+            cfg, threads = plan.cfg, max(1, len(os.sched_getaffinity(0)) // plan.processes)
+            values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
+            values |= {"processes": plan.processes, "threads": threads, "nnodes": node_count(cfg)}
+            values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
+            shown = [check_lines(plan), info_lines(plan, background)]
     except Refusal as error:
-        print("\n".join([f"code={error.exit_code}\n", *(f"❌ {problem}" for problem in error.problems)]))
-        return
-    cfg = plan.cfg
-    values = {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
-    values |= {
-        "code": 0,
-        "processes": plan.processes,
-        "threads": max(1, len(os.sched_getaffinity(0)) // plan.processes),
-    }
-    values |= {"nnodes": node_count(cfg), "node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
-    blocks = [f"{name}={value}" for name, value in values.items()], checks, info_lines(plan, background)
+        values, shown = {"code": error.exit_code}, [[f"❌ {problem}" for problem in error.problems]]
+    blocks = [[f"{name}={value}" for name, value in values.items()], *shown]
     print("\n\n".join("\n".join(lines) for lines in blocks))
-
-
-def refuse_too_few_steps(total: int, done: int) -> None:
-    if total < done:
-        text = f"체크포인트는 스텝 {done:,}인데 전체 스텝이 {total:,}입니다"
-        raise EnvironmentProblem(f"{text}. --max-steps, --max-tokens, --max-epochs 를 늘리세요")
 
 
 def check_lines(plan: LaunchPlan) -> list[str]:
@@ -1149,13 +1145,18 @@ def check_lines(plan: LaunchPlan) -> list[str]:
         import torch
 
         if not torch.cuda.is_available():
-            command = f"{sys.executable} -m pip install torch=={version.partition('+')[0]}+cu126"
+            package = f"torch=={version.partition('+')[0]} --index-url https://download.pytorch.org/whl/cu126"
             raise EnvironmentProblem(
-                f"nvidia-smi는 GPU를 보지만 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
-                f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {command} --index-url https://download.pytorch.org/whl/cu126"
+                f"nvidia-smi가 보는 GPU를 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
+                f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install {package}"
             )
-        if cfg.precision == "fp8" and (problem := fp8_problem(torch.cuda.get_device_capability())):
-            raise EnvironmentProblem(problem)
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        if cfg.precision == "fp8" and float(capability) < 8.9:
+            raise EnvironmentProblem(
+                f"--fp8: 이 GPU(compute capability {capability})에는 FP8이 없습니다. --bf16 을 쓰세요"
+            )
+        if cfg.precision == "fp8" and importlib.util.find_spec("torchao") is None:
+            raise EnvironmentProblem(f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao")
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
     elif ready:
         lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
@@ -1175,7 +1176,8 @@ def check_lines(plan: LaunchPlan) -> list[str]:
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
     cfg, world_size, shape, on_gpu = plan.cfg, plan.world_size, model_shape(plan.cfg), plan.cfg.device == "cuda"
-    parameters, tokens = shape and shape[0].parameter_count(cfg.vocab_size), (plan.steps or 0) * plan.step_tokens
+    parameters, tokens = shape and shape.parameter_count(cfg.vocab_size), (plan.steps or 0) * plan.step_tokens
+    model = f"추정, {cfg.model_config or cfg.init_from}" if cfg.model_config or cfg.init_from else cfg.model_size
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
@@ -1193,7 +1195,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         f"   • 모델 컴파일: {str(cfg.compile).lower()}",
         f"   • 기울기 누적: {'배치 크기에 맞춤' if cfg.find_batch_size else accumulation}",
         f"   • 옵티마이저: {cfg.optimizer}",
-        f"   • 모델 파라미터: {f'{parameters / 1e6:,.1f}M ({shape[1]})' if shape else '모델을 읽은 뒤 정해집니다'}",
+        f"   • 모델 파라미터: {f'{parameters / 1e6:,.1f}M ({model})' if shape else '모델을 읽은 뒤 정해집니다'}",
         f"   • 스텝당 토큰: {plan.step_tokens:,}",
         f"   • 전체 학습: {run if tokens else '데이터를 준비한 뒤 정해집니다'}",
         "📁 경로:",
@@ -1210,22 +1212,14 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         f"   • 최적화: {cfg.precision.upper()}{' + torch.compile' if cfg.compile else ''}",
     ]
     if shape and not cfg.find_batch_size:
-        memory = estimate_memory(cfg, shape[0], world_size)
-        size = f"{'GPU' if on_gpu else '프로세스'}당 {sum(memory.values()) / 2**30:.1f} GiB"
-        lines.append(f"   • 예상 메모리: {size} (추정: {memory_words(memory)})")
-    if plan.left is not None:
-        gpu = plan.gpus[0].name if plan.gpus else None
-        lines.append(f"   • 예상 시간: {estimated_time(cfg, world_size, gpu, plan.left * plan.step_tokens)}")
+        memory = memory_words(estimate_memory(cfg, shape, world_size))
+        lines.append(f"   • 예상 메모리: {'GPU' if on_gpu else '프로세스'}당 {memory}")
+    gpu = plan.gpus[0].name if plan.gpus else ""
+    if duration := estimated_time(cfg, world_size, gpu, (plan.left or 0) * plan.step_tokens):
+        lines.append(f"   • 예상 시간: {duration}")
     if parameters and tokens:
         lines.append(f"   • 파라미터당 토큰: {tokens / parameters:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})")
     return lines
-
-
-def display_path(path: Path) -> str:
-    """A path as the person at the prompt can use it: relative where that is shorter."""
-    relative = os.path.relpath(path)
-    relative = relative if relative.startswith("..") else f"./{relative}"
-    return str(path) if str(path).startswith("hf:") or len(relative) >= len(str(path)) else relative
 
 
 def missing_packages() -> list[str]:
@@ -1244,15 +1238,6 @@ def print_missing_packages(*argv: str) -> None:
     """Answer the launcher, which asks one Python after the other: the first that can refuses wrong options."""
     parse_args(argv)
     print(" ".join(missing_packages()))
-
-
-def fp8_problem(capability: tuple[int, int]) -> str | None:
-    """What keeps ``--fp8`` from running with this Python on a GPU of this compute capability, in Korean."""
-    if capability < (8, 9):
-        return f"--fp8: 이 GPU(compute capability {capability[0]}.{capability[1]})에는 FP8이 없습니다. --bf16 을 쓰세요"
-    if importlib.util.find_spec("torchao") is None:
-        return f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao"
-    return None
 
 
 # --- a run's state on the disk, its stop and its restarts ---
@@ -1652,8 +1637,7 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if not cfg.uses_checkpoint:
             return resume_after_restart(cfg), StopFlag()
-        check_use(cfg)
-        return cfg, None
+        return check_use(cfg), None
     except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -2195,10 +2179,8 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     encode, engine = make_encoder(tokenizer, texts[:CHECKED_TEXTS])
     end = np.array([tokenizer.eos_token_id], np.min_scalar_type(len(tokenizer) - 1))
-    free, needed = shutil.disk_usage(folder).free / 2**30, estimated_bytes(files) * end.itemsize / 2**32
-    if free < needed:
-        text = f"디스크 공간이 부족합니다: {folder.parent} 에 {needed:.1f} GiB가 필요하지만 {free:.1f} GiB만 남았습니다"
-        raise RuntimeError(f"{text} (다른 --cache-dir 를 주세요)")
+    if problem := room_problem(folder.parent, estimated_bytes(files) * end.itemsize // 4):
+        raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     figures = write_stream(folder, cfg, files, encode, end.tobytes())
     index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
     columns = {name: index[name][:-1] for name in ("bytes", "eojeols")}
@@ -2329,8 +2311,7 @@ def prepare_lists(cfg: TrainConfig) -> Path:
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    folder = cfg.cache_dir / corpus_key(cfg, files)
-    lists = folder / lists_name(cfg)
+    folder, lists = corpus_folders(cfg, files)
     if lists.exists():
         return lists
     with log_waiting("다른 실행이 같은 데이터를 준비하기를 기다리는 중"):
@@ -3200,10 +3181,8 @@ def wait_for_saver(run: Run) -> None:
 def check_room(run: Run) -> None:
     """EnvironmentProblem unless the disk has room for what was copied and the small files beside it."""
     needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
-    free = shutil.disk_usage(run.cfg.output_dir).free
-    if free < needed:
-        figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-        raise EnvironmentProblem(f"디스크 공간이 부족합니다 ({figures})")
+    if problem := room_problem(run.cfg.output_dir, needed):
+        raise EnvironmentProblem(problem)
 
 
 def describe_error(error: Exception) -> tuple[str, bool]:
@@ -3934,8 +3913,7 @@ def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
         return resolve_config(typed, typed.device)[0], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if rank_and_world()[0]:  # the first one makes the plan
-        gpus = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        return resolve_config(typed, plan_device(typed, gpus, processes)[0])[0], []
+        return resolve_config(typed, plan_device(typed, processes)[0])[0], []
     plan = make_launch_plan(typed, processes)
     return plan.cfg, [*info_lines(plan, False), *(f"⚠️  {note}" for note in plan.notes)]
 
@@ -3947,14 +3925,15 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     EnvironmentProblem: another run has begun there since the plan was made.
     """
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(cfg.output_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
-    for _ in range(100):  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        time.sleep(0.2)
-    else:
-        raise EnvironmentProblem(f"이 출력 디렉토리에서 다른 학습이 실행 중입니다: {cfg.output_dir}")
+    # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
+    lock, deadline = None, time.monotonic() + 20
+    while lock is None:
+        try:
+            lock = lock_output(cfg.output_dir, "a+")
+        except EnvironmentProblem:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
@@ -4001,15 +3980,17 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
 
 
 def build_run(
-    cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, accumulation: int | None = None
+    cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, point: ResumePoint | None = None
 ) -> Run:
-    """Create the model and the optimizer, and wrap them for training; ``accumulation`` is a resume's, else as typed.
+    """Create the model and the optimizer, and wrap them for training.
 
-    RuntimeError: the corpus is smaller than a step, a domain than a row, or no row fits into a GPU.
+    RuntimeError: the corpus is smaller than a step, a domain than a row, no row fits into a GPU, or the run would end
+    before ``point``.
     """
-    rows, length = cfg.batch_size * (accumulation or cfg.gradient_accumulation_steps), cfg.max_seq_length
+    point, length = point or ResumePoint(cfg.gradient_accumulation_steps), cfg.max_seq_length
+    rows = cfg.batch_size * point.accumulation
     step_tokens = rows * accelerator.num_processes * length
-    steps = total_steps(cfg, corpus.rows(length), step_tokens)
+    steps = total_steps(cfg, corpus.rows(length), step_tokens, point.info.get("step", 0))
     if steps == 0 or corpus.rows(length) == 0:
         raise RuntimeError(
             f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 "
@@ -4056,8 +4037,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     with attention_kernels(cfg.attention):
         accelerator = build_accelerator(cfg)
         point = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
-        run = build_run(cfg, corpus, stop, accelerator, point.accumulation)
-        refuse_too_few_steps(run.total_steps, point.info.get("step", 0))
+        run = build_run(cfg, corpus, stop, accelerator, point)
         state = load_checkpoint(run, point.checkpoint) if point.checkpoint else TrainState()
         stop.listen()
         if run.is_main:
@@ -4130,12 +4110,8 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
     quiet_libraries()
-    device = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if cfg.device not in ("auto", device):
-        raise EnvironmentProblem("GPU를 찾을 수 없습니다. --device cpu 를 쓰세요")
-    cfg = replace(resolve_config(cfg, device)[0], max_seq_length=cfg.max_seq_length)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
-    source, begun = cfg.generate or cfg.evaluate, time.monotonic()
+    source, device, begun = cfg.generate or cfg.evaluate, cfg.device, time.monotonic()
     tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
     model = model.to(device).eval()
     if cfg.generate:
