@@ -12,8 +12,9 @@ The file reads in the order in which a run happens:
 
     Options                   what can be typed, --help
     Plan                      what is told or refused before torch is imported: GPUs, files, memory, disk
+    Stops and restarts        run_info.json, the stop flag, the hang timer
     Watching                  --status, --follow, training_curves.png
-    Runtime                   logs, the stop flag, the hang timer, accelerate
+    Runtime                   logs, accelerate
     Data                      readers, tokenizer, token cache, order of rows, loader
     Model and optimizer       decoder, loss, attention; AdamW, Muon, schedule
     The run and its state     Run, TrainState; checkpoints
@@ -1240,7 +1241,7 @@ def print_missing_packages(*argv: str) -> None:
     print(" ".join(missing_packages()))
 
 
-# --- a run's state on the disk, its stop and its restarts ---
+# --- stops and restarts: what a run tells of itself on the disk, and how it ends ---
 #
 # Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
 # 0 takes the outputs' lock (torchrun's ranks inherit nothing).  update_run_info alone changes run_info.json, whose
@@ -1352,10 +1353,9 @@ class StopFlag:
         follow_agent()
 
     def listen(self) -> None:
-        """From now on there is something to save.
+        """From now on there is something to save; before, a signal ends this process as any other.
 
-        Before, a signal ends the process as it does any other, by the kernel: also where the main thread, in which
-        Python's handlers run, waits in a collective for a rank that has left already.
+        The kernel does that, also where Python's handlers would not run: in a collective, for a rank that has left.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "requested", True))
@@ -1488,9 +1488,6 @@ def print_status(cfg: TrainConfig, as_json: bool = False) -> int:
         return code
     if step is not None:
         lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
-    elif pid:
-        log = read_text(log_path(cfg, "training_console.log")).strip() or "시작하는 중"
-        lines.append(("지금", wrap_width(log.splitlines()[-1], 55)[0]))
     lines += [(label, form(status[name])) for name, (label, form) in STATUS_LINES.items() if status[name]]
     for index, gpu in enumerate(status["gpus"]):
         use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
@@ -1512,13 +1509,14 @@ def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
             # In ASCII: block characters are two columns wide on some Korean terminals.
             form = "[{bar}] {percentage:5.1f}% {desc}"
             bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=77, nrows=24)
+    show = print if bar is None else bar.write
     with nullcontext() if bar is None else bar:
         while alive:
             # Its lock of the logs; asked before reading, so that the last lines are not missed.
             alive = os.path.exists(f"/proc/{pid}/fd/9")
             text += stream.read()
             if end := text.rfind(b"\n") + 1 if alive else len(text):
-                (print if bar is None else bar.write)(text[:end].decode("utf-8", "replace"), end="")
+                show(text[:end].decode("utf-8", "replace"), end="")
                 text = text[end:]
                 if bar is not None:
                     set_bar(bar, run_status(cfg, with_gpus=False))
