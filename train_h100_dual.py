@@ -530,23 +530,22 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     return [gpu for key in wanted for (index, uuid), gpu in gpus.items() if key == index or uuid.startswith(key)]
 
 
-def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[str]]:
-    """Device, its GPUs, and what isn't as it was asked for: a test goes on with it, training doesn't."""
+def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[str], list[str]]:
+    """Device, its GPUs, notes and problems: a test goes on with what is there, training only with what was asked."""
     if cfg.device == "cpu":
-        return "cpu", [], []
-    gpus = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[:num_gpus]
+        return "cpu", [], [], []
+    gpus, lacking = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[:num_gpus], []
     if not gpus and cfg.device == "auto" and cfg.is_test:
-        return "cpu", [], [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"]
+        return "cpu", [], [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"], []
     if not gpus:
-        return "cuda", [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
-    lacking = []
+        return "cuda", [], [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
     if len(gpus) < num_gpus:
         lacking.append(f"GPU {num_gpus}개를 요청했지만 {len(gpus)}개만 있습니다 (--num-gpus {len(gpus)})")
     for index, gpu in enumerate(gpus):
         if gpu.used > 1024:  # a driver and a display take less
             text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
             lacking.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
-    return "cuda", gpus, lacking
+    return ("cuda", gpus, lacking, []) if cfg.is_test else ("cuda", gpus, [], lacking)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -728,8 +727,7 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
         instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
         problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
     if fingerprint not in (None, info["data_fingerprint"]):
-        text = "체크포인트와 데이터의 내용이 다릅니다. 같은 데이터와 토크나이저로 이어서 학습하거나"
-        problems.append(f"{text}, 새 데이터로는 --init-from 을 쓰세요")
+        problems.append("체크포인트와 데이터의 내용이 다릅니다. 새 데이터로는 --init-from 을 쓰세요")
     return problems
 
 
@@ -901,12 +899,7 @@ LAYER_BYTES = {(4, False): 14.6, (2, False): 9.8, (4, True): 11.3, (2, True): 6.
 
 
 def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[str, int]:
-    """Bytes that a rank needs at its peak, by what needs them.
-
-    The peak is in the loss, where all layers' activations are there and the logits, just after it, or at
-    the end of the backward pass, where all gradients are.  One process without accumulation has no
-    gradients before; DDP's buckets are always there, and twice when it makes them anew.
-    """
+    """Bytes that a rank needs at its peak, by what needs them."""
     half = 4 if cfg.precision == "fp32" else 2
     parameters, tokens = shape.parameter_count(cfg.vocab_size), cfg.batch_size * cfg.max_seq_length
     query = shape.query or shape.hidden
@@ -919,13 +912,14 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
     logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens) + half * head
     copies = 0 if half == 4 else 2 * (parameters - head * (not shape.tied))
+    # One process without accumulation has no gradients before the backward pass; DDP's buckets are always there.
     early = 4 * parameters if world_size > 1 or cfg.gradient_accumulation_steps > 1 else 0
     again = layer if cfg.gradient_checkpointing else 0  # of one layer, computed once more
     moments = [  # gradients, half copies, activations, logits
-        (early, copies, kept, logits),
-        (early, 0 if again else copies, kept + again, 4 * head),
-        (4 * parameters, 0, layer, 8 * head * shape.tied),
-        (8 * parameters * (world_size > 1), 0, 0, 0),
+        (early, copies, kept, logits),  # in the loss
+        (early, 0 if again else copies, kept + again, 4 * head),  # just after it
+        (4 * parameters, 0, layer, 8 * head * shape.tied),  # at the end of the backward pass
+        (8 * parameters * (world_size > 1), 0, 0, 0),  # when DDP makes its buckets anew
     ]
     gradients, copies, activations, logits = max(moments, key=sum)
     return {
@@ -1010,9 +1004,7 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 def source_problems(cfg: TrainConfig) -> list[str]:
     """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell."""
-    problems, cleared = [], set()
-    if cfg.resume is None:  # of what an earlier test saved
-        cleared = {path.resolve() for path in (*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model")}
+    problems, earlier = [], [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]
     for name in ("model_config", "tokenizer", "init_from"):
         source, typed = getattr(cfg, name), as_typed(name)
         if not isinstance(source, Path):  # not given, or on the hub
@@ -1023,7 +1015,7 @@ def source_problems(cfg: TrainConfig) -> list[str]:
         if not usable:
             text = f"{typed}: {display_path(source)} 에 쓸 수 있는 {wanted}이 없습니다"
             problems.append(f"{text} (그것이 있는 경로를 주세요)")
-        if cleared & {source.resolve(), *source.resolve().parents}:
+        if cfg.resume is None and any(source.resolve().is_relative_to(folder.resolve()) for folder in earlier):
             text = f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {source}"
             problems.append(f"{text} (다른 --output-dir 를 쓰세요)")
     sizes = (read_config(cfg.init_from).get(name) for name in ("vocab_size", "max_position_embeddings"))
@@ -1045,12 +1037,12 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
 
 def check_use(cfg: TrainConfig) -> TrainConfig:
     """Complete what --generate or --evaluate asks for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
-    device, gpus, lacking = plan_device(cfg, 1)
+    device, _, _, problems = plan_device(cfg, 1)
     complete = resolve_config(cfg, device)[0]
     wrong = validate_config(complete)
     if wrong:
         raise UsageProblem(wrong)
-    problems, path = [] if gpus or device == "cpu" else lacking, cfg.generate or cfg.evaluate
+    path = cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
         newest = (list_checkpoints(path) or list_checkpoints(cfg.output_dir))[-1:]
         hint = f"있는 것: {display_path(newest[0])}" if newest else "예: outputs/checkpoint-500"
@@ -1080,8 +1072,7 @@ class LaunchPlan:
 
 def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
-    device, gpus, lacking = plan_device(cfg, num_gpus)
-    notes, problems = (lacking, []) if cfg.is_test and (gpus or device == "cpu") else ([], lacking)
+    device, gpus, notes, problems = plan_device(cfg, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
     wrong = validate_config(cfg)
     if wrong:
