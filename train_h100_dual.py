@@ -2316,11 +2316,18 @@ def prepare_lists(cfg: TrainConfig) -> Path:
     return lists
 
 
+@functools.cache
+def rank_store() -> Any:
+    """What the ranks share before they are a process group; kept, as it ends with rank 0's."""
+    return next(dist.rendezvous("env://"))[0]
+
+
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
+    several, name = rank_and_world()[1] > 1, f"corpus/{os.environ.get('GROUP_RANK', '0')}"
+    store = rank_store() if several else None  # before the lists: the others may wait for it only so long
     lists = prepare_lists(cfg) if is_local_main() else None
-    if rank_and_world()[1] > 1:  # that rank tells the others which corpus it is: they might see the files change
-        store, name = next(dist.rendezvous("env://"))[0], f"corpus/{os.environ.get('GROUP_RANK', '0')}"
+    if several:  # that rank tells the others which corpus it is: they might see the files change
         if lists:
             store.set(name, str(lists))
         while not store.check([name]):  # should that rank fail, the agent ends us

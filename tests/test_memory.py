@@ -316,10 +316,11 @@ def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_
         [
             "배치 크기 12: 메모리가 부족합니다",
             "배치 크기 6: 메모리가 부족합니다",
-            "✅ 배치 크기 3, 기울기 누적 4 .*768 토큰",
+            "✅ 배치 크기 3, 기울기 누적 4 ",
             "스텝 1/4",
         ],
     )
+    assert "다시 시작" not in answer.out
     typed = broken("")
     answer = typed.run(*options, "--batch-size", "3", "--gradient-accumulation-steps", "4")
     assert answer.code == 0, answer.text
