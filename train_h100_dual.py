@@ -1775,8 +1775,8 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 
 # A document in the index: its text's hash, where its tokens lie in the stream (behind an end-of-text token), bytes and
 # eojeols, and the numbers of its language and its source (0: none).  A last record holds the end of the stream.
-COLUMNS = {"hash": "<u8", "offset": "<i8", "bytes": "<u4", "eojeols": "<u4", "language": "<u2", "source": "<u2"}
-DOCUMENT = np.dtype(list(COLUMNS.items()))
+DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u2, <u2")
+DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "language", "source")
 
 # File, its line where the content starts (from 1), and whole lines as they stand there (bytes) or a table (pyarrow's).
 Chunk = tuple[str, int, Any]
@@ -1862,8 +1862,8 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
-def parse_record(record: Any, text_column: str) -> tuple[str, str, str | None]:
-    """Return text, language and source of one JSON line or table row; ValueError: the reason in Korean."""
+def parse_record(record: Any, text_column: str, documents: Documents) -> None:
+    """Add the document of a JSON line or a table's row; ValueError: the reason in Korean why there is none."""
     if isinstance(record, bytes):
         with suppress(json.JSONDecodeError, RecursionError):
             record = json.loads(record.decode("utf-8"))
@@ -1874,8 +1874,11 @@ def parse_record(record: Any, text_column: str) -> tuple[str, str, str | None]:
         raise ValueError(f"'{text_column}' 열에 문자열이 없습니다")
     text = unicodedata.normalize("NFC", text)
     text.encode("utf-8")  # which a lone surrogate doesn't let itself
-    language = language.lower() if isinstance(language, str) and language else detect_language(text)
-    return text, language, source if isinstance(source, str) and source else None
+    if text:
+        documents.texts.append(text)
+        named = isinstance(language, str) and language
+        documents.languages.append(language.lower() if named else detect_language(text))
+        documents.sources.append(source if isinstance(source, str) and source else None)
 
 
 def detect_language(text: str) -> str:
@@ -1890,32 +1893,22 @@ def detect_language(text: str) -> str:
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
     """Read the documents of a chunk; those of a .txt file are its paragraphs, that is, lines up to an empty one."""
     (file, first_line, content), documents, paragraph = chunk, Documents(), []
-    is_text = file.endswith(".txt") and isinstance(content, bytes)
-    if isinstance(content, bytes):
-        records = content.removesuffix(b"\n").split(b"\n") + [b""] * is_text
-    else:
-        records = content.to_pylist()  # here, so that helpers do this work and not the process that reads
+    # The last line is empty and ends a paragraph.  Tables become rows here: helpers do it, not the process that reads.
+    records = (content + b"\n").split(b"\n") if isinstance(content, bytes) else content.to_pylist()
     for number, record in enumerate(records, first_line):
         blank = isinstance(record, bytes) and not record.strip()
         documents.line_count += not blank
         try:
-            if is_text:
-                line = record.decode("utf-8")
-                if line.strip():
-                    paragraph.append(line.rstrip("\r\n"))
-                    continue
-                record, paragraph = {text_column: "\n".join(paragraph)}, []
-            elif blank:
-                continue
-            text, language, source = parse_record(record, text_column)
+            if not blank and file.endswith(".txt"):
+                paragraph.append(record.decode("utf-8").rstrip("\r"))
+            elif not blank:
+                parse_record(record, text_column, documents)
+            elif paragraph:
+                parse_record({text_column: "\n".join(paragraph)}, text_column, documents)
+                paragraph = []
         except ValueError as error:
             reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
             documents.bad.append({"file": file, "line": number, "reason": reason})
-            continue
-        if text:
-            documents.texts.append(text)
-            documents.languages.append(language)
-            documents.sources.append(source)
     return documents
 
 
@@ -1927,9 +1920,10 @@ def content_hash(data: bytes) -> int:
 def refuse_bad_lines(bad: list[dict[str, Any]], bad_count: int, line_count: int) -> None:
     """Raise RuntimeError, showing the first of them, if more than 1 % of the lines are bad."""
     if bad_count > 0.01 * line_count:
-        first = "".join(f"\n   {line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])
         text = f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        raise RuntimeError(text + first)
+        raise RuntimeError(
+            "\n   ".join([text, *(f"{line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])])
+        )
 
 
 WORKER: list[Callable] = []  # what a forked helper calls; set once by enter_worker
@@ -2067,8 +2061,9 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
                 encoded += encode_ordinary([text])
         return encoded
 
-    same = encode_fast(sample) == encode_ordinary(sample)
-    return (encode_fast, "tiktoken") if same else (encode_ordinary, "tokenizers")
+    if encode_fast(sample) == encode_ordinary(sample):
+        return encode_fast, "tiktoken"
+    return encode_ordinary, "tokenizers"
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
@@ -2352,9 +2347,9 @@ def log_report(report: dict[str, Any]) -> None:
     logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
     for name, row in report["by_language"].items():
         held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
-        figures = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
-        figures += f", 토큰당 {row['bytes'] / max(1, row['tokens']):.2f} 바이트"
-        logger.info(f"   • {name}: {figures}, 어절당 {row['tokens'] / max(1, row['eojeols']):.2f} 토큰")
+        counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
+        lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / max(1, row["eojeols"])
+        logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰")
     if report["left_out"]:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
 
@@ -3569,7 +3564,6 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
     if len(run.corpus.val) == 0:
         return
     start = time.monotonic()
-    logger.info(f"📈 검증 중... (스텝 {state.step:,})")
     state.evaluation, state.evaluation_step = evaluate(run), state.step
     run.evaluation_seconds = time.monotonic() - start
     log.write({"step": state.step, **state.evaluation})
@@ -3653,14 +3647,12 @@ def generate_samples(run: Run, state: TrainState) -> None:
 # --- a checkpoint in use: --evaluate ---
 
 
-def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut a document into rows of at most ``length`` + 1 tokens in which each token is scored once.
+def rolling_windows(tokens: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut a document into rows of at most ``length`` + 1 tokens in which each but the first is scored once.
 
-    Yields a row and how many of its last tokens are scored.  The first row begins with ``start``; the last
-    reaches back, so that it is as long as the others: the rule of loglikelihood_rolling in lm-evaluation-harness
-    (get_rolling_token_windows and make_disjoint_window).
+    Yields a row and how many of its last tokens are scored.  The last row reaches back, so that it is as long as the
+    others: lm-evaluation-harness's loglikelihood_rolling (get_rolling_token_windows and make_disjoint_window).
     """
-    tokens = np.concatenate([np.array([start], np.int64), tokens])
     for first in range(0, len(tokens) - 1, length):
         end = min(first + length, len(tokens) - 1)
         yield tokens[max(0, end - length) : end + 1], end - first
@@ -3669,8 +3661,8 @@ def rolling_windows(tokens: np.ndarray, start: int, length: int) -> Iterator[tup
 def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, np.ndarray]], most: int) -> None:
     """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
 
-    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't fit into
-    memory shows at once.  Causal attention keeps the padding behind a row's end from changing anything.
+    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't fit into memory
+    shows at once.  Attention is causal: the padding behind a row's end changes nothing.
     """
     windows = sorted(windows, key=lambda window: -len(window[0]))
     while windows:
@@ -3688,8 +3680,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 
     Returns a language's documents, tokens of text, bytes and nats, in the order in which they appear.
     """
-    most = context_length(model)
-    length = cfg.max_seq_length or most
+    most, length = context_length(model), cfg.max_seq_length or context_length(model)
     if length > most:
         raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {most:,} 토큰입니다")
     files = corpus_files(cfg)
@@ -3707,8 +3698,8 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
             for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
                 total = totals.setdefault(language, np.zeros(4))
                 total += (1, len(item.ids), len(text.encode()), 0)
-                rows = rolling_windows(np.array(item.ids), tokenizer.bos_token_id, length)
-                windows += [(row, count, total) for row, count in rows]
+                ids = np.array([tokenizer.bos_token_id, *item.ids])
+                windows += [(row, count, total) for row, count in rolling_windows(ids, length)]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
     refuse_bad_lines(bad, len(bad), line_count)
