@@ -2319,7 +2319,8 @@ def rank_store() -> Any:
 
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
-    several, name = rank_and_world()[1] > 1, f"corpus/{os.environ.get('GROUP_RANK', '0')}"
+    machine, attempt = (os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    several, name = rank_and_world()[1] > 1, f"corpus/{machine}/{attempt}"  # torchrun's store outlives a restart
     store = rank_store() if several else None  # before the lists: the others may wait for it only so long
     lists = prepare_lists(cfg) if is_local_main() else None
     if several:  # that rank tells the others which corpus it is: they might see the files change
