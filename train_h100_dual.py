@@ -443,10 +443,10 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
         problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-    unusable = {("cpu", cfg.precision): ("cudnn", "efficient"), ("cuda", "fp32"): ("cudnn", "flash")}
-    if cfg.attention in unusable.get((cfg.device, cfg.precision), ()):
-        setting = f"{cfg.device.upper()}의 {cfg.precision}"
-        problems.append(f"--attention {cfg.attention}: {setting} 에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
+    unusable = {"cpu": ("cudnn", "efficient"), "cuda": ("cudnn", "flash") if cfg.precision == "fp32" else ()}
+    if cfg.attention in unusable.get(cfg.device, ()):
+        setting = "CPU" if cfg.device == "cpu" else "--fp32"
+        problems.append(f"--attention {cfg.attention}: {setting}에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     return problems
 
 
