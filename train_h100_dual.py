@@ -60,9 +60,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-# ======================================================================================
-# Options: by the standard library alone, so that any Python answers --help and a mistake within a second
-# ======================================================================================
+# ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 MINIMUM_PYTHON = (3, 11)  # the least versions stand here only; requirements.txt pins what is installed
@@ -493,9 +491,7 @@ def wrap_width(text: str, columns: int) -> list[str]:
     return [line.replace("\0", "") for line in textwrap.wrap(padded, columns - 1)] or [""]
 
 
-# ======================================================================================
-# Plan: what can be told, and refused, before anything heavy is imported
-# ======================================================================================
+# ==== Plan: what can be told, and refused, before anything heavy is imported ==========
 
 
 @dataclass(frozen=True)
@@ -1699,9 +1695,7 @@ SAMPLE_TOKENS = 64
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
-# ======================================================================================
-# Runtime: logs, the accelerator
-# ======================================================================================
+# ==== Runtime: logs, the accelerator ==================================================
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
@@ -1769,9 +1763,7 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     return accelerator
 
 
-# ======================================================================================
-# Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows
-# ======================================================================================
+# ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
 # A document in the index: its text's hash, where its tokens lie in the stream (behind an end-of-text token), bytes and
 # eojeols, and the numbers of its language and its source (0: none).  A last record holds the end of the stream.
@@ -2456,9 +2448,7 @@ def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray
             yield pending.popleft().result()
 
 
-# ======================================================================================
-# Model, loss, attention
-# ======================================================================================
+# ==== Model, loss, attention ==========================================================
 
 ATTENTION_NAME = "packed_causal"
 
@@ -2729,9 +2719,7 @@ def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "c
     return loss_module
 
 
-# ======================================================================================
-# Optimizer, schedule, batch size
-# ======================================================================================
+# ==== Optimizer, schedule, batch size =================================================
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
@@ -2905,9 +2893,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(words, repr(error)) is not None
 
 
-# ======================================================================================
-# The run and its state
-# ======================================================================================
+# ==== The run and its state ===========================================================
 
 
 @dataclass
@@ -3321,9 +3307,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     return TrainState(**content["progress"])
 
 
-# ======================================================================================
-# Metrics
-# ======================================================================================
+# ==== Metrics =========================================================================
 
 
 class DelayedStats:
@@ -3513,9 +3497,7 @@ def start_profile(run: Run, left: int) -> Any:
     return profiler
 
 
-# ======================================================================================
-# Evaluation
-# ======================================================================================
+# ==== Evaluation ======================================================================
 
 
 @torch.no_grad()
@@ -3722,9 +3704,7 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     return lines
 
 
-# ======================================================================================
-# Loop
-# ======================================================================================
+# ==== Loop ============================================================================
 
 
 def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
@@ -3890,9 +3870,7 @@ def train(run: Run, state: TrainState) -> str:
     return "finished" if state.step >= run.total_steps else "stopped"
 
 
-# ======================================================================================
-# main
-# ======================================================================================
+# ==== main ============================================================================
 
 
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
