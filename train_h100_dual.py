@@ -2940,7 +2940,6 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and speaks."""
         return self.accelerator.is_main_process
 
     @property
@@ -3110,8 +3109,8 @@ class Saver:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
         self.executor = ThreadPoolExecutor(1, "saver", os.nice, (10,))  # on a CPU, training needs the same cores
-        self.save: Future | None = None  # until the loop has told how it ended
-        self.step = 0  # of that save
+        self.save: Future | None = None  # a call of write_checkpoint, until the loop has told how it ended
+        self.step = 0  # that it saves
 
     @property
     def busy(self) -> bool:
@@ -3133,10 +3132,6 @@ class Saver:
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
         return weights
-
-    def start(self, run: Run, weights: dict[str, Any], content: dict[str, Any], info: dict[str, Any]) -> None:
-        """Call ``write_checkpoint`` in the thread; none may be running."""
-        self.step, self.save = info["step"], self.executor.submit(write_checkpoint, run, weights, content, info)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait, on this rank alone, for the save that is being written."""
@@ -3197,7 +3192,11 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
         "generators": gathered,
         "progress": asdict(state),
     }
-    run.saver.start(run, run.saver.copy_weights(run.model), content, training_info(run, state))
+    weights, info = run.saver.copy_weights(run.model), training_info(run, state)
+    run.saver.step, run.saver.save = (
+        state.step,
+        run.saver.executor.submit(write_checkpoint, run, weights, content, info),
+    )
 
 
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
