@@ -2365,7 +2365,7 @@ def write_dummy_data(folder: Path) -> Path:
         lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
-    os.utime(temporary, (0, 0))  # whichever rank comes last, the token cache knows the file by the same time
+    os.utime(temporary, (0, 0))  # whichever machine comes last, the token cache knows the file by the same time
     os.replace(temporary, path)
     return path
 
