@@ -975,9 +975,9 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
 
 
 def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str, tokens: int) -> str | None:
-    """How long ``tokens`` take at an assumed MFU; None where the model or the GPU's peak isn't known."""
+    """How long ``tokens`` take at an assumed MFU; None where they, the model or the GPU's peak aren't known."""
     shape, peak = model_shape(cfg), named_peak_flops(gpu_name)
-    if shape is None or peak is None:
+    if shape is None or peak is None or not tokens:
         return None
     parameters = replace(shape, tied=True).parameter_count(cfg.vocab_size)
     flops = tokens * training_flops(parameters, shape.layers, shape.hidden, cfg.max_seq_length)
@@ -1165,7 +1165,8 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
     cfg, world_size, shape, on_gpu = plan.cfg, plan.world_size, model_shape(plan.cfg), plan.cfg.device == "cuda"
     parameters, tokens = shape and shape.parameter_count(cfg.vocab_size), (plan.steps or 0) * plan.step_tokens
-    model = f"추정, {cfg.model_config or cfg.init_from}" if cfg.model_config or cfg.init_from else cfg.model_size
+    source = cfg.model_config or cfg.init_from
+    model = f"추정, {display_path(Path(source))}" if source else cfg.model_size
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
