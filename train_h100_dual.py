@@ -49,7 +49,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import textwrap
 import threading
 import time
 import unicodedata
@@ -483,12 +482,6 @@ def help_text() -> str:
 def display_width(text: str) -> int:
     """Columns that ``text`` takes on a terminal: Hangul and other wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def wrap_width(text: str, columns: int) -> list[str]:
-    """Break a text at its spaces into lines that take at most ``columns`` on a terminal; a longer word is cut."""
-    padded = "".join(char + "\0" * (display_width(char) - 1) for char in text)  # which textwrap counts as one more
-    return [line.replace("\0", "") for line in textwrap.wrap(padded, columns - 1)] or [""]
 
 
 # ==== Plan: what can be told, and refused, before anything heavy is imported ==========
@@ -2416,13 +2409,6 @@ def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
     return RowOrder([domain.rows(cfg.max_seq_length) for domain in corpus.domains], counts, cfg.seed)
 
 
-def domain_epochs(cfg: TrainConfig, corpus: Corpus, tokens: int) -> dict[str, float]:
-    """How many times a run of ``tokens`` tokens reads each domain of the corpus."""
-    order, names = row_order(cfg, corpus), cfg.mix_counts or ["all"]
-    read = tokens / cfg.max_seq_length / sum(order.counts)
-    return {name: read * count / rows for name, count, rows in zip(names, order.counts, order.rows, strict=True)}
-
-
 def read_rows(corpus: Corpus, domain: np.ndarray, row: np.ndarray, length: int, pinned: bool = False) -> torch.Tensor:
     """Rows as an int64 tensor (rows, length + 1); pinned memory's pool knows when the copy to the GPU has ended."""
     batch = torch.empty(len(row), length + 1, dtype=torch.int64, pin_memory=pinned)
@@ -3616,7 +3602,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
     logger.info(f"📝 샘플 (스텝 {state.step:,}, {run.sample_seconds:.1f}초)")
     quoted, path = [], cfg.output_dir / "samples.md"
     for prompt, text in texts.items():
-        logger.info("\n     ".join([f"   [{prompt}]", *wrap_width(text, 74)]))
+        logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
         quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
     try:
         with open(path, "a", encoding="utf-8") as stream:
@@ -3983,9 +3969,11 @@ def log_start(run: Run) -> None:
     logger.info(f"최대 스텝: {run.total_steps:,}")
     parameters = f"파라미터 {run.model.num_parameters() / 1e6:,.1f}M"
     logger.info(f"{parameters}, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
-    for name, epochs in domain_epochs(cfg, corpus, tokens).items() if cfg.mix else ():
+    for (name, count), domain in zip(cfg.mix_counts.items(), corpus.domains, strict=False):
+        share, rows = count / MIX_WINDOW, domain.rows(cfg.max_seq_length)
+        epochs = share * tokens / (rows * cfg.max_seq_length)
         often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
-        logger.info(f"   • {name}: 비율 {cfg.mix_counts[name] / MIX_WINDOW:.1%}, {epochs:.2f} 에포크{often}")
+        logger.info(f"   • {name}: 비율 {share:.1%}, {epochs:.2f} 에포크{often}")
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:

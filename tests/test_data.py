@@ -677,11 +677,3 @@ def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_pa
         return [sorted(row for part in parts for row in part.tolist()) for parts in zip(*ranks, strict=True)]
 
     assert batches(1, 4) == batches(2, 2) == batches(4, 1)
-
-
-def test_a_run_knows_how_many_epochs_of_each_stream_it_makes(tmp_path):
-    corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.25,en=0.75")
-    cfg = config(tmp_path, "--mix", "ko=0.25,en=0.75")
-    en, ko = (domain.rows(cfg.max_seq_length) for domain in corpus.domains)
-    found = t.domain_epochs(cfg, corpus, 4000 * cfg.max_seq_length)
-    assert found == pytest.approx({"en": 3000 / en, "ko": 1000 / ko})
