@@ -19,8 +19,6 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
-from hypothesis import given
-from hypothesis import strategies as st
 from samples import config, read_metrics, tiny_run
 
 import train_h100_dual as t
