@@ -300,10 +300,12 @@ def cleaned(place: Place) -> Iterator[Place]:
         place.kill_all()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token cache for the runs that may share it: the dummy text is tokenised once."""
-    return tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["TINY_RUNS_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

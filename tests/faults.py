@@ -12,39 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAUNCHER, SCRIPT, Place, cleaned
+from samples import SMALL_MODEL
 
 import train_h100_dual as t
 
-SMALL = [
-    "--train",
-    "--device",
-    "cpu",
-    "--model-size",
-    "tiny",
-    "--vocab-size",
-    "512",
-    "--max-seq-length",
-    "32",
-    "--batch-size",
-    "2",
-    "--gradient-accumulation-steps",
-    "1",
-    "--max-steps",
-    "12",
-    "--save-steps",
-    "4",
-    "--eval-steps",
-    "6",
-    "--logging-steps",
-    "1",
-    "--learning-rate",
-    "1e-3",
-    "--dummy-data",
-    "--num-gpus",
-    "2",
-    "--no-save-initial",
-    "--foreground",
+TYPED = [
+    "--train --device cpu --vocab-size 512 --max-seq-length 32 --batch-size 2 --gradient-accumulation-steps 1",
+    "--max-steps 12 --save-steps 4 --eval-steps 6 --logging-steps 1 --learning-rate 1e-3 --seed 7",
+    "--report-to none --dummy-data --num-gpus 2 --no-save-initial --foreground",
 ]
+SMALL = [*" ".join(TYPED).split(), *SMALL_MODEL]
+NO_CURVES = "draw_curves_beside = lambda *_, **__: None  # two seconds of computing each, and no part of a fault"
 
 
 def broken_launcher(folder: Path, fault: str) -> Path:
@@ -52,19 +30,29 @@ def broken_launcher(folder: Path, fault: str) -> Path:
     folder.mkdir(parents=True)
     shutil.copy(LAUNCHER, folder)
     text, mark = SCRIPT.read_text(encoding="utf-8"), 'if __name__ == "__main__":\n'
-    place = text.index(f"{mark}    typed_config") if fault.startswith(EARLY) else text.rindex(mark)
-    (folder / SCRIPT.name).write_text(f"{text[:place]}{fault}\n\n{text[place:]}", encoding="utf-8")
+    end = text.rindex(mark)
+    place = text.index(f"{mark}    typed_config") if fault.startswith(EARLY) else end
+    text = f"{text[:place]}{fault}\n\n{text[place:end]}{NO_CURVES}\n\n{text[end:]}"
+    (folder / SCRIPT.name).write_text(text, encoding="utf-8")
     return folder / LAUNCHER.name
 
 
 def at_step(step: int, action: str, rank: int = 1) -> str:
     """A fault: one rank does ``action`` when it is about to train ``step``, counted from 1."""
+    return at_steps((step, rank, action))
+
+
+def at_steps(*faults: tuple[int, int, str]) -> str:
+    """A fault: at some steps, counted from 1, a rank does something before it trains: (step, rank, action)."""
+    cases = "\n".join(
+        f"    if inside and (done + 1, rank_and_world()[0]) == {(step, rank)}:\n        {action}"
+        for step, rank, action in faults
+    )
     return f"""
 real_rate = learning_rate_at
 def learning_rate_at(done, total, cfg):
     inside = sys._getframe(1).f_code.co_name == "train"
-    if inside and done + 1 == {step} and rank_and_world()[0] == {rank}:
-        {action}
+{cases}
     return real_rate(done, total, cfg)
 """
 
@@ -79,6 +67,7 @@ if "RANK" in os.environ and {condition}:
 )
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 FIRST_TIME = 'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and '
+SECOND_TIME = FIRST_TIME.replace('"0"', '"1"')
 
 
 @pytest.fixture
@@ -119,7 +108,10 @@ def assert_same_run(ours: Place, theirs: Place, step: int) -> None:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[Place]:
     """A run of SMALL to its end."""
-    for place in cleaned(Place(tmp_path_factory.mktemp("undisturbed") / "place", cache=warm_cache)):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    launcher = broken_launcher(folder / "scripts", "")
+    for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
         answer = place.run(*SMALL)
         assert answer.code == 0, answer.text
         place.seconds = answer.seconds

@@ -14,6 +14,7 @@ import torch
 import train_h100_dual as t
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_MODEL = ["--model-config", str(ROOT / "tests" / "fixtures" / "small-model.json")]
 TINY = [
     "--train --device cpu --model-size tiny --vocab-size 512 --max-seq-length 32 --batch-size 2",
     "--gradient-accumulation-steps 1 --max-steps 4 --logging-steps 1 --learning-rate 1e-3 --seed 7",
@@ -64,16 +65,40 @@ def config(folder: Path, *more: str) -> t.TrainConfig:
 
 
 def tiny_run(folder: Path, *more: str) -> t.Run:
-    """Build a run in this process, ready to train."""
+    """Build a run in this process, ready to train; all of them share one token cache."""
+    reset_accelerate()
+    cfg = config(folder, "--dummy-data", "--cache-dir", os.environ["TINY_RUNS_CACHE"], *more)
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    cfg.logs_dir.mkdir(parents=True, exist_ok=True)
+    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
+
+
+def reset_accelerate() -> None:
+    """Let this process begin another run."""
     from accelerate.state import AcceleratorState, PartialState
 
     torch.set_num_threads(1)  # threads that wait for each other are slow beside other processes
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    cfg = config(folder, "--dummy-data", *more)
-    cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    cfg.logs_dir.mkdir(parents=True, exist_ok=True)
-    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
+
+
+def forked_run(folder: Path, *more: str) -> str:
+    """A whole run in a child of this process, in which everything is imported already; returns what it showed."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    folder.mkdir(exist_ok=True)
+    if (child := os.fork()) == 0:
+        try:
+            sys.stdout = sys.stderr = open(folder / "console", "w", encoding="utf-8")  # noqa: SIM115
+            reset_accelerate()
+            t.draw_curves_beside = lambda *_, **__: None
+            t.hard_exit(t.main(t.parse_args(options(folder, *more)), t.StopFlag()))
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, 0)
+    shown = (folder / "console").read_text(encoding="utf-8")
+    assert status == 0, shown
+    return shown
 
 
 def write_corpus(path: Path, documents: list[Any]) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import ROOT, tiny_run, torchrun
+from samples import tiny_run
 
 import train_h100_dual as t
 
@@ -75,11 +75,3 @@ def test_an_evaluation_reads_whole_documents_up_to_its_limit(tmp_path, monkeypat
     run.corpus = corpus
     monkeypatch.setattr(t, "MOST_EVALUATION_TOKENS", limit)
     assert t.evaluate(run) == pytest.approx(expected, rel=1e-5)
-
-
-def test_two_ranks_find_what_one_does(tmp_path):
-    done = torchrun(ROOT / "tests" / "evaluation_worker.py", [str(tmp_path)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "figures.pt", weights_only=True)
-    one = t.evaluate(tiny_run(tmp_path))
-    assert two == pytest.approx(one, rel=1e-6)

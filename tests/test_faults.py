@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,17 @@ from conftest import Place, assert_in_order, cleaned
 from faults import (  # noqa: F401
     FIRST_TIME,
     KILL,
+    SECOND_TIME,
     SMALL,
     assert_same_run,
     at_step,
+    at_steps,
     broken,
     broken_launcher,
     undisturbed,
 )
+
+import train_h100_dual as t
 
 # --- hangs ---
 
@@ -31,7 +36,7 @@ def hung_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iter
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = broken_launcher(folder / "scripts", at_step(3, "time.sleep(1e6)"))
     for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
-        options = ["--hang-timeout", "0.5", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
+        options = ["--hang-timeout", "0.25", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
         answer = place.run(*SMALL, *options, timeout=200)
         yield SimpleNamespace(place=place, answer=answer, folder=folder)
 
@@ -42,7 +47,7 @@ def test_a_hung_run_is_restarted_while_restarts_are_left_and_then_fails_with_one
     answer = hung_run.answer
     assert answer.code == 1
     assert answer.out.count("다시 시작했습니다 (1/1번째)") == 1, answer.text
-    assert answer.text.count("0.5분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)") == 1, answer.text
+    assert answer.text.count("0.25분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)") == 1, answer.text
     assert hung_run.place.info()["state"] == "failed"
     assert "진행이 없어" in hung_run.place.info()["error"]
     assert (hung_run.folder / "notified").read_text().strip() == "failed"
@@ -85,28 +90,20 @@ def build_cache(*arguments):
 # --- restarts ---
 
 
-def test_a_killed_worker_is_started_again_and_the_losses_are_as_undisturbed(broken, undisturbed: Place) -> None:
-    place = broken(at_step(7, f"{FIRST_TIME}{KILL}"))
+def test_killed_workers_are_started_again_and_the_losses_are_as_undisturbed(broken, undisturbed: Place) -> None:
+    """Once before the run's first checkpoint, where a --test has been, and once behind it."""
+    place = broken(at_steps((3, 0, f"{FIRST_TIME}{KILL}"), (7, 1, f"{SECOND_TIME}{KILL}")))
+    shutil.copytree(undisturbed.outputs, place.outputs, symlinks=True)
+    t.update_run_info(place.outputs, mode="test")
     answer = place.run(*SMALL, "--max-restarts", "2")
     assert answer.code == 0, answer.text + place.report()
-    assert_in_order(answer.out, ["스텝 5/12", r"⚠️  학습 프로세스가 죽어 .*\(1/2번째\)", "스텝 4부터", "✅ 학습 완료!"])
+    first, second = (rf"⚠️  학습 프로세스가 죽어 .*\({number}/2번째\)" for number in (1, 2))
+    assert_in_order(answer.out, ["스텝 1/12", first, "스텝 1/12", "스텝 5/12", second, "스텝 4부터", "✅ 학습 완료!"])
     assert "Traceback" not in answer.text
     assert "❌" not in answer.text
     assert_same_run(place, undisturbed, 12)
     assert place.info()["state"] == "finished"
     place.wait_for_end(5)
-
-
-def test_a_worker_killed_before_the_first_checkpoint_starts_over_where_a_test_has_been(
-    broken, undisturbed: Place
-) -> None:
-    place = broken(at_step(3, f"{FIRST_TIME}{KILL}", rank=0))
-    answer = place.run(*SMALL[1:], "--max-steps", "2")  # without --train
-    assert answer.code == 0, answer.text
-    answer = place.run(*SMALL)
-    assert answer.code == 0, answer.text + place.report()
-    assert_in_order(answer.out, [r"\(1/3번째\)", "스텝 1/12", "✅ 학습 완료!"])
-    assert_same_run(place, undisturbed, 12)
 
 
 @pytest.mark.slow  # the hung run shows it by default

@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from gradients_worker import step_gradients
-from optimizer_worker import muon_steps
-from samples import ROOT, NeverStop, config, options, tiny_run, torchrun
+from samples import NeverStop, config, options, tiny_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_h100_dual as t
@@ -239,23 +237,6 @@ def test_the_gradient_norm_is_clipped(tmp_path):
     assert seen[0] == pytest.approx(0.01, rel=1e-3)
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    largest = max(value.abs().max().item() for value in theirs.values())
-    assert largest > 0.01
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert (ours[name] - value).abs().max().item() <= 1e-5 * largest, name
-
-
-def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(tmp_path):
-    whole = step_gradients(tmp_path, "--batch-size", "8")
-    assert_close(step_gradients(tmp_path, "--batch-size", "2", "--gradient-accumulation-steps", "4"), whole)
-    arguments = [str(tmp_path / "both.pt"), str(tmp_path), "--batch-size", "1", "--gradient-accumulation-steps", "4"]
-    done = torchrun(ROOT / "tests" / "gradients_worker.py", arguments, 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(torch.load(tmp_path / "both.pt", weights_only=True), whole)
-
-
 def reference_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """What PyTorch offers for the same: its Muon for the projections of the layers, its AdamW for the rest."""
     hidden = [weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
@@ -317,16 +298,6 @@ def test_what_the_optimizer_keeps_has_the_size_that_is_reckoned_with(tmp_path):
         sizes[name] = sum(value.numel() * 4 for value in moments(run) if value.dim())
         assert sizes[name] == t.optimizer_bytes(run.cfg, t.PRESETS["tiny"])
     assert sizes["muon"] < 0.6 * sizes["adamw"]
-
-
-def test_muon_shared_among_two_ranks_gives_the_weights_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "MUON_BATCH", 2 * 16 * 48)
-    alone = muon_steps()
-    done = torchrun(ROOT / "tests" / "optimizer_worker.py", [str(tmp_path / "shared.pt")], 2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared = torch.load(tmp_path / "shared.pt", weights_only=True)
-    assert shared.keys() == alone.keys()
-    assert all(torch.allclose(shared[name], alone[name], rtol=0, atol=1e-5) for name in alone)
 
 
 @pytest.mark.parametrize("optimizer", t.OPTIMIZERS)

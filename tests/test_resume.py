@@ -1,4 +1,4 @@
-"""Going on where a run ended: two gloo ranks under a real torchrun, fp32, bit for bit."""
+"""Going on where a run ended, fp32, bit for bit: two gloo ranks under a real torchrun, and one process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import ROOT, options, read_metrics, tiny_run, torchrun
+from samples import ROOT, SMALL_MODEL, forked_run, options, read_metrics, tiny_run, torchrun
 
 import train_h100_dual as t
 
 SCRIPT = ROOT / "train_h100_dual.py"
-TWENTY = ["--dummy-data", "--max-steps", "20", "--save-steps", "10", "--eval-steps", "10"]
+TWENTY = [
+    "--max-steps",
+    "20",
+    "--save-steps",
+    "10",
+    "--eval-steps",
+    "10",
+    "--report-to",
+    "none",
+    "--dummy-data",
+    *SMALL_MODEL,
+]
 
 
 def train(folder: Path, *more: str) -> str:
@@ -61,18 +72,40 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_a_killed_run_goes_on_bit_for_bit(undisturbed, tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    forked_run(folder, *TWENTY)
+    return folder
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Assert that two runs logged the same figures and ended with the same weights."""
+    assert timeless(ours) == timeless(theirs)
+    mine, other = weights(ours, 20), weights(theirs, 20)
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_a_killed_run_goes_on_bit_for_bit_from_its_newest_whole_checkpoint(undisturbed, tmp_path):
     kill_after(tmp_path, "checkpoint-10")
-    assert not (tmp_path / "outputs" / "checkpoint-20").exists()
-    torn = tmp_path / "outputs" / ".checkpoint-15.tmp"
-    torn.mkdir()
-    (torn / "pytorch_model.bin").write_bytes(b"half of it")
+    outputs = tmp_path / "outputs"
+    assert not (outputs / "checkpoint-20").exists()
+    (outputs / ".checkpoint-16.tmp").mkdir()
+    (outputs / ".checkpoint-16.tmp" / "pytorch_model.bin").write_bytes(b"half of it")
+    shutil.copytree(outputs / "checkpoint-10", outputs / "checkpoint-15")
+    path = outputs / "checkpoint-15/training_state/state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    path.write_bytes(content)
     shown = train(tmp_path, "--resume")
+    assert "손상된 체크포인트를 건너뜁니다" in shown
+    assert "checkpoint-15 (training_state/state.pt 파일의 내용이 저장한 것과 다릅니다)" in shown
     assert "스텝 10부터" in shown
-    assert not list((tmp_path / "outputs").glob(".*.tmp"))
-    assert timeless(tmp_path) == timeless(undisturbed)
-    ours, theirs = weights(tmp_path, 20), weights(undisturbed, 20)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list(outputs.glob(".*.tmp"))
+    (aside,) = outputs.glob("checkpoint-15.before-*")
+    assert (aside / "training_state/state.pt").read_bytes() == content
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -92,9 +125,9 @@ def test_the_other_optimizer_goes_on_bit_for_bit_too_and_is_not_exchanged(undist
     assert f"쓸 값: --optimizer {other}" in done.stderr
 
 
-def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
-    shown = train(tmp_path, "--resume", "--max-steps", "24")
+def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
+    shown = forked_run(tmp_path, *TWENTY, "--resume", "--max-steps", "24")
     assert "20 → 24" in shown
     assert "학습률을 새 길이에 맞춰" in shown
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
@@ -103,62 +136,48 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(undistu
     assert (tmp_path / "outputs" / "checkpoint-24").exists()
 
 
-def test_a_finished_run_with_nothing_left_to_do_says_so_and_changes_nothing(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
+def test_a_finished_run_with_nothing_left_to_do_says_so_and_changes_nothing(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     before = timeless(tmp_path)
-    assert "이미 끝난 학습" in train(tmp_path, "--resume", str(tmp_path / "outputs/checkpoint-20/pytorch_model.bin"))
+    typed = str(tmp_path / "outputs/checkpoint-20/pytorch_model.bin")
+    assert "이미 끝난 학습" in forked_run(tmp_path, *TWENTY, "--resume", typed)
     assert timeless(tmp_path) == before
 
 
-def test_going_back_to_an_older_checkpoint_sets_the_later_one_aside(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
+def test_going_back_to_an_older_checkpoint_sets_the_later_one_aside(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     later = weights(tmp_path, 20)
-    shown = train(tmp_path, "--resume", str(tmp_path / "outputs/checkpoint-10"), "--weight-decay", "0.3")
-    assert "weight_decay 0.1 → 0.3" in shown
+    typed = ("--resume", str(tmp_path / "outputs/checkpoint-10"), "--weight-decay", "0.3")
+    assert "weight_decay 0.1 → 0.3" in forked_run(tmp_path, *TWENTY, *typed)
     (aside,) = (tmp_path / "outputs").glob("checkpoint-20.before-*")
     kept = torch.load(aside / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(kept[name], later[name]) for name in later)
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
-    path = tmp_path / "outputs/checkpoint-20/training_state/state.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    shown = train(tmp_path, "--resume")
-    assert "손상된 체크포인트를 건너뜁니다" in shown
-    assert "checkpoint-20 (training_state/state.pt 파일의 내용이 저장한 것과 다릅니다)" in shown
-    assert "스텝 10부터" in shown
-    assert timeless(tmp_path) == timeless(undisturbed)
-    ours, theirs = weights(tmp_path, 20), weights(undisturbed, 20)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    (aside,) = (tmp_path / "outputs").glob("checkpoint-20.before-*")
-    assert (aside / "training_state/state.pt").read_bytes() == content
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(alone, tmp_path):
+    shutil.copytree(alone / "cache", tmp_path / "cache")
     outputs = tmp_path / "outputs"
     outputs.mkdir()
     for name in ("run_info.json", "metrics.jsonl"):
-        shutil.copy(undisturbed / "outputs" / name, outputs)
-    shown = train(tmp_path, "--resume")
-    assert "아직 체크포인트가 없어 처음부터 시작합니다" in shown
-    assert timeless(tmp_path) == timeless(undisturbed)
+        shutil.copy(alone / "outputs" / name, outputs)
+    assert "아직 체크포인트가 없어 처음부터 시작합니다" in forked_run(tmp_path, *TWENTY, "--resume")
+    assert_same_run(tmp_path, alone)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_path, before, after):
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
-    typed = options(tmp_path, *TWENTY, "--gradient-accumulation-steps", "2")
-    done = torchrun(SCRIPT, typed, before)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+@pytest.mark.parametrize("before", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_path, before):
+    """From two ranks to one, and from one, with a larger accumulation, to two."""
+    after, accumulation = (1, 1) if before == 2 else (2, 2)
+    if before == 2:
+        shutil.copytree(undisturbed, tmp_path, symlinks=True, dirs_exist_ok=True)
+    else:
+        forked_run(tmp_path, *TWENTY, "--gradient-accumulation-steps", str(accumulation))
     first = read_metrics(tmp_path)
     shutil.rmtree(tmp_path / "outputs" / "checkpoint-20")
-    done = torchrun(SCRIPT, [*typed, "--resume"], after)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert f"기울기 누적을 2 → {2 * before // after} 로 맞춥니다 (프로세스 {before} → {after}개)" in done.stdout
+    typed = [*TWENTY, "--gradient-accumulation-steps", str(accumulation), "--resume"]
+    shown = forked_run(tmp_path, *typed) if after == 1 else train(tmp_path, *typed)
+    told = f"기울기 누적을 {accumulation} → {accumulation * before // after} 로 맞춥니다"
+    assert f"{told} (프로세스 {before} → {after}개)" in shown
     second = read_metrics(tmp_path)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     names = ("loss", "grad_norm", "val_loss", "val_loss_ko", "val_bits_per_byte")

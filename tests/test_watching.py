@@ -67,17 +67,10 @@ def test_a_duration_is_told_in_korean_days():
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Return a function that builds a tiny run; all of them share one token cache."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return lambda folder, *more: tiny_run(folder, "--cache-dir", cache, *more)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, build) -> SimpleNamespace:
+def trained(tmp_path_factory) -> SimpleNamespace:
     """A tiny run in this process that samples and evaluates at every step, with its curves in TensorBoard."""
     folder = tmp_path_factory.mktemp("trained")
-    run = build(folder, "--sample-steps", "2", "--eval-steps", "2", "--save-steps", "100")
+    run = tiny_run(folder, "--sample-steps", "2", "--eval-steps", "2", "--save-steps", "100")
     t.set_up_logging(run.cfg, 0)
     state = t.TrainState()
     t.start_trackers(run, state)
@@ -440,8 +433,8 @@ def test_tensorboard_holds_the_figures_of_the_metrics_and_the_samples(trained):
     assert any("**오늘 아침 서울에서**" in text for _, text in texts)
 
 
-def test_a_resumed_run_writes_no_point_twice(build, tmp_path):
-    run = build(tmp_path)
+def test_a_resumed_run_writes_no_point_twice(tmp_path):
+    run = tiny_run(tmp_path)
     for first, last in ((1, 6), (4, 8)):  # a run that is killed after step 6 and goes on from step 3
         t.start_trackers(run, t.TrainState(step=first - 1))
         for step in range(first, last + 1):
@@ -452,9 +445,9 @@ def test_a_resumed_run_writes_no_point_twice(build, tmp_path):
     assert values == [(step, step + 10.0 * (1 if step < 4 else 4)) for step in range(1, 9)]
 
 
-def test_a_new_run_does_not_go_on_with_an_earlier_ones_curves(build, tmp_path):
+def test_a_new_run_does_not_go_on_with_an_earlier_ones_curves(tmp_path):
     for _ in range(2):
-        run = build(tmp_path)
+        run = tiny_run(tmp_path)
         t.start_trackers(run, t.TrainState())
         run.accelerator.log({"train/loss": 1.0}, 1)
         run.accelerator.end_training()
@@ -462,8 +455,8 @@ def test_a_new_run_does_not_go_on_with_an_earlier_ones_curves(build, tmp_path):
     assert [re.sub(r"\d{8}-\d{6}", "TIME", name) for name in names] == ["before-TIME", "h100_dual"]
 
 
-def test_a_tracker_that_fails_ends_tracking_and_is_said_once(build, tmp_path, caplog):
-    run = build(tmp_path)
+def test_a_tracker_that_fails_ends_tracking_and_is_said_once(tmp_path, caplog):
+    run = tiny_run(tmp_path)
     t.start_trackers(run, t.TrainState())
 
     def fail(*_: object, **__: object) -> None:
@@ -477,8 +470,8 @@ def test_a_tracker_that_fails_ends_tracking_and_is_said_once(build, tmp_path, ca
     assert caplog.text.count("--report-to 기록에 실패해") == 1
 
 
-def test_a_tracker_that_does_not_start_ends_no_run(build, tmp_path, caplog, monkeypatch):
-    run = build(tmp_path)
+def test_a_tracker_that_does_not_start_ends_no_run(tmp_path, caplog, monkeypatch):
+    run = tiny_run(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no key")
@@ -518,10 +511,10 @@ def test_a_completion_is_the_same_for_the_same_seed_and_changes_no_generator(tra
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_sampling_changes_nothing_in_training(build, tmp_path):
+def test_sampling_changes_nothing_in_training(tmp_path):
     figures = []
     for interval in ("1", "1000"):
-        run = build(tmp_path / interval, "--sample-steps", interval, "--save-steps", "100")
+        run = tiny_run(tmp_path / interval, "--sample-steps", interval, "--save-steps", "100")
         t.train(run, t.TrainState())
         run.saver.wait()
         figures.append([line["loss"] for line in read_metrics(tmp_path / interval) if "loss" in line])
@@ -529,10 +522,10 @@ def test_sampling_changes_nothing_in_training(build, tmp_path):
     assert figures[0] == figures[1]
 
 
-def test_sampling_compiles_nothing_again(build, tmp_path):
+def test_sampling_compiles_nothing_again(tmp_path):
     from torch._dynamo.utils import counters
 
-    run = build(tmp_path)
+    run = tiny_run(tmp_path)
     run.loss_module.compile_parts(backend="eager")  # the graphs without the minutes of making kernels of them
     positions = t.rank_positions(run.cfg, 0, 1, range(4))
     batches = iter(t.make_loader(run.cfg, run.corpus, positions))
@@ -555,8 +548,8 @@ def test_samples_are_kept_by_step_and_prompt_and_shown_in_the_log(trained):
     assert_in_order(trained.log, [r"📝 샘플 \(스텝 2,", r"\[오늘 아침 서울에서\]", r"📝 샘플 \(스텝 4,"])
 
 
-def test_a_prompt_of_ones_own_takes_the_place_of_the_fixed_ones(build, tmp_path):
-    run = build(tmp_path, "--prompt", "철수는")
+def test_a_prompt_of_ones_own_takes_the_place_of_the_fixed_ones(tmp_path):
+    run = tiny_run(tmp_path, "--prompt", "철수는")
     t.generate_samples(run, t.TrainState(step=5))
     text = (tmp_path / "outputs/samples.md").read_text(encoding="utf-8")
     assert re.findall(r"^\*\*(.+)\*\*$", text, re.M) == ["철수는"]
@@ -572,8 +565,8 @@ def test_samples_of_later_steps_are_cut_when_a_run_goes_back(tmp_path):
     assert path.read_text(encoding="utf-8") == ""
 
 
-def test_a_prompt_without_room_for_an_answer_is_said(build, tmp_path, monkeypatch, caplog):
-    run = build(tmp_path, "--prompt", "가나다라마바사" * 50)
+def test_a_prompt_without_room_for_an_answer_is_said(tmp_path, monkeypatch, caplog):
+    run = tiny_run(tmp_path, "--prompt", "가나다라마바사" * 50)
     monkeypatch.setattr(run.model, "generate", None)
     t.generate_samples(run, t.TrainState(step=5))
     assert "샘플을 만들지 못했습니다" in caplog.text

@@ -1,0 +1,48 @@
+"""Two gloo ranks under a real torchrun find what one does: figures, gradients, Muon's weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import ROOT, tiny_run, torchrun
+from two_ranks_worker import muon_steps, step_gradients
+
+import train_h100_dual as t
+
+CLIP_NOTHING = ("--max-grad-norm", "1e6")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> dict:
+    """What the worker found in one start; a row and four micro-steps on each rank."""
+    folder = tmp_path_factory.mktemp("together")
+    options = ["--batch-size", "1", "--gradient-accumulation-steps", "4", *CLIP_NOTHING]
+    done = torchrun(ROOT / "tests" / "two_ranks_worker.py", [str(folder), *options])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "together.pt", weights_only=True)
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    largest = max(value.abs().max().item() for value in theirs.values())
+    assert largest > 0.01
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max().item() <= 1e-5 * largest, name
+
+
+def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(together, tmp_path):
+    whole = step_gradients(tiny_run(tmp_path, "--batch-size", "8", *CLIP_NOTHING))
+    micro_steps = ("--batch-size", "2", "--gradient-accumulation-steps", "4", *CLIP_NOTHING)
+    assert_close(step_gradients(tiny_run(tmp_path, *micro_steps)), whole)
+    assert_close(together["gradients"], whole)
+
+
+def test_an_evaluation_by_two_ranks_finds_what_one_does(together, tmp_path):
+    assert together["figures"] == pytest.approx(t.evaluate(tiny_run(tmp_path)), rel=1e-6)
+
+
+def test_muon_shared_among_two_ranks_gives_the_weights_of_one(together, monkeypatch):
+    monkeypatch.setattr(t, "MUON_BATCH", t.MUON_BATCH)  # which the steps change
+    alone = muon_steps()
+    assert together["muon"].keys() == alone.keys()
+    assert all(torch.allclose(together["muon"][name], alone[name], rtol=0, atol=1e-5) for name in alone)
