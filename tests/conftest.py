@@ -40,6 +40,17 @@ TOOLS = (  # what the launcher may take for granted on a machine where nothing i
 H100 = "NVIDIA H100 PCIe"
 
 
+# Files in the order in which their tests take long: the longest begins first, so that no worker is left with it alone.
+LONGEST = ["test_saves", "test_stops", "test_launcher_lifecycle", "test_faults", "test_checkpoint", "test_resume"]
+LONGEST += ["test_optimizer", "test_memory", "test_launcher_options", "test_watching", "test_data", "test_readme"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def wait_for(what: str, check: Callable[[], Any], timeout: float = 60.0, explain: Callable[[], str] = str) -> Any:
     """Poll ``check`` until it is true and return what it returned; fail saying what was waited for."""
     deadline = time.monotonic() + timeout

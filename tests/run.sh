@@ -44,8 +44,8 @@ main_tests() {
   done
   shellcheck "${scripts[@]}"
   shfmt -d -i 2 -ci "${scripts[@]}"
-  # Tests of real runs mostly wait: two files at a time.
-  python -m pytest -n 2 --dist loadfile "${arguments[@]}" "$@"
+  # Tests of real runs wait a lot: three files at a time, in the order of tests/conftest.py.
+  python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${arguments[@]}" "$@"
 }
 
 main_tests "$@"
