@@ -1634,7 +1634,7 @@ import pickle
 import random
 import resource
 from collections import deque
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 
@@ -1653,6 +1653,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -2462,8 +2463,6 @@ def attention_kernels(attention: str) -> Any:
     cuDNN's is the fastest on Hopper, but its backward pass has given NaN after many steps, and at once
     under a mask (pocket-tts PR 264, pytorch issue 196678): so only by name.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     flash, efficient, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": plain}
     return sdpa_kernel(named.get(attention, [flash, efficient, plain]), set_priority=True)
@@ -2471,8 +2470,6 @@ def attention_kernels(attention: str) -> Any:
 
 def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> str:
     """The kernel that SDPA takes for this run's shapes; EnvironmentProblem if the one that was asked for can't."""
-    from torch.nn.attention import SDPBackend
-
     if model.config._attn_implementation != ATTENTION_NAME:
         return model.config._attn_implementation  # transformers' own, which chooses by its mask
     config = model.config.get_text_config()
@@ -2482,8 +2479,7 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
     try:
         chosen = torch._fused_sdp_choice(like, like, like, is_causal=True)
     except RuntimeError as error:
-        problem = f"--attention {cfg.attention}: 이 모델과 장치에는 쓸 수 없습니다. --attention auto 를 쓰세요"
-        raise EnvironmentProblem(problem) from error
+        raise EnvironmentProblem(f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. auto 를 쓰세요") from error
     return SDPBackend(chosen).name.partition("_")[0].lower()
 
 
@@ -2514,15 +2510,9 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
     else:
         preset = PRESETS[cfg.model_size]
-        config = LlamaConfig(
-            hidden_size=preset.hidden,
-            intermediate_size=preset.mlp,
-            num_hidden_layers=preset.layers,
-            num_attention_heads=preset.hidden // preset.head,
-            max_position_embeddings=cfg.max_seq_length,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-        )
+        sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
+        sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
+        config = LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
     text = config.get_text_config()
     text.vocab_size = -(-len(tokenizer) // 128) * 128
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -2540,8 +2530,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         embedding, longest = model.get_input_embeddings(), context_length(model, default=cfg.max_seq_length)
-        problems = init_from_problems(cfg, len(tokenizer), len(embedding.weight), longest)
-        if problems:
+        if problems := init_from_problems(cfg, len(tokenizer), len(embedding.weight), longest):
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
@@ -2570,10 +2559,7 @@ def shrink_residual_projections(model: nn.Module) -> None:
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed.
-
-    RuntimeError also where weights are lacking, for which transformers would take random ones.
-    """
+    """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -2583,7 +2569,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     except Exception as error:  # each format of weights, and transformers' checks, have their own
         raise RuntimeError(f"모델을 열 수 없습니다: {source} ({short_error(error)})") from error
     lacking, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if lacking:
+    if lacking:  # for which transformers takes random ones
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
     if surplus:
         logger.warning(f"⚠️  모델 설정에 없는 가중치 {len(surplus)}개를 읽지 않았습니다: {source} (예: {surplus[0]})")
@@ -2631,10 +2617,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def has_plain_head(model: nn.Module) -> bool:
-    """Whether a model's logits are its last hidden states times one matrix: not softcapped, scaled or shifted.
-
-    Tried on a few tokens, as each architecture has its own names for what it does there.
-    """
+    """Whether logits are the last hidden states times one matrix, not softcapped or scaled: tried, as names differ."""
     head, base, training = model.get_output_embeddings(), model.base_model, model.training
     if type(head) is not nn.Linear or head.bias is not None or base is model:
         return False
@@ -2649,10 +2632,7 @@ def has_plain_head(model: nn.Module) -> bool:
 
 
 class LMWithLoss(nn.Module):
-    """A causal language model with its loss on packed rows (batch, tokens + 1).
-
-    Inputs and targets are the same rows, one apart, so nothing is shifted or copied.
-    """
+    """A causal language model with its loss on packed rows (batch, tokens + 1): inputs and targets, one apart."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -2681,11 +2661,8 @@ class LMWithLoss(nn.Module):
         return torch.cat([F.cross_entropy((part @ weight.t()).float(), goal, reduction="none") for part, goal in parts])
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the layers, which are one graph for all of them, and the head with its loss apart.
-
-        Compiled as a whole under DDP a model is cut at the borders of its buckets, into a graph for each.
-        """
-        torch._dynamo.config.optimize_ddp = False
+        """Compile the layers, which are one graph for all of them, and the head with its loss apart."""
+        torch._dynamo.config.optimize_ddp = False  # which would cut a graph at each border of DDP's buckets
         for layer in next((module for module in self.model.modules() if isinstance(module, nn.ModuleList)), ()):
             layer.compile(**options)
         self.head_loss = torch.compile(self.head_loss, **options)
@@ -2710,10 +2687,7 @@ def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "c
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon for the matrices between the embeddings and the head; only matrices decay.
-
-    Muon's step is a collective of all ranks, unless it is ``alone``.
-    """
+    """Fused AdamW, or Muon for the inner matrices (a collective, unless ``alone``); only matrices decay."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outer = {id(module.weight) for module in (*embeddings, model.get_output_embeddings()) if module is not None}
     hidden, matrices, vectors = [], [], []
@@ -2731,8 +2705,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
     """Orthogonalise ``matrices`` into ``out``: their singular vectors stay, the singular values come near 1.
 
-    Both are (n, rows, columns); ``matrices`` is overwritten.  Source of the iteration and its
-    coefficients: Jordan et al., "Muon" (2024).
+    Both are (n, rows, columns); ``matrices`` is overwritten.  The iteration is Jordan et al.'s ("Muon", 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
@@ -2792,8 +2765,7 @@ class Muon(torch.optim.AdamW):
         """Orthogonalise this rank's share of matrices of one shape, gather the others' and apply all of them."""
         shape, share = alike[0].shape, -(-len(alike) // self.ranks)
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        on_cpu = alike[0].device.type == "cpu"
-        dtype = torch.float32 if on_cpu else torch.bfloat16  # which is 22 times slower on a CPU with AVX2 only
+        dtype = torch.float32 if alike[0].is_cpu else torch.bfloat16  # which is 22 times slower on a CPU with AVX2 only
         scratch = torch.zeros(share, *shape, dtype=dtype, device=alike[0].device)
         updates = scratch.new_empty(self.ranks * share, *shape)
         for row, weight in zip(scratch, alike[mine], strict=False):  # the last rank may have fewer, or none
@@ -2807,21 +2779,13 @@ class Muon(torch.optim.AdamW):
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
-    """Learning rate of the ``step``-th of ``total`` steps, counted from 0.
-
-    After a linear rise over ``warmup_ratio`` of the steps "wsd" is constant, with a line to zero over the last fifth.
-    """
+    """Learning rate of the ``step``-th of ``total`` steps, counted from 0; after the warm-up a factor by schedule."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    factors = {
-        "cosine": 0.5 * (1 - math.cos(math.pi * left)),
-        "linear": left,
-        "wsd": min(1.0, left / WSD_DECAY),
-        "constant": 1.0,
-    }
-    return cfg.learning_rate * factors[cfg.lr_schedule]
+    factors = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "wsd": min(1.0, left / WSD_DECAY)}
+    return cfg.learning_rate * factors.get(cfg.lr_schedule, 1.0)  # of "constant"
 
 
 def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
@@ -2838,10 +2802,8 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
             break
         logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
         if size == 1:
-            raise EnvironmentProblem(
-                "--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. "
-                "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
-            )
+            advice = "--gradient-checkpointing 을 쓰거나 --max-seq-length, --model-size 를 줄이세요"
+            raise EnvironmentProblem(f"--find-batch-size: 배치 크기 1도 GPU 메모리에 들어가지 않습니다. {advice}")
         size = next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
     if cfg.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -2851,16 +2813,14 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
 
 
 def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
-    """Whether there is memory for two steps of a new model; without any collective, as one rank may fail alone.
-
-    Beside others DDP's buckets are there from the beginning: as the gradients, which lie in them, and
-    once more, as DDP makes them anew in the second forward pass while NCCL may still hold the first ones.
-    """
+    """Whether there is memory for two steps of a new model; without any collective, as one rank may fail alone."""
     shape, first_buckets = (size, cfg.max_seq_length + 1), []
     try:
         loss_module = build_loss(cfg, tokenizer, accelerator.device)
         optimizer = build_optimizer(loss_module.model, cfg, alone=True)
         model = accelerator.prepare_model(loss_module, evaluation_mode=True)
+        # DDP's buckets: as the gradients, which lie in them, and once more, as it makes them anew in the second
+        # forward pass while NCCL may still hold the first ones.
         for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
             weight.grad = torch.zeros_like(weight)
             first_buckets.append(torch.empty_like(weight))
@@ -2930,8 +2890,7 @@ class Run:
         return self.accelerator.is_main_process
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of a step over all ranks."""
+    def step_tokens(self) -> int:  # of all ranks
         rows = self.batch_size * self.gradient_accumulation_steps * self.accelerator.num_processes
         return rows * self.cfg.max_seq_length
 
@@ -2990,8 +2949,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        text = f"텐서가 아닌 것(코드를 실행할 수 있는 내용)이 들어 있어 열지 않습니다: {path}"
-        raise RuntimeError(f"{text} (다른 체크포인트를 쓰세요)") from error
+        raise RuntimeError(f"코드가 실행될 수 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)") from error
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:
@@ -3036,22 +2994,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def save_initial_model(run: Run) -> None:
-    """Write the untrained model to ``initial_model/`` with ``model_info.json``; a run can do without it."""
-    if not run.is_main:
-        return
+    """Write the untrained model to ``initial_model/``, on rank 0 only; a run can do without it."""
     logger.info("🚀 초기 모델 저장 중...")
     begun, folder = time.monotonic(), run.cfg.output_dir / "initial_model"
     count, embedding = run.model.num_parameters, run.model.get_input_embeddings().weight
-    info = {
-        "parameters": {"total": count(), "trainable": count(only_trainable=True), "embedding": embedding.numel()},
-        "architecture": type(run.model).__name__,
-        "model_size": options_of(run.cfg)["model_size"],
-        "dtype": "float32",
-        "vocab_size": embedding.shape[0],
-        "tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer),
-        "created": timestamp(),
-        **provenance(),
-    }
+    counts = {"total": count(), "trainable": count(only_trainable=True), "embedding": embedding.numel()}
+    info = {"parameters": counts, "dtype": "float32", "vocab_size": len(embedding), **provenance()}
+    info |= {"architecture": type(run.model).__name__, "model_size": options_of(run.cfg)["model_size"]}
+    info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     weights = run.saver.copy_weights(run.model)
     try:
         check_room(run)
@@ -3066,25 +3016,17 @@ def save_initial_model(run: Run) -> None:
 
 def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
+    seconds, report, rows = state.elapsed_seconds, run.corpus.report, run.corpus.rows(run.cfg.max_seq_length)
+    info = {"layout_version": LAYOUT_VERSION, "total_steps": run.total_steps, **state.evaluation}
+    info |= {name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))}
+    info["epoch"] = state.tokens_seen / (rows * run.cfg.max_seq_length)
+    info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg)
+    info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
+    info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
+    info |= {"corpus": report, "data_fingerprint": report["fingerprint"]}
+    info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
-    return {
-        "layout_version": LAYOUT_VERSION,
-        **{name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))},
-        "total_steps": run.total_steps,
-        "epoch": state.tokens_seen / (run.corpus.rows(run.cfg.max_seq_length) * run.cfg.max_seq_length),
-        **state.evaluation,
-        "learning_rate": learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg),
-        "tokens_per_second": state.tokens_seen / state.elapsed_seconds if state.elapsed_seconds else None,
-        "world_size": run.accelerator.num_processes,
-        "mode": run.cfg.mode,
-        "data_fingerprint": run.corpus.report["fingerprint"],
-        "tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer),
-        "corpus": run.corpus.report,
-        "options": {**options_of(run.cfg), **batch},
-        "attention_backend": run.backend,
-        "created": timestamp(),
-        **provenance(),
-    }
+    return info | {"options": options_of(run.cfg) | batch, **provenance()}
 
 
 class Saver:
@@ -3099,9 +3041,9 @@ class Saver:
         self.save: Future | None = None  # a call of write_checkpoint, until the loop has told how it ended
         self.step = 0  # that it saves
 
-    @property
-    def busy(self) -> bool:
-        return self.save is not None and not self.save.done()
+    def busy(self, seconds: float | None = 0.0) -> bool:
+        """Whether a save is still being written after so many seconds (None: however long it takes)."""
+        return self.save is not None and bool(wait([self.save], seconds).not_done)
 
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
@@ -3120,20 +3062,13 @@ class Saver:
             torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
         return weights
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait, on this rank alone, for the save that is being written."""
-        if self.save is not None:
-            with suppress(TimeoutError):
-                self.save.exception(seconds)
-
 
 def wait_for_saver(run: Run) -> None:
     """Wait on every rank until rank 0 writes no checkpoint any more, and let it tell how that ended."""
     busy = torch.ones((), device=run.accelerator.device)
     with log_waiting("앞선 체크포인트의 저장을 기다리는 중"):
         while busy:  # short collectives, so that no rank's hang timer takes a slow disk for a hang
-            run.saver.wait(1.0)
-            broadcast(busy.fill_(run.saver.busy))  # other ranks have none
+            broadcast(busy.fill_(run.saver.busy(1.0)))  # other ranks have none
             run.stop.heartbeat()
     report_save(run)
 
@@ -3180,10 +3115,8 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
         "progress": asdict(state),
     }
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
-    run.saver.step, run.saver.save = (
-        state.step,
-        run.saver.executor.submit(write_checkpoint, run, weights, content, info),
-    )
+    run.saver.step = state.step
+    run.saver.save = run.saver.executor.submit(write_checkpoint, run, weights, content, info)
 
 
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
@@ -3218,9 +3151,7 @@ def report_save(run: Run, is_last: bool = False) -> None:
     With ``is_last`` wait for it, on rank 0 alone; RuntimeError if it failed.
     """
     saver = run.saver
-    if is_last:
-        saver.wait()
-    if saver.save is None or saver.busy:
+    if saver.save is None or saver.busy(None if is_last else 0.0):
         return
     error, saver.save = saver.save.exception(), None
     if error is None:
@@ -3269,8 +3200,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
         try:
             run.model.load_state_dict(weights)
         except RuntimeError as error:
-            text = f"체크포인트의 가중치가 모델과 맞지 않습니다: {folder} ({short_error(error)})"
-            raise EnvironmentProblem(text) from error
+            raise EnvironmentProblem(f"모델과 맞지 않는 체크포인트입니다: {folder} ({short_error(error)})") from error
         content = read_tensors(folder / "training_state" / "state.pt")
     moments = content.pop("optimizer", {})
     shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
@@ -3798,7 +3728,7 @@ def set_deadline(run: Run, step_seconds: float) -> None:
     """Let rank 0 stop all, so that ``--max-hours`` has room for two steps, an evaluation and a save."""
     if run.cfg.max_hours is None or not run.is_main:
         return
-    evaluation, saves = run.evaluation_seconds, 2.5 if run.saver.busy else 1.5
+    evaluation, saves = run.evaluation_seconds, 2.5 if run.saver.busy() else 1.5
     if evaluation is None:  # a forward pass takes a third of a step's time
         evaluation = 0.5 * step_seconds * min(len(run.corpus.val), MOST_EVALUATION_TOKENS) / run.step_tokens
     reserve = 2 * step_seconds + evaluation + run.sample_seconds + saves * run.save_seconds + 5
@@ -3996,8 +3926,8 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         stop.listen()
         if run.is_main:
             begin_at(run, state, point)
-        if point.checkpoint is None and cfg.save_initial:
-            save_initial_model(run)
+            if point.checkpoint is None and cfg.save_initial:
+                save_initial_model(run)
         ended = train_quietly(run, state)
     stop.finish()
     with tracking(run):
@@ -4050,8 +3980,7 @@ def train_quietly(run: Run, state: TrainState) -> str:
     try:
         return train(run, state)
     except Exception:
-        while run.saver.busy:  # a save that has begun is not lost, unless torchrun's 30 s for the others are over
-            run.saver.wait(1.0)
+        while run.saver.busy(1.0):  # a save that has begun isn't lost, unless torchrun's 30 s for the others are over
             run.stop.heartbeat()
         raise
 

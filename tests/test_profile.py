@@ -16,7 +16,7 @@ def test_a_profiled_run_leaves_a_trace_and_tells_which_operators_took_the_time(t
     t.logger.propagate = True
     with caplog.at_level(logging.INFO, "h100_dual"):
         t.train(run, t.TrainState())
-        run.saver.wait()
+        run.saver.busy(None)
     with gzip.open(run.cfg.output_dir / "profile_trace.json.gz") as stream:
         events = [item for item in json.load(stream)["traceEvents"] if item.get("ph") == "X"]
     assert len([item for item in events if item["name"].startswith("ProfilerStep#")]) == 3

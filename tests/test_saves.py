@@ -159,7 +159,7 @@ def fill(folder):
                     pass
 def save_checkpoint(run, state):
     if run.is_main:
-        run.saver.wait()
+        run.saver.busy(None)
         (run.cfg.output_dir / "filler").unlink(missing_ok=True)
         step[0] = state.step
         if state.step in {early or "()"}:

@@ -77,7 +77,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     t.train(run, state)
     run.accelerator.end_training()
     run.accelerator.trackers.clear()
-    run.saver.wait()
+    run.saver.busy(None)
     return SimpleNamespace(folder=folder, run=run, log=(folder / "logs/training_rank_0.log").read_text())
 
 
@@ -516,7 +516,7 @@ def test_sampling_changes_nothing_in_training(tmp_path):
     for interval in ("1", "1000"):
         run = tiny_run(tmp_path / interval, "--sample-steps", interval, "--save-steps", "100")
         t.train(run, t.TrainState())
-        run.saver.wait()
+        run.saver.busy(None)
         figures.append([line["loss"] for line in read_metrics(tmp_path / interval) if "loss" in line])
         assert run.loss_module.training
     assert figures[0] == figures[1]

@@ -47,7 +47,7 @@ def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:
     foreground = save() + seconds(t.wait_for_saver, run)
     normal = statistics.median(quiet + [step() for _ in range(8)])
     copied, during = save(), []
-    while run.saver.busy:
+    while run.saver.busy():
         during.append(step())
     t.wait_for_saver(run)
     after = [step() for _ in range(2)]
