@@ -52,6 +52,7 @@ import subprocess
 import threading
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1225,8 +1226,7 @@ def print_missing_packages(*argv: str) -> None:
 # --- stops and restarts: what a run tells of itself on the disk, and how it ends ---
 #
 # Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
-# 0 takes the outputs' lock (torchrun's ranks inherit nothing).  update_run_info alone changes run_info.json, whose
-# run_id tells this run from an earlier one.
+# 0 takes the outputs' lock (torchrun's ranks inherit nothing).  run_info.json's run_id tells this run from others.
 # A stop: the supervisor signals the ranks until they leave; they agree on it, save, set "stopped" and exit with 0.
 # A failure: with a known cause the rank sets "failed" and exits with 1; torchrun starts all ranks again, they find
 # "failed" and exit with 0.  After any other (killed, hung, unknown) the state is still "running": they go on from the
@@ -1236,7 +1236,6 @@ def print_missing_packages(*argv: str) -> None:
 
 
 def timestamp() -> str:
-    """The time with its zone, as metadata carries it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
@@ -1246,7 +1245,6 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def is_local_main() -> bool:
-    """Whether this is its machine's first process, which speaks there."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -1257,18 +1255,14 @@ def run_id() -> str:
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
-    """Change ``run_info.json``, with ``if_state`` only if the run is in that state; returns whether it was written.
-
-    Ranks that fail at the same moment and the supervisor take turns.
-    """
-    path = output_dir / "run_info.json"
-    with open(output_dir / ".run_info.lock", "w") as lock:
+    """Change ``run_info.json``, with ``if_state`` only a run in that state; returns whether it was written."""
+    with open(output_dir / ".run_info.lock", "w") as lock:  # ranks that fail at once and the supervisor take turns
         fcntl.flock(lock, fcntl.LOCK_EX)
-        info = read_json(path)
-        if if_state is not None and info.get("state") != if_state:
-            return False
-        write_json(path, {**info, **changes})
-    return True
+        info = read_json(output_dir / "run_info.json")
+        as_expected = if_state in (None, info.get("state"))
+        if as_expected:
+            write_json(output_dir / "run_info.json", info | changes)
+    return as_expected
 
 
 def note_stop_request(output_dir: str) -> None:
@@ -1278,10 +1272,9 @@ def note_stop_request(output_dir: str) -> None:
 
 
 def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset: str) -> None:
-    """Set the state of a run whose ranks could not, as they were killed or had no time; print the state.
+    """Set the state of a run whose ranks had no time to, from what the supervisor knows; print the state.
 
-    ``outcome`` is what the supervisor knows: finished, stopped, or failed with torchrun's exit ``code``.  This run
-    begins at ``offset`` of the detail log.
+    ``outcome`` is finished, stopped, or failed with torchrun's ``code``; this run's detail log begins at ``offset``.
     """
     info = read_json(Path(folder) / "run_info.json")
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
@@ -1304,10 +1297,7 @@ def is_restart(info: dict[str, Any]) -> bool:
 
 
 def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
-    """In a restarted worker go on from what this run wrote; before its first checkpoint, as it was asked to.
-
-    SystemExit with 0 where the run has failed for a known reason or was asked to stop.
-    """
+    """In a restarted worker go on from what this run wrote; leave if it is to stop or failed for a known reason."""
     info = read_json(cfg.output_dir / "run_info.json")
     if not is_restart(info):
         return cfg
@@ -1320,24 +1310,19 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
 class StopFlag:
     """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
 
-    However often a signal comes it sets the flag and nothing else: Slurm, systemd and a reboot send SIGTERM to every
-    process at once, and torchrun passes its own on.
+    A repeated signal changes nothing: Slurm, systemd and a reboot send it to all at once, and torchrun passes it on.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.deadline = math.inf  # of --max-hours, on the monotonic clock
-        self.limit: float | None = None  # seconds without a heartbeat that are a hang
-        self.log: Any = None
-        self.armed = -math.inf
+        self.limit, self.log = 0.0, None  # seconds without a heartbeat that are a hang, and where it is told
+        self.armed = math.inf  # when the timer was set; never
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         follow_agent()
 
     def listen(self) -> None:
-        """From now on there is something to save; before, a signal ends this process as any other.
-
-        The kernel does that, also where Python's handlers would not run: in a collective, for a rank that has left.
-        """
+        """From now on there is something to save; before, the kernel ends us, also in a collective that never ends."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "requested", True))
 
@@ -1345,22 +1330,19 @@ class StopFlag:
         return self.requested or time.monotonic() > self.deadline
 
     def arm(self, minutes: float, log: Any) -> None:
-        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``.
-
-        faulthandler's own timer does it, which needs no thread of Python's and no GIL.
-        """
+        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``."""
         self.limit, self.log, self.armed = 60 * minutes, log, -math.inf
         self.heartbeat()
 
     def heartbeat(self) -> None:
         now = time.monotonic()
-        if self.limit is not None and now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms
+        if now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms; it needs no thread and no GIL
             faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
             self.armed = now
 
     def finish(self) -> None:
         """This rank waits for no other any more: what is left takes as long as it takes."""
-        self.limit = None
+        self.armed = math.inf
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -1369,10 +1351,8 @@ def follow_agent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return  # a shell may well go away
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    name = os.environ.get("RUN_ID")
     with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        if name is None or f"RUN_ID={name}".encode() in environment:
+        if os.environ.get("RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
             return
     os._exit(0)  # torchrun was gone before we asked
 
@@ -1461,20 +1441,19 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
 
 def print_status(cfg: TrainConfig, as_json: bool = False) -> int:
     """Returns the exit code: 0 running, 1 dead with its PID file there, 3 not running."""
-    status, lines = run_status(cfg), []
+    status = run_status(cfg)
     pid, step, total = status["pid"], status["step"], status["total_steps"]
     code = 0 if pid else 1 if log_path(cfg, "training.pid").exists() else NOT_RUNNING
     if as_json:
         print(json.dumps(status, ensure_ascii=False))
         return code
-    if step is not None:
-        lines.append(("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else "")))
+    state = "멈추는 중" if status["stopping"] else STATE_NAMES.get(status["state"], "기록 없음")
+    print(f"📊 상태: {state}" + (f" (PID {pid})" if pid else ""))
+    lines = [] if step is None else [("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else ""))]
     lines += [(label, form(status[name])) for name, (label, form) in STATUS_LINES.items() if status[name]]
     for index, gpu in enumerate(status["gpus"]):
         use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
         lines.append((f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"))
-    state = "멈추는 중" if status["stopping"] else STATE_NAMES.get(status["state"], "기록 없음")
-    print(f"📊 상태: {state}" + (f" (PID {pid})" if pid else ""))
     for label, text in lines:
         print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
     return code
@@ -1482,7 +1461,7 @@ def print_status(cfg: TrainConfig, as_json: bool = False) -> int:
 
 def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
     """Show the log from where ``stream`` stands to the end of the supervisor ``pid``; on a terminal a bar below it."""
-    bar, alive, text = None, True, b""
+    bar, show, alive, text = nullcontext(), print, True, b""
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         with suppress(ImportError):  # it comes with the packages, which this Python may lack
             from tqdm import tqdm
@@ -1490,16 +1469,15 @@ def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
             # In ASCII: block characters are two columns wide on some Korean terminals.
             form = "[{bar}] {percentage:5.1f}% {desc}"
             bar = tqdm(file=sys.stdout, bar_format=form, ascii="-=", leave=False, ncols=77, nrows=24)
-    show = print if bar is None else bar.write
-    with nullcontext() if bar is None else bar:
+            show = bar.write
+    with bar:
         while alive:
-            # Its lock of the logs; asked before reading, so that the last lines are not missed.
-            alive = os.path.exists(f"/proc/{pid}/fd/9")
+            alive = os.path.exists(f"/proc/{pid}/fd/9")  # asked before reading, so that the last lines are not missed
             text += stream.read()
             if end := text.rfind(b"\n") + 1 if alive else len(text):
                 show(text[:end].decode("utf-8", "replace"), end="")
                 text = text[end:]
-                if bar is not None:
+                if show is not print:
                     set_bar(bar, run_status(cfg, with_gpus=False))
             if alive:
                 time.sleep(0.3)
@@ -1525,17 +1503,12 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     if not pid:
         print("실행 중인 학습이 없습니다")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGINT, signal.SIGTERM) if mode == pid else ():
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == pid else signal.SIG_DFL)
     path = log_path(cfg, "training_console.log")
-    if not path.exists():
-        print(f"⚠️  로그 파일이 없어 학습이 끝나기만 기다립니다: {display_path(path)}")
-        path = Path(os.devnull)
-    with open(path, "rb") as stream:
+    with open(path if path.exists() else os.devnull, "rb") as stream:
         if mode == "follow":
-            lines = stream.read().splitlines(keepends=True)
-            stream.seek(-sum(map(len, lines[-10:])), os.SEEK_END)
+            stream.seek(-sum(map(len, deque(stream, 10))), os.SEEK_CUR)
         elif mode == "stop":
             stream.seek(0, os.SEEK_END)
             if run_status(cfg, with_gpus=False)["stopping"]:  # a second signal would end it unsaved
@@ -1597,10 +1570,7 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 
 
 def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
-    """Answer what needs no package: ``--help``, wrong options, the launcher's questions, a restart that must not be.
-
-    Returns the options, and the stop flag where a rank is to run; raises SystemExit where all is done.
-    """
+    """Answer what needs no package and leave; else return the options, with the stop flag where a rank is to run."""
     for stream in (sys.stdout, sys.stderr):
         # Whatever the locale and PYTHONIOENCODING say, and also for what was typed in another encoding.
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -1614,9 +1584,7 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         cfg = parse_args(argv)
         if cfg.uses_checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        if not cfg.uses_checkpoint:
-            return resume_after_restart(cfg), StopFlag()
-        return check_use(cfg), None
+        return (check_use(cfg), None) if cfg.uses_checkpoint else (resume_after_restart(cfg), StopFlag())
     except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -1633,7 +1601,6 @@ import multiprocessing
 import pickle
 import random
 import resource
-from collections import deque
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -1642,51 +1609,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 END_OF_TEXT = "<|endoftext|>"
-
-# Letters of one word with the mark before it, up to three digits, punctuation with its line
-# breaks, runs of space: Llama 3's pattern.  An eojeol stays one piece, numbers stay short, and
-# llama.cpp knows it, so a tokenizer trained here goes into a GGUF file unchanged.
+# A word with the mark before it, up to three digits, punctuation with its line breaks, runs of space: Llama 3's
+# pattern.  An eojeol stays one piece, and llama.cpp knows it: a tokenizer trained here goes into a GGUF file unchanged.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHUNK_BYTES = 4 << 20
-TABLE_ROWS = 1024
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
 TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
-CHECKED_TEXTS = 200  # on which the fast engine is compared with the tokenizer
 TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
-ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8}
 WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
-MOST_BAD_LINES_KEPT = 100_000
-MOST_NAMES_SHOWN = 20
-LOADER_THREADS = 2
-BATCHES_AHEAD = 4  # that each thread of the loader reads before the step asks
-TRACKER_PROJECT = "h100_dual"
-# What is completed while training, where --prompt names nothing else.
-SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")
-SAMPLE_TOKENS = 64
+LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before the step asks
+SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
@@ -1698,11 +1646,10 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
     detail = logging.FileHandler(cfg.logs_dir / f"training_detail_rank_{rank}.log", encoding="utf-8")
     own = logging.FileHandler(cfg.logs_dir / f"training_rank_{rank}.log", encoding="utf-8")
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(handlers=[detail], level=logging.INFO, format=form, force=True)
+    own.setFormatter(detail.formatter)
     own.setLevel(logging.INFO)
-    for handler in (detail, own):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().handlers[:] = [detail]
-    logging.getLogger().setLevel(logging.INFO)
     logging.captureWarnings(True)
     quiet_libraries()
     logger.setLevel(logging.DEBUG)
@@ -1723,11 +1670,7 @@ def quiet_libraries() -> None:
 
 
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
-    """Create the process group and the precision policy.
-
-    Accumulation is the loop's own (``train_step`` scales the loss and calls ``no_sync``), so that
-    the accelerator's counter can't disagree with the data position.
-    """
+    """Create the process group and the precision policy; ``train_step`` accumulates, by the position in the data."""
     if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # Else the kernel clears the same pages for each step anew: a tenth of the tiny model's.
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -1739,22 +1682,19 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", words))
         torch.set_float32_matmul_precision("high")
     trackers = [name for name in cfg.report_to.split(",") if name != "none"]
+    # The group waits longer than the hang timer, which shows where each rank is.
+    patience = timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5)
+    ddp_settings = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
         cpu=cfg.device == "cpu",
         mixed_precision={"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision),  # of what FP8 leaves
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            # Later than the hang timer, which shows where each rank is.
-            InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5)),
-        ],
+        kwargs_handlers=[ddp_settings, InitProcessGroupKwargs(timeout=patience)],
         log_with=trackers or None,
-        project_config=ProjectConfiguration(logging_dir=str(cfg.logs_dir / "tensorboard")),
+        project_dir=str(cfg.logs_dir / "tensorboard"),
     )
     set_seed(cfg.seed)
-    for name in trackers:
-        if name not in map(str, accelerator.log_with):
-            command = f"{sys.executable} -m pip install {name}"
-            logger.info(f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {command})")
+    for name in {*trackers} - {*map(str, accelerator.log_with)}:
+        logger.info(f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {sys.executable} -m pip install {name})")
     return accelerator
 
 
@@ -1802,13 +1742,13 @@ def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
 
         repository, revision, config, split = (part or None for part in name.groups())
         options = {"split": split or "train", "revision": revision, "streaming": True}
-        batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(TABLE_ROWS)
+        batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(1024)
     else:
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(source)
         columns = [column for column in (text_column, "lang", "source") if column in file.schema_arrow.names]
-        batches = file.iter_batches(TABLE_ROWS, columns=columns)
+        batches = file.iter_batches(1024, columns=columns)
     first_line = 1
     for batch in batches:
         yield source, first_line, batch
@@ -2117,7 +2057,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
                 index[column] = [numbers.get(name, 0) for name in own]
             stream.write(tokens)
             records.write(index.tobytes())
-            bad += documents.bad[: max(0, MOST_BAD_LINES_KEPT - len(bad))]
+            bad += documents.bad[: max(0, 100_000 - len(bad))]
             bad_count += len(documents.bad)
             line_count += documents.line_count
             progress.done += int(index["bytes"].sum(dtype=np.int64))
@@ -2148,7 +2088,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
             train = functools.partial(train_tokenizer, texts)
             list(parallel_map(lambda size: save_tokenizer(train(size), folder / "tokenizer"), [cfg.vocab_size], 1))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    encode, engine = make_encoder(tokenizer, texts[:CHECKED_TEXTS])
+    encode, engine = make_encoder(tokenizer, texts[:200])
     end = np.array([tokenizer.eos_token_id], np.min_scalar_type(len(tokenizer) - 1))
     if problem := room_problem(folder.parent, estimated_bytes(files) * end.itemsize // 4):
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
@@ -2238,7 +2178,7 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
         domain = np.where(of_source < 0, of_language, of_source)
     lacking = [name for place, name in enumerate(names) if not (domain == place).any()]
     if lacking:
-        have = ", ".join([*languages, *sources[1:]][:MOST_NAMES_SHOWN])
+        have = ", ".join([*languages, *sources[1:]][:20])
         raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
     hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
     for language in range(len(languages)):
@@ -2698,7 +2638,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
             (matrices if weight.dim() >= 2 else vectors).append(weight)
     groups = [{"params": hidden}, {"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, **ADAMW, "fused": True}
+    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "betas": (0.9, 0.95), "fused": True}
     return Muon(groups, alone, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
@@ -3351,12 +3291,12 @@ def start_trackers(run: Run, state: TrainState) -> None:
     """Open rank 0's trackers; in TensorBoard a resumed run's points replace those it wrote before from there on."""
     if not run.is_main:
         return
-    folder = run.cfg.logs_dir / "tensorboard" / TRACKER_PROJECT
+    folder = run.cfg.logs_dir / "tensorboard" / "h100_dual"
     settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
     with tracking(run):
         if state.step == 0 and folder.exists():  # an earlier run's curves are kept apart
             folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
-        run.accelerator.init_trackers(TRACKER_PROJECT, init_kwargs=settings)
+        run.accelerator.init_trackers(folder.name, init_kwargs=settings)
 
 
 def draw_curves_beside(run: Run, wait: bool = False) -> None:
@@ -3511,7 +3451,7 @@ def generate_samples(run: Run, state: TrainState) -> None:
     """
     cfg, tokenizer, start, texts = run.cfg, run.corpus.tokenizer, time.monotonic(), {}
     tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
-    most = min(SAMPLE_TOKENS, cfg.max_seq_length // 2)
+    most = min(64, cfg.max_seq_length // 2)
     run.loss_module.eval()
     try:
         run.model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
