@@ -70,21 +70,9 @@ MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", 
 MINIMUM_VERSIONS |= {"numpy": "2.0", "tiktoken": "0.9"}
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
-# Two figures for the estimates before a corpus is tokenised (shown as 추정): measured on the
-# Korean reviews and English speeches of the shared corpus at 64k and rounded down.
-BYTES_PER_TOKEN_ESTIMATE = 5.0
-COMPRESSION_ESTIMATE = 2.5
 SMALL_CORPUS_BYTES = 16 << 20
-
-MEMORY_TO_USE = 0.92  # of a GPU's: the allocator's gaps and what others hold take the rest
-# Dense BF16 TFLOP/s as the makers publish them; the first name that occurs in the GPU's decides.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
-ASSUMED_MFU = 0.4  # for the time of a run before its first step
-CHINCHILLA_TOKENS = 20  # a parameter, at which a model of a given compute is best (Hoffmann et al., 2022)
-
 CACHE_VERSION = 7  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-PREFERRED_DATA_FILE = "mixed_pretraining.jsonl"
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
@@ -92,11 +80,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
-# What has to stay at a resume, each unless one of some others is given, which then decide.
-FIXED_OPTIONS: dict[str, tuple[str, ...]] = {"model_size": ("model_config", "init_from")}
-FIXED_OPTIONS |= {"vocab_size": ("tokenizer", "init_from"), "model_config": (), "init_from": (), "tokenizer": ()}
-FIXED_OPTIONS |= {"seed": (), "max_seq_length": (), "validation_split": (), "mix": (), "optimizer": ()}
-# What may change at a resume, but has an effect on what is learnt: it is told.
+DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}  # where given
+# What has to stay at a resume; and what may change, but is told as it has an effect on what is learnt.
+FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
+FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
 
 
@@ -152,7 +139,7 @@ def parse_value(kind: Any, text: str) -> Any:
     if callable(kind):
         return kind(text)
     if not kind:
-        raise ValueError(NO_VALUE)
+        raise ValueError("값을 받지 않는 옵션입니다. 값 없이 쓰세요")
     if isinstance(kind[0], str):
         if text in kind:
             return text
@@ -165,16 +152,12 @@ def parse_value(kind: Any, text: str) -> Any:
         raise ValueError(f"'{text}' 값은 {'정수' if convert is int else '숫자'}가 아닙니다") from None
     if low <= value <= high:  # never nan
         return value
-    limits = f"{format_value(low)} 이상" + ("" if high == math.inf else f" {format_value(high)} 이하")
-    nearest = format_value(min(high, max(low, value)))
-    raise ValueError(f"'{text}' 값은 범위를 벗어났습니다 ({limits}). 가장 가까운 값: {nearest}")
+    raise ValueError(f"'{text}' 값은 범위를 벗어났습니다. 가장 가까운 값: {format_value(min(high, max(low, value)))}")
 
 
 def parse_text(text: str) -> str:
-    if not text:
-        raise ValueError("빈 값은 쓸 수 없습니다")
-    if any("\ud800" <= char <= "\udfff" for char in text):  # how Python keeps bytes that it can't decode
-        raise ValueError("UTF-8이 아닌 글자가 있습니다. 터미널의 인코딩을 UTF-8로 바꾸세요")
+    if not text or any("\ud800" <= char <= "\udfff" for char in text):  # how Python keeps bytes that it can't decode
+        raise ValueError("비었거나 UTF-8이 아닌 값입니다. 값과 터미널의 인코딩을 확인하세요")
     return text
 
 
@@ -197,10 +180,7 @@ def parse_dataset(text: str) -> Path:
 
 
 def parse_trackers(text: str) -> str:
-    names = dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(","))
-    if "none" in names and len(names) > 1:
-        raise ValueError("none은 다른 이름과 함께 쓸 수 없습니다")
-    return ",".join(names)
+    return ",".join(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(",")))
 
 
 def parse_mix(text: str) -> str:
@@ -216,8 +196,7 @@ def parse_mix(text: str) -> str:
     ends = [int(MIX_WINDOW * end / total + 0.5) for end in itertools.accumulate(map(shares.get, names), initial=0)]
     rows = [high - low for low, high in itertools.pairwise(ends)]
     if 0 in rows:
-        least = names[rows.index(0)]
-        raise ValueError(f"'{least}' 비율이 너무 작습니다 (합계의 {1 / MIX_WINDOW:g} 이상). 빼거나 늘리세요")
+        raise ValueError(f"'{names[rows.index(0)]}' 비율이 합계의 {1 / MIX_WINDOW:g}보다 작습니다. 빼거나 늘리세요")
     return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in zip(names, rows, strict=True))
 
 
@@ -225,17 +204,15 @@ SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
-    """Declare one option: its value's name, its kind (see ``parse_value``), what it does and its default.
+    """Declare an option, its ``kind`` as ``parse_value`` reads it; of several defaults the last that applies counts.
 
-    Where defaults are given by situation, the last that applies counts, and the field is None until
-    ``resolve_config``.  ``more``: ``group`` is the title over it and those below in --help, ``bare`` the value of
-    an option that is typed without one.
+    ``more``: ``group`` is the title over it and those below in --help, ``bare`` its value where none is typed.
     """
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
         default = parse_path(os.path.join(SCRIPT_DIR, os.path.expanduser(default)))
-    value = None if isinstance(default, dict) else default
+    value = None if isinstance(default, dict) else default  # None: resolve_config fills it in
     return field(default=value, metadata={"group": "", "bare": None, "flags": {}, **details, **more})
 
 
@@ -335,17 +312,12 @@ class TrainConfig:
         return self.mode == "test"
 
     @property
-    def uses_checkpoint(self) -> bool:
-        return self.generate is not None or self.evaluate is not None
-
-    @property
     def mix_counts(self) -> dict[str, int]:
         """Rows of each name among every ``MIX_WINDOW`` rows; empty without ``--mix``."""
         pairs = (part.rpartition("=") for part in (self.mix or "").split(",") if part)
         return {name: round(float(share) * MIX_WINDOW) for name, _, share in pairs}
 
     def tokens_per_step(self, world_size: int) -> int:
-        """Tokens that one optimizer step reads over all ranks."""
         return self.batch_size * self.gradient_accumulation_steps * world_size * self.max_seq_length
 
 
@@ -354,65 +326,51 @@ def as_typed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option_names() -> dict[str, Any]:
-    """Map each option as it is typed to its field."""
-    return {name: item for item in fields(TrainConfig) for name in item.metadata["flags"] or [as_typed(item.name)]}
-
-
-# Options of which only one may be typed, beside the switches of one field.
-EXCLUSIVE = [{"--dummy-data", "--dataset-path"}, {"--model-config", "--init-from"}]
-EXCLUSIVE += [{"--generate", "--evaluate", "--train"}]
-NO_VALUE = "값을 받지 않는 옵션입니다. 값 없이 쓰세요"
+# Each option as it is typed, and its field.
+OPTIONS = {name: item for item in fields(TrainConfig) for name in item.metadata["flags"] or [as_typed(item.name)]}
 
 
 def parse_args(argv: Iterable[str]) -> TrainConfig:
     """Read the command line; UsageProblem holds all mistakes, so that they can be mended in one go."""
-    names, problems, values = option_names(), [], {}
+    problems, values = [], {}
     # It only splits the line into options and texts: it would stop at the first mistake, in English.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
+    for name in OPTIONS:
         pair = {"type": lambda text, name=name: (name, text), "const": (name, None)}
         parser.add_argument(name, dest="typed", default=[], action="append", nargs="?", **pair)
     line, unknown = parser.parse_known_args(list(argv))
-    known = [*names, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
+    known = [*OPTIONS, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
     for word in [word for word in unknown if word.startswith("-")] or unknown:  # other words may be its value
-        kind, name = "옵션" if word.startswith("-") else "인자", word.partition("=")[0]
-        close = difflib.get_close_matches(name, known, 1, 0.5)
+        close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
         advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
-        problems.append(f"{name}: {NO_VALUE}" if name in known else f"알 수 없는 {kind}: {name} ({advice})")
+        problems.append(f"알 수 없는 {'옵션' if word.startswith('-') else '인자'}: {word} ({advice})")
     for name, text in line.typed:
-        details, field_name = names[name].metadata, names[name].name
+        details, field_name = OPTIONS[name].metadata, OPTIONS[name].name
         value = details["flags"][name][0] if details["flags"] else details["bare"]
-        if text is None and value is None:
-            problems.append(f"{name}: 값이 없습니다. 이렇게 쓰세요: {name} {details['metavar']}")
-            continue
         try:
+            if text is None and value is None:
+                raise ValueError(f"값이 없습니다. 이렇게 쓰세요: {name} {details['metavar']}")
             values[field_name] = value if text is None else parse_value(details["kind"], text)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    for group in (*EXCLUSIVE, *(item.metadata["flags"] for item in fields(TrainConfig))):
+    exclusive = [{"--dummy-data", "--dataset-path"}, {"--model-config", "--init-from"}]
+    exclusive += [{"--generate", "--evaluate", "--train"}, *(item.metadata["flags"] for item in fields(TrainConfig))]
+    for group in exclusive:
         together = sorted({name for name, _ in line.typed}.intersection(group))
         if len(together) > 1:
             problems.append(f"함께 쓸 수 없는 옵션입니다: {', '.join(together)}. 하나만 쓰세요")
-    cfg = TrainConfig(**values)
-    problems = problems or validate_config(cfg)
     if problems:
         raise UsageProblem(problems)
-    return cfg
+    return validate_config(TrainConfig(**values))
 
 
 def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
     """Fill in what the person left open, for ``device`` ("cuda" or "cpu"), and say what was adapted to a CPU."""
-    on_cpu = device == "cpu"
-    applies = {"base": True, "test": cfg.is_test, "cpu": on_cpu, "cpu_test": on_cpu and cfg.is_test}
-    brought = {"model_size": cfg.model_config or cfg.init_from, "vocab_size": cfg.tokenizer or cfg.init_from}
-    chosen, adapted = {"device": device}, []
-    for item in fields(TrainConfig):
-        if getattr(cfg, item.name) is not None:
-            continue
-        situation, value = [pair for pair in item.metadata["defaults"].items() if applies[pair[0]]][-1]
+    situations, chosen, adapted = {"base", cfg.mode, device, f"{device}_{cfg.mode}"}, {"device": device}, []
+    for item in [item for item in fields(TrainConfig) if getattr(cfg, item.name) is None]:
+        situation, value = [pair for pair in item.metadata["defaults"].items() if pair[0] in situations][-1]
         chosen[item.name] = value
-        if situation.startswith("cpu") and not brought.get(item.name):
+        if situation.startswith("cpu") and not any(getattr(cfg, name) for name in DECIDED_BY.get(item.name, ())):
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
     cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
@@ -420,8 +378,8 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
     return replace(cfg, vocab_size=words or cfg.vocab_size), notes  # as far as the files tell it
 
 
-def validate_config(cfg: TrainConfig) -> list[str]:
-    """Return a Korean sentence for each option that can't be meant, or not on ``cfg.device`` once that is known."""
+def validate_config(cfg: TrainConfig) -> TrainConfig:
+    """Return the options, or raise UsageProblem: some can't be meant, or not on ``cfg.device`` once that is known."""
     problems, words = [], cfg.vocab_size or 0
     if cfg.resume and cfg.is_test:
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
@@ -431,21 +389,22 @@ def validate_config(cfg: TrainConfig) -> list[str]:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
         problems.append("--evaluate: 평가할 데이터가 없습니다. 예: --dataset-path corpus.jsonl")
-    machines = (cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint)
-    if machines not in ((None, None, None), (1, None, None)) and (
-        None in machines or cfg.node_rank >= cfg.nnodes or not re.fullmatch(r".+:\d+", cfg.rdzv_endpoint)
-    ):
-        example = "--nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
-        problems.append(f"여러 머신에는 셋을 함께 주고 --node-rank 는 --nnodes 보다 작아야 합니다. 예: {example}")
+    machines = [cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint]
+    complete = None not in machines and cfg.node_rank < cfg.nnodes and re.fullmatch(r".+:\d+", cfg.rdzv_endpoint)
+    if not complete and machines not in ([None, None, None], [1, None, None]):
+        problems.append(
+            "여러 머신에는 셋 다 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
+        )
     if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
         problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
     unusable = {"cpu": ("cudnn", "efficient"), "cuda": ("cudnn", "flash") if cfg.precision == "fp32" else ()}
     if cfg.attention in unusable.get(cfg.device, ()):
-        setting = "CPU" if cfg.device == "cpu" else "--fp32"
-        problems.append(f"--attention {cfg.attention}: {setting}에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
-    return problems
+        problems.append(f"--attention {cfg.attention}: 이 설정에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
+    if problems:
+        raise UsageProblem(problems)
+    return cfg
 
 
 def format_value(value: Any) -> str:
@@ -464,10 +423,9 @@ def help_text() -> str:
     """The options of the script by group, with defaults; the launcher adds its own."""
     lines = []
     for item in fields(TrainConfig):
-        details = item.metadata
+        details, defaults = item.metadata, item.metadata["defaults"].items()
         lines += ["", f"{details['group']}:"] if details["group"] else []
-        known = {SITUATIONS[name]: value for name, value in details["defaults"].items() if value is not None}
-        notes = ", ".join(f"{situation}: {format_value(value)}" for situation, value in known.items())
+        notes = ", ".join(f"{SITUATIONS[name]}: {format_value(value)}" for name, value in defaults if value is not None)
         rows = {name: text for name, (_, text) in details["flags"].items()}
         if not rows:
             rows[f"{as_typed(item.name)} {details['metavar']}"] = details["help"] + (f" ({notes})" if notes else "")
@@ -507,16 +465,13 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        text = f"nvidia-smi가 GPU를 보고하지 못했습니다 ({error}). 드라이버를 확인하세요: nvidia-smi"
-        raise EnvironmentProblem(text) from error
+        raise EnvironmentProblem(f"nvidia-smi가 답하지 않습니다 ({error}). 드라이버를 확인하세요") from error
     gpus = {}
     for line in answer.strip().splitlines():
         index, uuid, name, *numbers = (part.strip() for part in line.split(","))
         total, used, use = (int(number) if number.isdigit() else None for number in numbers)
         gpus[index, uuid] = Gpu(name, total or 0, used or 0, use)
-    if visible is None:
-        return list(gpus.values())
-    wanted = re.findall(r"[^,\s]+", visible)  # a UUID may be cut short
+    wanted = ["GPU-"] if visible is None else re.findall(r"[^,\s]+", visible)  # a UUID may be cut short
     return [gpu for key in wanted for (index, uuid), gpu in gpus.items() if key == index or uuid.startswith(key)]
 
 
@@ -533,23 +488,17 @@ def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[s
         lacking.append(f"GPU {num_gpus}개를 요청했지만 {len(gpus)}개만 있습니다 (--num-gpus {len(gpus)})")
     for index, gpu in enumerate(gpus):
         if gpu.used > 1024:  # a driver and a display take less
-            text = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 쓰고 있습니다"
-            lacking.append(f"{text}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
+            used = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 씁니다"
+            lacking.append(f"{used}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
     return ("cuda", gpus, lacking, []) if cfg.is_test else ("cuda", gpus, [], lacking)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or torn file is an empty one, and so is one with something else in it."""
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_text(path: Path) -> str:
-    """Content of a small file; empty if it isn't there."""
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def known_numbers(content: dict[str, Any]) -> dict[str, Any]:
@@ -558,20 +507,17 @@ def known_numbers(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object so that a reader never sees half of it.
-
-    On a full disk the old file's own room has to do: better a state that a kill may tear than none.
-    """
+    """Write a JSON object so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(known_numbers(content), ensure_ascii=False, indent=2) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC or not path.exists():
+        if not path.exists():
             raise
-        with open(path, "r+b") as stream:
+        with open(path, "r+b") as stream:  # on a full disk: better a state that a kill may tear than none
             stream.write(text.encode())
             stream.truncate()
 
@@ -586,8 +532,8 @@ def room_problem(folder: Path, needed: int) -> str | None:
     """A sentence, but for its stop, if the disk of ``folder`` has no ``needed`` bytes left."""
     folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-    return f"디스크 공간이 부족합니다: {folder} 에 {figures}" if needed > free else None
+    figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+    return f"디스크 공간이 부족합니다: {figures}" if needed > free else None
 
 
 def display_path(path: Path) -> str:
@@ -709,9 +655,13 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
-    for name, unless in FIXED_OPTIONS.items():
+    for name in FIXED_OPTIONS:
         moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
-        if before[name] == after[name] or moved or any(before[other] or after[other] for other in unless):
+        if (
+            before[name] == after[name]
+            or moved
+            or any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
+        ):
             continue
         typed, value = as_typed(name), before[name]
         instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
@@ -799,7 +749,7 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
         raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
-    files = [item for item in files if item.name == PREFERRED_DATA_FILE] or files
+    files = [item for item in files if item.name == "mixed_pretraining.jsonl"] or files
     if not any(item.stat().st_size for item in files):
         raise FileNotFoundError(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
     return files
@@ -820,9 +770,9 @@ def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
 
 
 def estimated_bytes(files: list[Path]) -> int:
-    """Bytes of text in the files, roughly: compressed ones hold more than their size."""
+    """Bytes of text in the files, roughly: compressed ones hold 2.5 times their size, as measured."""
     packed = (".gz", ".zst", ".parquet")
-    return int(sum(path.stat().st_size * (COMPRESSION_ESTIMATE if path.suffix in packed else 1) for path in files))
+    return int(sum(path.stat().st_size * (2.5 if path.suffix in packed else 1) for path in files))
 
 
 def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) -> int:
@@ -958,8 +908,9 @@ def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name; None where it isn't known, as of a part of one."""
-    peaks = [value * 1e12 for part, value in PEAK_TFLOPS.items() if part in gpu_name and " MIG " not in gpu_name]
+    """Dense BF16 FLOP/s as its maker publishes them, by the first name that fits; None if unknown, as of a part."""
+    known = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
+    peaks = [value * 1e12 for part, value in known.items() if part in gpu_name and " MIG " not in gpu_name]
     return peaks[0] if peaks else None
 
 
@@ -969,13 +920,13 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
 
 
 def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str, tokens: int) -> str | None:
-    """How long ``tokens`` take at an assumed MFU; None where they, the model or the GPU's peak aren't known."""
+    """How long ``tokens`` take at an assumed MFU of 40 %; None where they, the model or the GPU's peak aren't known."""
     shape, peak = model_shape(cfg), named_peak_flops(gpu_name)
     if shape is None or peak is None or not tokens:
         return None
     parameters = replace(shape, tied=True).parameter_count(cfg.vocab_size)
     flops = tokens * training_flops(parameters, shape.layers, shape.hidden, cfg.max_seq_length)
-    return f"{format_duration(flops / (ASSUMED_MFU * peak * world_size))} (MFU {ASSUMED_MFU:.0%} 가정)"
+    return f"{format_duration(flops / (0.4 * peak * world_size))} (MFU 40% 가정)"
 
 
 # --- the plan itself ---
@@ -1028,10 +979,7 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
 def check_use(cfg: TrainConfig) -> TrainConfig:
     """Complete what --generate or --evaluate asks for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
     device, _, _, problems = plan_device(cfg, 1)
-    complete = resolve_config(cfg, device)[0]
-    wrong = validate_config(complete)
-    if wrong:
-        raise UsageProblem(wrong)
+    complete = validate_config(resolve_config(cfg, device)[0])
     path = cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
         newest = (list_checkpoints(path) or list_checkpoints(cfg.output_dir))[-1:]
@@ -1064,9 +1012,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
     device, gpus, notes, problems = plan_device(cfg, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
-    wrong = validate_config(cfg)
-    if wrong:
-        raise UsageProblem(wrong)
+    validate_config(cfg)
     processes = len(gpus) or num_gpus
     files, report, world_size = [], {}, node_count(cfg) * processes
     point = ResumePoint(cfg.gradient_accumulation_steps)
@@ -1083,7 +1029,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
     if (cfg.max_tokens or math.inf) < step_tokens:
         problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {step_tokens:,}보다 작습니다")
-    tokens = report.get("train_tokens", int(estimated_bytes(files) / BYTES_PER_TOKEN_ESTIMATE))
+    tokens = report.get("train_tokens", estimated_bytes(files) // 5)  # as on the shared corpus at 64k, rounded down
     exact, steps, left = bool(cfg.max_steps or "train_tokens" in report), None, None
     if cfg.max_steps or files:
         with collecting(problems):
@@ -1104,7 +1050,7 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
     """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
     try:
         typed, values, shown = parse_args(argv), {"code": 0}, []
-        if typed.uses_checkpoint:
+        if typed.generate or typed.evaluate:
             check_use(typed)
         else:
             plan = make_launch_plan(typed, typed.num_gpus)
@@ -1201,7 +1147,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     if duration := estimated_time(cfg, world_size, gpu, (plan.left or 0) * plan.step_tokens):
         lines.append(f"   • 예상 시간: {duration}")
     if parameters and tokens:
-        lines.append(f"   • 파라미터당 토큰: {tokens / parameters:,.2f} (Chinchilla 기준 {CHINCHILLA_TOKENS})")
+        lines.append(f"   • 파라미터당 토큰: {tokens / parameters:,.2f} (Chinchilla 기준 20)")
     return lines
 
 
@@ -1405,8 +1351,8 @@ def seconds_left(records: Iterable[dict[str, Any]], total_steps: int | None) -> 
 
 def find_supervisor(cfg: TrainConfig) -> str:
     """PID of the living supervisor of these logs, which has their lock on descriptor 9; empty if there is none."""
-    pid = read_text(log_path(cfg, "training.pid")).strip()
     with suppress(OSError):  # it is gone, or somebody else's
+        pid = log_path(cfg, "training.pid").read_text(encoding="utf-8").strip()
         if os.path.samefile(f"/proc/{pid}/fd/9", cfg.logs_dir / f".{log_path(cfg, 'training.lock').name}"):
             return pid
     return ""
@@ -1582,9 +1528,10 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         if argv and argv[0] in INTERNAL:
             sys.exit(INTERNAL[argv[0]](*argv[1:]))
         cfg = parse_args(argv)
-        if cfg.uses_checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
+        checkpoint = cfg.generate or cfg.evaluate
+        if checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        return (check_use(cfg), None) if cfg.uses_checkpoint else (resume_after_restart(cfg), StopFlag())
+        return (check_use(cfg), None) if checkpoint else (resume_after_restart(cfg), StopFlag())
     except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -2732,7 +2679,7 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
     """The first batch size, from a rank's ``rows`` of a step on and halved each time, that fits on every rank."""
     logger.info(f"🔍 배치 크기를 찾는 중... (스텝당 행 {rows}개에서 시작해 절반씩 줄임)")
     if cfg.device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(MEMORY_TO_USE)
+        torch.cuda.set_per_process_memory_fraction(0.92)  # the allocator's gaps and what others hold take the rest
     size = rows
     while True:
         fits = try_steps(cfg, size, tokenizer, accelerator)

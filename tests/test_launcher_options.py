@@ -48,7 +48,7 @@ MISTAKES = {
     "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
     "two that exclude each other": (["--test", "--train"], ["--test, --train", "하나만"]),
     "--json without --status": (["--stop", "--json"], ["--json", "--status"]),
-    "value for a switch of the launcher": (["--foreground=yes"], ["--foreground", "값을 받지 않는"]),
+    "value for a switch of the launcher": (["--foreground=yes"], ["--foreground=yes", "가장 가까운 옵션"]),
 }
 
 

@@ -118,7 +118,7 @@ def default_in_table(cell: str) -> str:
 def launcher_options() -> set[str]:
     """Options that the launcher keeps to itself: those of --help that the script doesn't know."""
     shown = {word for options in help_groups().values() for name in options for word in re.findall(r"--[\w-]+", name)}
-    return shown - {*t.option_names()}
+    return shown - {*t.OPTIONS}
 
 
 def test_the_tables_show_the_options_of_help_in_its_groups_and_order():
@@ -130,7 +130,7 @@ def test_the_tables_show_the_options_of_help_in_its_groups_and_order():
 
 def test_help_shows_every_option_that_the_script_knows():
     shown = {name.split()[0] for options in help_groups().values() for name in options}
-    assert {*t.option_names()} <= shown
+    assert {*t.OPTIONS} <= shown
 
 
 def test_the_tables_show_the_defaults_of_help():
@@ -139,7 +139,7 @@ def test_the_tables_show_the_defaults_of_help():
 
 
 def test_no_option_is_named_that_is_not_there():
-    known = {*t.option_names(), *launcher_options(), *FOREIGN_OPTIONS}
+    known = {*t.OPTIONS, *launcher_options(), *FOREIGN_OPTIONS}
     code = " ".join([*re.findall(r"`([^`\n]+)`", README), *commands()])
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known == set()
 
@@ -167,7 +167,7 @@ def test_the_options_of_a_script_command_go_together(arguments):
 def check_options(arguments: list[str]) -> None:
     """Assert that the script takes these options on the machine that they name, else on one with GPUs."""
     cfg = t.parse_args(arguments)
-    assert t.validate_config(t.resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0]) == []
+    t.validate_config(t.resolve_config(cfg, "cpu" if cfg.device == "cpu" else "cuda")[0])
 
 
 def test_the_launcher_takes_its_own_options_as_they_are_shown(place):

@@ -122,7 +122,7 @@ def test_every_line_of_a_run_fits_80_columns(trained):
 @pytest.fixture
 def alive(monkeypatch):
     """Let the supervisor of the PID file live."""
-    monkeypatch.setattr(t, "find_supervisor", lambda cfg: t.read_text(cfg.logs_dir / "training.pid").strip())
+    monkeypatch.setattr(t, "find_supervisor", lambda cfg: (cfg.logs_dir / "training.pid").read_text().strip())
 
 
 def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
