@@ -392,9 +392,7 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
     machines = [cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint]
     complete = None not in machines and cfg.node_rank < cfg.nnodes and re.fullmatch(r".+:\d+", cfg.rdzv_endpoint)
     if not complete and machines not in ([None, None, None], [1, None, None]):
-        problems.append(
-            "여러 머신에는 셋 다 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500"
-        )
+        problems.append("셋을 함께 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
     if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
