@@ -1577,7 +1577,6 @@ MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
 WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
-MOST_USEFUL_EPOCHS = 4  # repeated more often, data adds little (Muennighoff et al., 2023)
 LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before the step asks
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
@@ -3112,10 +3111,9 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
 
 
 class DelayedStats:
-    """Adds up each step's figures over the ranks and reads them one step late.
+    """Adds up each step's figures over the ranks, so that all see a stop request at the same step.
 
-    Reading a tensor of the step that was just launched would make the host wait for the GPU; the
-    one before is there already.  So all ranks also see a stop request at the same step.
+    They are read one step late: to read those of the step just launched the host would wait for the GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -3191,13 +3189,10 @@ class StepLog:
         losses.clear()
         self.recent.append(record)
         self.write(record)
+        figures = f"손실 {record['loss']:.4f} | 학습률 {record['learning_rate']:.2e} | 기울기 {grad_norm:.3f}"
         left, mfu = seconds_left(self.recent, run.total_steps), f"{record['mfu']:.1%}" if self.peak else "-"
-        # Two lines, so that a terminal of 80 columns wraps neither.
-        logger.info(
-            f"스텝 {step:,}/{run.total_steps:,} | 손실 {record['loss']:.4f} | "
-            f"학습률 {record['learning_rate']:.2e} | 기울기 {grad_norm:.3f}"
-        )
         left = "-" if left is None else format_duration(left)
+        logger.info(f"스텝 {step:,}/{run.total_steps:,} | {figures}")  # two lines, which 80 columns hold
         logger.info(f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {memory:.1f} GB | 남은 시간 {left}")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -3208,11 +3203,8 @@ class StepLog:
         self.unwritten += json.dumps(record).encode() + b"\n"
         try:
             with open(path, "ab", buffering=0) as stream:
-                end = stream.tell()
-                if stream.write(self.unwritten) < len(self.unwritten):
-                    stream.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.unwritten = b""
+                while self.unwritten:  # a disk that fills up takes the first part of a line
+                    self.unwritten = self.unwritten[stream.write(self.unwritten) :]
         except OSError as error:
             logger.warning(f"⚠️  metrics.jsonl에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}")
         group = "validation" if "val_loss" in record else "train"
@@ -3233,31 +3225,23 @@ def tracking(run: Run) -> Iterator[None]:
 
 
 def start_trackers(run: Run, state: TrainState) -> None:
-    """Open rank 0's trackers; in TensorBoard a resumed run's points replace those it wrote before from there on."""
-    if not run.is_main:
-        return
-    folder = run.cfg.logs_dir / "tensorboard" / "h100_dual"
-    settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
-    with tracking(run):
-        if state.step == 0 and folder.exists():  # an earlier run's curves are kept apart
-            folder.rename(folder.with_name(f"before-{time.strftime('%Y%m%d-%H%M%S')}"))
-        run.accelerator.init_trackers(folder.name, init_kwargs=settings)
+    """Open rank 0's trackers; in TensorBoard the run's points replace those that stand from its first step on."""
+    if run.is_main:
+        settings = {"tensorboard": {"purge_step": state.step + 1}, "wandb": {"dir": str(run.cfg.logs_dir)}}
+        with tracking(run):
+            run.accelerator.init_trackers("h100_dual", init_kwargs=settings)
 
 
 def draw_curves_beside(run: Run, wait: bool = False) -> None:
-    """Have ``training_curves.png`` drawn, unless it is being drawn, by a process: a thread would hold the loop's GIL.
-
-    With ``wait`` all of it, and a failure is said.
-    """
-    if wait and run.painter is not None:
-        run.painter.wait()
+    """Have ``training_curves.png`` drawn by a process, one at a time: a thread would hold the loop's GIL."""
+    if run.painter is not None and (run.painter.wait() if wait else run.painter.poll()) is None:
+        return
+    command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
     detail_log = run.cfg.logs_dir / "training_detail_rank_0.log"
-    if run.painter is None or run.painter.poll() is not None:
-        command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
-        with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:  # training doesn't depend on it
-            run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    if wait and run.painter is not None and run.painter.wait():
-        logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
+    with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:  # training doesn't depend on it
+        run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if wait and run.painter.wait():
+            logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
 
 
 def cut_file(path: Path, step: int) -> None:
@@ -3271,29 +3255,22 @@ def cut_file(path: Path, step: int) -> None:
 
 
 def start_profile(run: Run, left: int) -> Any:
-    """Profile three of the ``left`` steps after five, on rank 0: a table in the log, and the trace.
-
-    Returns a started ``torch.profiler.profile``, whose ``step`` the loop calls after each step, or None.
-    """
-    from torch.profiler import ProfilerActivity, profile, schedule
+    """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
+    from torch.profiler import profile, schedule
 
     if not run.cfg.profile or not run.is_main:
         return None
     if left < 8:
         logger.warning("⚠️  --profile: 여덟 스텝은 있어야 합니다. --max-steps 를 늘리세요")
         return None
-    path, on_gpu = run.cfg.output_dir / "profile_trace.json.gz", run.cfg.device == "cuda"
 
     def report(profiler: Any) -> None:
+        path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
         profiler.export_chrome_trace(str(path))
-        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
-        logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터\n{table}")
-        logger.info(f"   트레이스: {display_path(path)} (https://ui.perfetto.dev 에서 열 수 있습니다)")
+        table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
+        logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
 
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    steps = schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1)
-    profiler = profile(activities=kinds, schedule=steps, on_trace_ready=report)
+    profiler = profile(schedule=schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1), on_trace_ready=report)
     profiler.start()
     return profiler
 
@@ -3363,18 +3340,14 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 
 @torch.no_grad()
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
-    """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes.
-
-    ValueError: the prompt leaves no room in the model's context.
-    """
+    """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes."""
     from transformers import GenerationConfig
 
     ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
     length = context_length(model)
     room = length - len(ids)
     if room <= 0:
-        text = f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({length:,} 토큰)에 들어가지 않습니다. 줄이세요"
-        raise ValueError(text)
+        raise ValueError(f"--prompt: {len(ids):,} 토큰은 모델의 최대 길이({length:,} 토큰)를 넘습니다. 줄이세요")
     if room < cfg.max_new_tokens:
         logger.warning(f"⚠️  모델의 최대 길이가 {length:,} 토큰이라 {room:,} 토큰까지만 이어 씁니다")
     sampling = {"do_sample": cfg.temperature > 0, "temperature": cfg.temperature or 1.0, "top_p": cfg.top_p}
@@ -3384,13 +3357,13 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     # The kernel that --attention names may not take a single query; a growing cache would compile the layers anew.
     with torch.random.fork_rng(devices), attention_kernels("auto"), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(cfg.seed)
-        options = {"attention_mask": torch.ones_like(tokens), "generation_config": GenerationConfig(**sampling)}
-        tokens = model.generate(tokens, streamer=streamer, **options)
+        mask, settings = torch.ones_like(tokens), GenerationConfig(**sampling)
+        tokens = model.generate(tokens, attention_mask=mask, generation_config=settings, streamer=streamer)
     return tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
-    """Complete the prompts; rank 0 shows and keeps the texts in ``samples.md``.
+    """Complete the prompts; rank 0 shows the texts and keeps them in ``samples.md``.
 
     Every rank does the same work, so that none waits for another in a collective, however long it takes.
     """
@@ -3403,29 +3376,22 @@ def generate_samples(run: Run, state: TrainState) -> None:
         for prompt in [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS:
             with run.accelerator.autocast():
                 text = generate_text(run.model, tokenizer, replace(cfg, prompt=prompt, max_new_tokens=most), tick)
-            text = text.replace("\r\n", "\n").replace("\t", " ")
-            # An untrained model writes any bytes: also control and format characters.
-            plain = (char if char == "\n" or unicodedata.category(char)[0] != "C" else "\ufffd" for char in text)
-            texts[prompt] = "".join(plain)
-    except Exception as error:  # a model that can be trained but not generate is no reason to end its training
+            # An untrained model writes any bytes: also control characters.
+            texts[prompt] = "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip("\n")
+        if run.is_main:
+            logger.info(f"📝 샘플 (스텝 {state.step:,}, {time.monotonic() - start:.1f}초)")
+            for prompt, text in texts.items():
+                logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
+            quoted = [f"**{prompt}**\n\n> " + text.replace("\n", "\n> ") + "\n" for prompt, text in texts.items()]
+            with open(cfg.output_dir / "samples.md", "a", encoding="utf-8") as stream:
+                stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
+            with tracking(run):
+                run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
+    except Exception as error:  # a model that can be trained but not generate, a full disk: no reason to end
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
     run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
-    if not run.is_main or not texts:
-        return
-    logger.info(f"📝 샘플 (스텝 {state.step:,}, {run.sample_seconds:.1f}초)")
-    quoted, path = [], cfg.output_dir / "samples.md"
-    for prompt, text in texts.items():
-        logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
-        quoted.append(f"**{prompt}**\n\n" + "".join(f"> {line}\n" for line in text.strip("\n").split("\n")))
-    try:
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
-    except OSError as error:
-        logger.warning(f"⚠️  {display_path(path)} 에 쓰지 못했습니다: {describe_error(error)[0]}")
-    with tracking(run):
-        run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
 
 
 # --- a checkpoint in use: --evaluate ---
@@ -3445,10 +3411,9 @@ def rolling_windows(tokens: np.ndarray, length: int) -> Iterator[tuple[np.ndarra
 def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, np.ndarray]], most: int) -> None:
     """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
 
-    Windows of like length share a batch of at most ``most`` inputs, the longest first: what doesn't fit into memory
-    shows at once.  Attention is causal: the padding behind a row's end changes nothing.
+    Windows of like length share a batch of at most ``most`` inputs; attention is causal, so padding changes nothing.
     """
-    windows = sorted(windows, key=lambda window: -len(window[0]))
+    windows = sorted(windows, key=lambda window: -len(window[0]))  # what doesn't fit into memory shows at once
     while windows:
         size = max(1, most // (len(windows[0][0]) - 1))
         batch, windows = windows[:size], windows[size:]
@@ -3460,19 +3425,15 @@ def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, 
 
 @torch.inference_mode()
 def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str, np.ndarray]:
-    """Score every document of ``cfg.dataset_path`` by itself.
-
-    Returns a language's documents, tokens of text, bytes and nats, in the order in which they appear.
-    """
+    """Score every document of ``cfg.dataset_path`` by itself: a language's documents, tokens, bytes and nats."""
     most, length = context_length(model), cfg.max_seq_length or context_length(model)
     if length > most:
         raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {most:,} 토큰입니다")
     files = corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    backend, loss_module, totals = tokenizer.backend_tokenizer, LMWithLoss(model), {}
+    backend, loss_module, totals, bad, line_count = tokenizer.backend_tokenizer, LMWithLoss(model), {}, [], 0
     backend.encode_special_tokens = True  # in a text they are text, as in training
-    bad, line_count = [], 0
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
@@ -3496,23 +3457,20 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 
 def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
-    # A Hangul syllable takes two columns.
-    lines = [f"언어    {'문서':>8}{'토큰':>14}{'바이트':>15}{'손실':>7}{'퍼플렉시티':>7}{'bits/byte':>11}"]
+    rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
     for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
-        counts = f"{name}{' ' * (8 - display_width(name))}{documents:>10,.0f}{tokens:>16,.0f}{size:>18,.0f}"
-        bits = nats / math.log(2) / size
-        lines.append(f"{counts}{nats / tokens:>9.4f}{np.exp(nats / tokens):>12,.2f}{bits:>11.4f}")
-    return lines
+        counts, loss = (f"{count:,.0f}" for count in (documents, tokens, size)), nats / tokens
+        rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{nats / math.log(2) / size:.4f}"))
+    return ["".join(f"{' ' * (11 - display_width(cell))} {cell}" for cell in row) for row in rows]
 
 
 # ==== Loop ============================================================================
 
 
 def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """Give a loss that isn't finite gradients that aren't; leave every other one as it is, bit for bit.
+    """Give a loss that isn't finite gradients that aren't, of which every rank hears in DDP's reduction.
 
-    An infinite loss may have finite gradients.  Through the gradients every rank hears of it in the
-    reduction that takes place anyway.
+    An infinite loss may have finite ones.  Every other loss stays as it is, bit for bit.
     """
     value = loss.detach()
     return loss * (value - value + 1)
@@ -3521,10 +3479,9 @@ def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
     """One optimizer step: accumulate, clip, step; the host never waits for the device.
 
-    A gradient that isn't finite skips the update on the device: fused AdamW reads ``found_inf``
-    itself, and under FP16 the scaler sees to it.  Returns four float32 on the device, to be added up
-    over the ranks: the loss and the gradient norm, each divided by the number of ranks, whether the
-    step was skipped, likewise, and the requests to stop.
+    A gradient that isn't finite skips the update on the device: fused AdamW reads ``found_inf`` itself, and under FP16
+    the scaler sees to it.  Returns four float32 on the device, to be added up over the ranks: loss, gradient norm and
+    whether the step was skipped, each divided by the number of ranks, and the requests to stop.
     """
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
@@ -3563,42 +3520,32 @@ def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float,
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         state.skipped_recently.append(step)
-        logger.warning(
-            f"⚠️  스텝 {step:,}: 손실이나 기울기가 유한하지 않아(NaN/Inf) 이 스텝의 갱신을 건너뜁니다 "
-            f"(모두 {state.skipped_steps}번, {place})"
-        )
+        so_far = f"모두 {state.skipped_steps}번, {place}"
+        logger.warning(f"⚠️  스텝 {step:,}: 손실이나 기울기가 NaN/Inf라 갱신을 건너뜁니다 ({so_far})")
         if run.is_main:
             with suppress(OSError):  # a full disk
                 update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
         stop_if_skipping(run, state)
     else:
-        state.skipped_in_a_row = 0
-        mean, deviation = fmean(state.recent_losses or [loss]), pstdev(state.recent_losses or [loss])
-        if len(state.recent_losses) == 100 and loss > mean + 6 * deviation:
-            logger.warning(
-                f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, 앞선 100스텝 평균 {mean:.4f}, "
-                f"표준편차 {deviation:.4f}, {place})"
-            )
-        state.recent_losses = [*state.recent_losses[-99:], loss]
+        state.skipped_in_a_row, recent = 0, state.recent_losses
+        if len(recent) == 100 and loss > fmean(recent) + 6 * pstdev(recent):
+            usual = f"앞선 100스텝 평균 {fmean(recent):.4f}"
+            logger.warning(f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, {usual}, {place})")
+        state.recent_losses = [*recent[-99:], loss]
     log.handle(step, moment, loss, grad_norm)
     return bool(asked)
 
 
 def stop_if_skipping(run: Run, state: TrainState) -> None:
-    """Raise RuntimeError, on all ranks with the same words, where skipping more steps would not help.
-
-    FP16's scaler skips steps to find its scale; it has failed once that is below 1.
-    """
+    """Raise RuntimeError, on all ranks with the same words, where skipping more steps would not help."""
     scaler, often = run.accelerator.scaler, len(state.skipped_recently)
-    if (scaler is not None and scaler.get_scale() >= 1) or (state.skipped_in_a_row < 5 and often <= 10):
+    is_searching = scaler is not None and scaler.get_scale() >= 1  # FP16's skips steps to find its scale
+    if is_searching or (state.skipped_in_a_row < 5 and often <= 10):
         return
     wait_for_saver(run)  # only then all ranks see the same checkpoints
     count = "다섯 스텝 연속으로" if state.skipped_in_a_row >= 5 else f"최근 1,000스텝 가운데 {often}스텝에서"
-    other = "math" if run.backend == "flash" else "flash"
-    raise RuntimeError(
-        f"{count} 손실이나 기울기가 유한하지 않아(NaN/Inf) 학습을 중단합니다. --learning-rate 를 낮추거나, 어텐션 커널"
-        f"({run.backend})이 원인인지 --attention {other} 로 확인하세요. {last_checkpoint(run.cfg)}"
-    )
+    advice = f"--learning-rate 를 낮추거나 --attention {'math' if run.backend == 'flash' else 'flash'} 로 바꿔 보세요"
+    raise RuntimeError(f"{count} 손실이나 기울기가 NaN/Inf입니다. {advice}. {last_checkpoint(run.cfg)}")
 
 
 def run_age() -> float:
@@ -3689,7 +3636,6 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     """Take the output directory for this run and clear what an earlier test left there; rank 0 only.
 
     Returns the open lock file, which has to be kept: the kernel lets go of it however we end.
-    EnvironmentProblem: another run has begun there since the plan was made.
     """
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
@@ -3730,39 +3676,25 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["env", f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
     command += os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1] or [sys.executable, *sys.argv]
+    info = {name: info[name] for name in kept if name in info}
+    info |= {"state": "running", "mode": cfg.mode, "options": options_of(cfg), "world_size": world_size}
+    info["command"] = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"  # it can be pasted anywhere
+    info["machine"] = {"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible}
     path.unlink(missing_ok=True)
-    update_run_info(
-        cfg.output_dir,
-        **{name: info[name] for name in kept if name in info},
-        state="running",
-        mode=cfg.mode,
-        options=options_of(cfg),
-        command=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",  # it can be pasted anywhere
-        world_size=world_size,
-        machine={"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible},
-        started=timestamp(),
-        run_id=run_id(),
-        **provenance(),
-    )
+    update_run_info(cfg.output_dir, **info, started=timestamp(), run_id=run_id(), **provenance())
 
 
 def build_run(
     cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, point: ResumePoint | None = None
 ) -> Run:
-    """Create the model and the optimizer, and wrap them for training.
-
-    RuntimeError: the corpus is smaller than a step, a domain than a row, no row fits into a GPU, or the run would end
-    before ``point``.
-    """
+    """Create the model and the optimizer, and wrap them for training."""
     point, length = point or ResumePoint(cfg.gradient_accumulation_steps), cfg.max_seq_length
     rows = cfg.batch_size * point.accumulation
     step_tokens = rows * accelerator.num_processes * length
     steps = total_steps(cfg, corpus.rows(length), step_tokens, point.info.get("step", 0))
     if steps == 0 or corpus.rows(length) == 0:
-        raise RuntimeError(
-            f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 "
-            "작습니다. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요"
-        )
+        problem = f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 작습니다"
+        raise RuntimeError(f"{problem}. --batch-size, --max-seq-length, --gradient-accumulation-steps 를 줄이세요")
     for name, domain in zip(cfg.mix_counts, corpus.domains, strict=False):
         if not domain.rows(length):
             raise RuntimeError(f"--mix: '{name}' 문서가 한 행({length:,} 토큰)보다 적습니다. 빼거나 더하세요")
@@ -3773,22 +3705,6 @@ def build_run(
     return Run(
         cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver()
     )
-
-
-def log_start(run: Run) -> None:
-    """Say what the plan could only estimate."""
-    cfg, corpus, tokens = run.cfg, run.corpus, run.total_steps * run.step_tokens
-    epochs = tokens / (corpus.rows(cfg.max_seq_length) * cfg.max_seq_length)
-    logger.info("🚀 학습 시작!")
-    logger.info(f"테스트 모드: {cfg.is_test}")
-    logger.info(f"최대 스텝: {run.total_steps:,}")
-    parameters = f"파라미터 {run.model.num_parameters() / 1e6:,.1f}M"
-    logger.info(f"{parameters}, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
-    for (name, count), domain in zip(cfg.mix_counts.items(), corpus.domains, strict=False):
-        share, rows = count / MIX_WINDOW, domain.rows(cfg.max_seq_length)
-        epochs = share * tokens / (rows * cfg.max_seq_length)
-        often = f" ⚠️  {epochs:.0f}번 되풀이해 읽습니다" if epochs > MOST_USEFUL_EPOCHS else ""
-        logger.info(f"   • {name}: 비율 {share:.1%}, {epochs:.2f} 에포크{often}")
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
@@ -3821,14 +3737,10 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         draw_curves_beside(run, wait=True)
         report_save(run, is_last=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
+        again = "" if cfg.is_test else " 이어서 하려면 --train --resume"
+        words = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]
         if point.info.get("step") == state.step:
             words = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
-        elif ended == "finished":
-            words = "✅ 학습 완료!"
-        elif cfg.is_test:
-            words = "🛑 테스트를 중단했습니다"
-        else:
-            words = "🛑 학습을 중단했습니다. 이어서 하려면 --train --resume"
         logger.info(f"{words} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
         lock.close()
     hard_exit(0)
@@ -3856,9 +3768,16 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
 
 
 def train_quietly(run: Run, state: TrainState) -> str:
-    """``train`` without Python's garbage collector."""
+    """Say what the plan could only estimate, and ``train`` without Python's garbage collector."""
     start_trackers(run, state)
-    log_start(run)
+    length, tokens = run.cfg.max_seq_length, run.total_steps * run.step_tokens
+    size, epochs = run.model.num_parameters() / 1e6, tokens / (run.corpus.rows(length) * length)
+    logger.info(f"🚀 학습 시작!\n테스트 모드: {run.cfg.is_test}\n최대 스텝: {run.total_steps:,}")
+    logger.info(f"파라미터 {size:,.1f}M, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
+    for (name, count), domain in zip(run.cfg.mix_counts.items(), run.corpus.domains, strict=False):
+        share = count / MIX_WINDOW
+        epochs = share * tokens / (domain.rows(length) * length)
+        logger.info(f"   • {name}: 비율 {share:.1%}, {epochs:.2f} 에포크")
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
@@ -3879,9 +3798,9 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     logger.addHandler(logging.StreamHandler())
     quiet_libraries()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
-    source, device, begun = cfg.generate or cfg.evaluate, cfg.device, time.monotonic()
-    tokenizer, model = load_tokenizer(source), load_model(source, dtype if cfg.generate else torch.float32)
-    model = model.to(device).eval()
+    source, device = cfg.generate or cfg.evaluate, cfg.device
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
         from transformers import TextStreamer
 
@@ -3893,7 +3812,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     settings = f"창 {length:,} 토큰, {device.upper()} {cfg.precision}"
     print(f"📈 평가: {display_path(source)} ({display_path(cfg.dataset_path)}, {settings})")
     print("\n".join(evaluation_table(totals)))
-    logger.info(f"   {format_duration(time.monotonic() - begun)} 걸림")
 
 
 def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
@@ -3907,20 +3825,21 @@ def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
             print("\n".join(f"❌ {problem}" for problem in text.split("\n")), file=sys.stderr)
         return
     logging.getLogger("traceback").error("run failed", exc_info=error)
-    said = f"{text}\n   자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
-    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
-        text, said = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다", ""  # that one's fault is the cause
-        time.sleep(1)  # it may be about to say why
+    is_victim = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    if is_victim:  # the other's fault is the cause: it may be about to say why
+        text = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"
+        time.sleep(1)
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     again = not known and used < most
     if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # before the directory was ours
         speaks = is_local_main()
     elif again:
-        speaks = bool(said)
+        speaks = not is_victim
     else:
         speaks = update_run_info(cfg.output_dir, "running", state="failed", error=text, ended=timestamp())
     if speaks:
-        print(f"{'⚠️ ' if again else '❌'} {said or text}", flush=True)
+        detail_log = display_path(cfg.logs_dir / f"training_detail_rank_{rank}.log")
+        print(f"{'⚠️ ' if again else '❌'} {text}\n   자세한 내용: {detail_log}", flush=True)
 
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
@@ -3947,8 +3866,7 @@ def main(typed: TrainConfig, stop: StopFlag | None) -> int:
 def hard_exit(code: int) -> NoReturn:
     """End this process at once, with everything written.
 
-    Python's own way out takes the interpreter from under gloo's and NCCL's threads.  One that still holds the last
-    collective's tensors asks for a GIL that is gone: SIGABRT, and torchrun calls a finished run failed.
+    Python's own way out takes the interpreter from under gloo's and NCCL's threads, which then end in SIGABRT.
     """
     logging.shutdown()
     sys.stdout.flush()

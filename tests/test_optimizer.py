@@ -181,7 +181,7 @@ def test_five_such_steps_in_a_row_end_the_run(tmp_path):
     assert t.note_step(run, state, log, (5, 5.0, [7.0, 1.0, 0.0, 0.0])) is False
     for step in range(6, 10):
         t.note_step(run, state, log, (step, float(step), bad))
-    with pytest.raises(RuntimeError, match="유한하지"):
+    with pytest.raises(RuntimeError, match="다섯 스텝 연속으로 손실이나 기울기가 NaN/Inf"):
         t.note_step(run, state, log, (10, 10.0, bad))
     assert state.skipped_steps == 9
 
