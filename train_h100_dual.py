@@ -2663,7 +2663,7 @@ class Muon(torch.optim.AdamW):
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
-    """Learning rate of the ``step``-th of ``total`` steps, counted from 0; after the warm-up a factor by schedule."""
+    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: a linear rise, then what the schedule says."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
@@ -3058,19 +3058,6 @@ def last_checkpoint(cfg: TrainConfig) -> str:
     """What is left after a failure, in Korean."""
     newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
-
-
-def sync_resume_point(cfg: TrainConfig, accelerator: Accelerator, fingerprint: str) -> ResumePoint:
-    """Let rank 0, which may be the only one to see the checkpoints, decide where every rank begins."""
-    point = None
-    if accelerator.is_main_process:
-        point = find_resume_point(cfg, accelerator.num_processes, fingerprint, thorough=True)
-        for note in point.notes:
-            logger.info(f"⚠️  {note}")
-    point, first = broadcast_object_list([point, fingerprint])
-    if first != fingerprint:
-        raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
-    return point
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
@@ -3720,8 +3707,14 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     stop.arm(cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), detail_log)
     log_report(corpus.report)
     with attention_kernels(cfg.attention):
-        accelerator = build_accelerator(cfg)
-        point = sync_resume_point(cfg, accelerator, corpus.report["fingerprint"])
+        accelerator, point, fingerprint = build_accelerator(cfg), None, corpus.report["fingerprint"]
+        if accelerator.is_main_process:  # which may be the only one to see the checkpoints
+            point = find_resume_point(cfg, world_size, fingerprint, thorough=True)
+            for note in point.notes:
+                logger.info(f"⚠️  {note}")
+        point, first = broadcast_object_list([point, fingerprint])
+        if first != fingerprint:
+            raise RuntimeError("이 머신의 말뭉치가 랭크 0의 것과 다릅니다. 모든 머신에 같은 데이터를 두세요")
         run = build_run(cfg, corpus, stop, accelerator, point)
         state = load_checkpoint(run, point.checkpoint) if point.checkpoint else TrainState()
         stop.listen()
