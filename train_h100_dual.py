@@ -2663,7 +2663,7 @@ class Muon(torch.optim.AdamW):
 
 
 def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
-    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: a linear rise, then what the schedule says."""
+    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: a linear rise, then the schedule."""
     warmup = math.ceil(cfg.warmup_ratio * total)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
