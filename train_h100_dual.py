@@ -2330,11 +2330,11 @@ def causal_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of packed rows through SDPA: (batch, heads, tokens, size) to (batch, tokens, heads, size).
 
-    Without a mask: under torch.compile transformers builds one for its own "sdpa", which puts the flash
-    and cuDNN kernels out of reach.  While generating, a single query sees all cached keys.
+    Without the mask that transformers builds under torch.compile: it puts the flash and cuDNN kernels out of reach.
     """
     dropout, scale = options.get("dropout") or 0.0, options.get("scaling")
-    causal, grouped = query.shape[2] == key.shape[2], query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
+    causal = query.shape[2] == key.shape[2]  # while generating, a single query sees all cached keys
     output = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
@@ -2342,11 +2342,8 @@ def causal_attention(
 
 
 def attention_kernels(attention: str) -> Any:
-    """Context in which SDPA takes the kernel of this value of ``--attention``, or tries "auto"'s in their order.
-
-    cuDNN's is the fastest on Hopper, but its backward pass has given NaN after many steps, and at once
-    under a mask (pocket-tts PR 264, pytorch issue 196678): so only by name.
-    """
+    """Context in which SDPA takes the kernel of this value of ``--attention``, or tries "auto"'s in their order."""
+    # cuDNN's, the fastest on Hopper, has given NaN going backward (pocket-tts PR 264, pytorch 196678): only by name.
     flash, efficient, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": plain}
     return sdpa_kernel(named.get(attention, [flash, efficient, plain]), set_priority=True)
@@ -2587,10 +2584,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
 
 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
-    """Orthogonalise ``matrices`` into ``out``: their singular vectors stay, the singular values come near 1.
-
-    Both are (n, rows, columns); ``matrices`` is overwritten.  The iteration is Jordan et al.'s ("Muon", 2024).
-    """
+    """Orthogonalise ``matrices`` (n, rows, columns), overwriting them, into ``out`` (Jordan et al., "Muon", 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
     now, then = (matrices, out) if wide else (matrices.mT, out.mT)
@@ -2914,10 +2908,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 class Saver:
-    """Writes checkpoints in a thread of rank 0 beside training, one at a time.
-
-    The loop waits only for the copy to host memory; its buffers are allocated once and serve every save.
-    """
+    """Writes checkpoints in a thread of rank 0, one at a time, from buffers in host memory that serve every save."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
@@ -3030,10 +3021,7 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
 
 
 def report_save(run: Run, is_last: bool = False) -> None:
-    """Tell, once, how the save ended that was being written; what fails is tried again at the next interval.
-
-    With ``is_last`` wait for it, on rank 0 alone; RuntimeError if it failed.
-    """
+    """Tell, once, how a save ended; the last is waited for, on rank 0 alone, and a RuntimeError if it failed."""
     saver = run.saver
     if saver.save is None or saver.busy(None if is_last else 0.0):
         return
@@ -3061,10 +3049,7 @@ def last_checkpoint(cfg: TrainConfig) -> str:
 
 
 def load_checkpoint(run: Run, folder: Path) -> TrainState:
-    """Bring model, optimizer, scaler and generators back to where a checkpoint was written.
-
-    Rank 0 reads it; the others, which may be on other machines, get it from there, a tensor at a time.
-    """
+    """Go back to where a checkpoint was written; rank 0 reads it and gives it to the others, a tensor at a time."""
     content: dict[str, Any] = {}
     if run.is_main:
         weights = read_tensors(folder / "pytorch_model.bin")
