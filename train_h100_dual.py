@@ -600,13 +600,10 @@ class ResumePoint:
     notes: tuple[str, ...] = ()  # Korean, to be told
 
 
-def find_resume_point(
-    cfg: TrainConfig, world_size: int, fingerprint: str | None = None, thorough: bool = False
-) -> ResumePoint:
+def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", thorough: bool = False) -> ResumePoint:
     """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did.
 
-    The plan asks before the start, rank 0 again with the corpus's ``fingerprint`` and ``thorough``; other
-    machines, which may not have the checkpoints, don't.  EnvironmentProblem: it can't go on from there.
+    The plan asks, and rank 0 again, ``thorough``; other machines, which may not have the checkpoints, don't.
     """
     typed = cfg.gradient_accumulation_steps
     if cfg.resume is None or node_rank(cfg):
@@ -617,54 +614,44 @@ def find_resume_point(
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, damaged = newest_whole(checkpoints, thorough)
     if checkpoint is None:
-        advice = "학습 상태는 최신 둘에만 있습니다. --resume auto 로 찾거나 --init-from 으로 가중치만 이어받으세요"
-        problems = [f"이어서 학습할 체크포인트가 없습니다: {place} ({advice})"]
+        problems = [f"이어서 학습할 체크포인트가 없습니다: {place} (--resume auto 나 --init-from 을 쓰세요)"]
         raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
     info = read_json(checkpoint / "training_info.json")
     problems = resume_problems(cfg, checkpoint, info, fingerprint)
     if problems:
         raise EnvironmentProblem(problems)
     tokens = info["tokens_seen"] // info["step"]
-    accumulation, rest = divmod(tokens, cfg.batch_size * world_size * cfg.max_seq_length)
+    batch = cfg.batch_size * world_size * cfg.max_seq_length
+    accumulation, rest = divmod(tokens, batch)
     if rest or not accumulation:
-        raise EnvironmentProblem(
-            f"체크포인트의 스텝당 토큰({tokens:,})을 프로세스 {world_size}개 x --batch-size {cfg.batch_size} x "
-            f"길이 {cfg.max_seq_length:,}(으)로 나눌 수 없습니다. --batch-size 나 GPU 수를 바꾸세요"
-        )
+        text = f"체크포인트의 스텝당 토큰({tokens:,})이 모든 프로세스가 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
+        raise EnvironmentProblem(f"{text}. --batch-size 나 GPU 수를 바꾸세요")
     notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
     if accumulation != typed:
-        notes.append(
-            f"스텝당 토큰({tokens:,})을 체크포인트와 같게 두려고 기울기 누적을 {typed} → {accumulation} 로 맞춥니다 "
-            f"(프로세스 {info['world_size']} → {world_size}개)"
-        )
+        notes.append(f"스텝당 토큰({tokens:,})이 그대로이도록 기울기 누적을 {typed} → {accumulation} 로 맞춥니다")
     pairs = [(name, info["options"][name], getattr(cfg, name)) for name in LEARNING_OPTIONS]
     changed = [f"{name} {before} → {after}" for name, before, after in pairs if before != after]
     notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
     return ResumePoint(accumulation, checkpoint, info, tuple(notes))
 
 
-def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str | None) -> list[str]:
+def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str) -> list[str]:
     """What keeps a run from reading on where a checkpoint with this ``training_info.json`` is, a sentence each."""
     if info.get("layout_version") != LAYOUT_VERSION:
-        return [
-            f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint} (행의 순서와 상태의 형식이 다름). "
-            f"가중치만 이어받아 새로 시작하려면 --resume 대신 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요"
-        ]
+        text = f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint}"
+        return [f"{text} (가중치만 이어받으려면 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요)"]
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
     for name in FIXED_OPTIONS:
         moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
-        if (
-            before[name] == after[name]
-            or moved
-            or any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
-        ):
+        others = any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
+        if before[name] == after[name] or moved or others:
             continue
         typed, value = as_typed(name), before[name]
         instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
         problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
-    if fingerprint not in (None, info["data_fingerprint"]):
+    if fingerprint and fingerprint != info["data_fingerprint"]:
         problems.append("체크포인트와 데이터의 내용이 다릅니다. 새 데이터로는 --init-from 을 쓰세요")
     return problems
 
@@ -682,10 +669,7 @@ def lock_output(output_dir: Path, mode: str) -> Any:
 
 
 def output_problems(cfg: TrainConfig) -> list[str]:
-    """What keeps a run from writing where it is to: no right to, or what an earlier one left.
-
-    EnvironmentProblem: another run is at work there.
-    """
+    """What keeps a run from writing where it is to: no right to, what an earlier one left, another that is at work."""
     problems = []
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
@@ -707,8 +691,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         goes_on = cfg.resume == "auto" or cfg.resume.resolve().parent == cfg.output_dir.resolve()
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     if earlier and not goes_on:
-        hint = "이어서 하려면 --train --resume, 새로 하려면 다른 --output-dir 를 쓰세요"
-        problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({hint})")
+        problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)")
     return problems
 
 
@@ -1022,7 +1005,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         corpus, lists = corpus_folders(cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}
     with collecting(problems):
-        point = find_resume_point(cfg, world_size, report.get("fingerprint"))
+        point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
     done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
     step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
     if (cfg.max_tokens or math.inf) < step_tokens:

@@ -431,7 +431,7 @@ def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_pat
     assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
 
 
-def refusal(cfg, world_size=1, fingerprint=None):
+def refusal(cfg, world_size=1, fingerprint=""):
     """What keeps a run from going on."""
     with pytest.raises(t.EnvironmentProblem) as refused:
         t.find_resume_point(cfg, world_size, fingerprint)

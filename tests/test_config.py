@@ -286,7 +286,7 @@ def test_a_run_does_not_end_before_the_step_of_its_checkpoint(tmp_path):
 def test_a_resumed_run_takes_its_model_and_tokenizer_from_where_it_began(tmp_path, began, goes_on, told):
     cfg = config(tmp_path, *began)
     info = {"layout_version": t.LAYOUT_VERSION, "mode": "train", "options": t.options_of(cfg), "data_fingerprint": ""}
-    problems = t.resume_problems(config(tmp_path, *goes_on), tmp_path, info, None)
+    problems = t.resume_problems(config(tmp_path, *goes_on), tmp_path, info, "")
     assert len(problems) == (told is not None), problems
     assert told is None or re.search(told, problems[0])
 
