@@ -3118,10 +3118,7 @@ class StepLog:
         self.marked, self.marked_step = time.monotonic(), self.state.step
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
-        """Note a step that had ended by ``moment``; write a line every ``logging_steps``, the first and the last.
-
-        The line's loss is the mean over the steps since the last line; memory is the peak, on a CPU the process's.
-        """
+        """Note a step that had ended by ``moment``; a line of the log holds the mean loss since the one before."""
         run, losses = self.run, self.state.loss_window
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = (torch.cuda.max_memory_allocated() if run.cfg.device == "cuda" else resident) / 1e9
@@ -3237,8 +3234,7 @@ def start_profile(run: Run, left: int) -> Any:
 def evaluate(run: Run) -> dict[str, float | None]:
     """Loss and bits per byte on the held-out documents, up to 2 M tokens of whole ones: of all, of Korean, of English.
 
-    The loss is the mean over all targets in nats.  Bits per byte count the text and not the
-    end-of-text tokens, so they compare across tokenizers.  None for a language without documents.
+    The loss is a target's in nats; bits per byte leave the end-of-text tokens out and so compare across tokenizers.
     """
     corpus, length = run.corpus, run.cfg.max_seq_length
     size = max(run.batch_size, LEAST_EVALUATION_BATCH // length)
@@ -3353,10 +3349,9 @@ def generate_samples(run: Run, state: TrainState) -> None:
 
 
 def rolling_windows(tokens: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut a document into rows of at most ``length`` + 1 tokens in which each but the first is scored once.
+    """Cut a document into rows of at most ``length`` + 1 tokens, each with how many of its last ones are scored.
 
-    Yields a row and how many of its last tokens are scored.  The last row reaches back, so that it is as long as the
-    others: lm-evaluation-harness's loglikelihood_rolling (get_rolling_token_windows and make_disjoint_window).
+    All but a document's first are, once; the last row reaches back: lm-evaluation-harness's loglikelihood_rolling.
     """
     for first in range(0, len(tokens) - 1, length):
         end = min(first + length, len(tokens) - 1)
@@ -3593,15 +3588,12 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     Returns the open lock file, which has to be kept: the kernel lets go of it however we end.
     """
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
-    lock, deadline = None, time.monotonic() + 20
-    while lock is None:
-        try:
+    deadline = time.monotonic() + 20
+    while True:  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
+        with suppress(EnvironmentProblem) if time.monotonic() < deadline else nullcontext():
             lock = lock_output(cfg.output_dir, "a+")
-        except EnvironmentProblem:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+            break
+        time.sleep(0.2)
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
@@ -3655,11 +3647,9 @@ def build_run(
             raise RuntimeError(f"--mix: '{name}' 문서가 한 행({length:,} 토큰)보다 적습니다. 빼거나 더하세요")
     size = find_batch_size(cfg, rows, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg.batch_size
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
-    model, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
+    ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
-    return Run(
-        cfg, accelerator, corpus, loss_module, model, optimizer, size, rows // size, steps, stop, backend, Saver()
-    )
+    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, size, rows // size, steps, stop, backend, Saver())
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
@@ -3776,10 +3766,7 @@ def use_checkpoint(cfg: TrainConfig) -> None:
 
 
 def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
-    """Tell the person in a sentence or a few, keep the traceback, and set the run's state unless it begins again.
-
-    Of ranks that fail at the same moment one speaks: the one that sets the state.
-    """
+    """Tell the person, keep the traceback, set the run's state unless it restarts; of ranks that fail one speaks."""
     (text, known), rank = describe_error(error), rank_and_world()[0]
     if cfg is None:  # no run has begun, and no log
         if rank == 0:
