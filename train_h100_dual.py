@@ -1529,7 +1529,7 @@ import multiprocessing
 import pickle
 import random
 import resource
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 
@@ -1539,6 +1539,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
+from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1632,8 +1633,7 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u2, <u2")
 DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "language", "source")
 
-# File, its line where the content starts (from 1), and whole lines as they stand there (bytes) or a table (pyarrow's).
-Chunk = tuple[str, int, Any]
+Chunk = tuple[str, int, Any]  # file, where the content starts (line, from 1), whole lines (bytes) or pyarrow's table
 
 
 @dataclass
@@ -1668,8 +1668,8 @@ def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
         import datasets
 
         repository, revision, config, split = (part or None for part in name.groups())
-        options = {"split": split or "train", "revision": revision, "streaming": True}
-        batches = datasets.load_dataset(repository, config, **options).with_format("arrow").iter(1024)
+        rows = datasets.load_dataset(repository, config, split=split or "train", revision=revision, streaming=True)
+        batches = rows.with_format("arrow").iter(1024)
     else:
         import pyarrow.parquet
 
@@ -1684,15 +1684,13 @@ def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
 
 def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
     """Read the corpus in a stable order; tables have chunks of their own size.  RuntimeError: a file is damaged."""
-    import pyarrow
-
     for path in files or [cfg.dataset_path]:
         try:
             if not files or path.suffix == ".parquet":
                 yield from read_table_chunks(str(path), cfg.text_column)
             else:
                 yield from read_line_chunks(path, size or CHUNK_BYTES)
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, ValueError) as error:
             if not files or getattr(error, "errno", None):  # the hub's, or the system's: no permission, for instance
                 raise
             raise RuntimeError(f"파일이 손상되었습니다: {path} ({error}). 다시 받으세요") from error
@@ -1702,17 +1700,17 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     """The hub's data set with its commit: the newest, or of a run that goes on (restarted, --resume) its own."""
     import huggingface_hub
 
-    asked = str(cfg.dataset_path)
+    asked, known = str(cfg.dataset_path), read_json(cfg.output_dir / "run_info.json").get("dataset", {})
     goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    known = read_json(cfg.output_dir / "run_info.json").get("dataset", {}) if goes_on else {}
-    if known.get("asked") == asked:
+    if goes_on and known.get("asked") == asked:
         return known["pinned"]
     repository, revision, *more = HUB_NAME.fullmatch(asked).groups()
     try:
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
-        text = f"허브의 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). "
-        raise RuntimeError(text + "이름과 네트워크를 확인하거나, 내려받은 파일을 --dataset-path 로 주세요") from error
+        raise RuntimeError(
+            f"허브에서 열 수 없습니다: {repository} ({short_error(error)}). 이름과 네트워크를 확인하세요"
+        ) from error
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
@@ -1771,28 +1769,33 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def refuse_bad_lines(bad: list[dict[str, Any]], bad_count: int, line_count: int) -> None:
-    """Raise RuntimeError, showing the first of them, if more than 1 % of the lines are bad."""
+def check_corpus(cfg: TrainConfig, document_count: int, bad: list[dict], bad_count: int, line_count: int) -> None:
+    """Raise RuntimeError where more than 1 % of the lines are bad, showing the first, or there is no document."""
     if bad_count > 0.01 * line_count:
         text = f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        raise RuntimeError(
-            "\n   ".join([text, *(f"{line['file']}:{line['line']}: {line['reason']}" for line in bad[:5])])
-        )
+        raise RuntimeError("\n   ".join([text, *("{file}:{line}: {reason}".format(**line) for line in bad[:5])]))
+    if not document_count:
+        raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
 
 
-WORKER: list[Callable] = []  # what a forked helper calls; set once by enter_worker
+def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
+    """``pool.map`` that takes an item only when fewer than ``ahead`` are under way, or wait to be asked for."""
+    pending: deque = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def enter_worker(function: Callable) -> None:
-    """Start of a helper process: it ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan after kill -9
-    WORKER.append(function)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a helper ends with its parent, however that ends
+    call_worker.function = function  # such as can't be pickled
 
 
 def call_worker(item: Any) -> Any:
-    return WORKER[0](item)
+    return call_worker.function(item)
 
 
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
@@ -1800,15 +1803,9 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
     if workers == 0:
         yield from map(function, items)
         return
-    pending: deque = deque()
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), enter_worker, (function,)) as pool:
-            for item in items:
-                pending.append(pool.submit(call_worker, item))
-                if len(pending) >= 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from map_ahead(pool, call_worker, items, 2 * workers)
     except BrokenExecutor as error:
         raise RuntimeError("데이터를 준비하던 하위 프로세스가 죽었습니다 (메모리가 부족했을 수 있습니다)") from error
 
@@ -1824,13 +1821,11 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
             left = f", {share:.0%}, 남은 시간 {format_duration(seconds / share - seconds)}" if share > 0.001 else ""
             logger.info(f"   {title}... {format_duration(seconds)} 지남{left}")
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield state
     finally:
         ended.set()
-        thread.join()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -1842,9 +1837,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
-    options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "show_progress": False}
-    options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options))
     lacking = -backend.get_vocab_size() % 128
     backend.add_special_tokens([AddedToken(f"<|reserved_{index}|>", special=True) for index in range(lacking)])
     names = {"model_input_names": ["input_ids", "attention_mask"]}
@@ -1853,11 +1847,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer so that transformers 4 opens it too: it doesn't know version 5's class name."""
+    """Write a tokenizer under the class name that transformers 4 knows too: llama.cpp's converter and vLLM use it."""
     tokenizer.save_pretrained(folder)
-    settings = read_json(folder / "tokenizer_config.json")
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(read_text(settings).replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -1869,18 +1862,14 @@ def load_tokenizer(source: str | Path) -> Any:
     except Exception as error:  # the libraries raise whatever a broken file leads them to
         raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        lacks = "문서 끝 토큰(eos_token)" if tokenizer.is_fast else "tokenizer.json"
-        raise RuntimeError(f"토크나이저에 {lacks}이 없습니다: {source} (다른 --tokenizer 를 쓰세요)")
+        raise RuntimeError(f"tokenizer.json과 문서 끝 토큰(eos_token)이 있는 토크나이저를 주세요: {source}")
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
     return tokenizer
 
 
 def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]], list[bytes]], str]:
-    """Return a function from NFC texts to their ids, as bytes of the smallest type for them, and its engine's name.
-
-    A byte-level BPE runs on tiktoken's, three times as fast, where that gives the same ids on every text of ``sample``.
-    """
+    """From NFC texts to their ids as bytes; by tiktoken's engine, thrice as fast, if it does the same on ``sample``."""
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -1900,9 +1889,8 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
     if pattern.endswith(tail):  # what needs no look ahead in one group is searched at once: a quarter faster
         pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
     to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
-    special = {token["content"] for token in spec["added_tokens"]}
-    words = {word: rank for word, rank in model["vocab"].items() if word not in special}
-    ranks = {bytes(map(to_byte.__getitem__, word)): rank for word, rank in words.items()}
+    words = model["vocab"].keys() - {token["content"] for token in spec["added_tokens"]}
+    ranks = {bytes(map(to_byte.__getitem__, word)): model["vocab"][word] for word in words}
     never = {"\0": len(tokenizer)}  # without a special token to look for, it stops at every byte: half as fast
     engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
@@ -1921,10 +1909,9 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
-    """Texts to train the tokenizer on, in the order of their hashes, without what is held out.
+    """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all others.
 
-    Of a small corpus all documents; of a larger one chunks at even distances, of a data set of the hub its beginning:
-    there what is held out can't be known yet, and the documents with the smallest hashes are left out.
+    Of a larger one chunks at even distances, of the hub's its beginning, without the fifth with the smallest hashes.
     """
     small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
     step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
@@ -1994,25 +1981,21 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
         shutil.copy(path, folder)  # for the runs that find the corpus prepared
-    refuse_bad_lines(bad, bad_count, line_count)
-    if offset == 0:
-        raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
+    check_corpus(cfg, offset, bad, bad_count, line_count)
     return {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
-    # Each helper keeps one core busy by itself; a pool of threads in it would also be lost in its forks.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
         texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
     else:
-        with log_waiting("토크나이저 표본을 고르는 중"):
+        with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
-        logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
-        with log_waiting("토크나이저 학습 중"):  # in a process of its own, which gives all its memory back
-            train = functools.partial(train_tokenizer, texts)
+            logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
+            train = functools.partial(train_tokenizer, texts)  # in a process of its own, which gives all memory back
             list(parallel_map(lambda size: save_tokenizer(train(size), folder / "tokenizer"), [cfg.vocab_size], 1))
     tokenizer = load_tokenizer(folder / "tokenizer")
     encode, engine = make_encoder(tokenizer, texts[:200])
@@ -2027,28 +2010,20 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*counts, strict=True)]
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
-    report = {
-        **dict(zip(columns, map(sum, counts), strict=True)),
-        **figures,
-        "by_language": dict(zip(figures["languages"], rows, strict=True)),
-        "vocab_size": len(tokenizer),
-        "engine": engine,
-        "fingerprint": hashlib.blake2b(content.encode(), digest_size=12).hexdigest(),
-        "dtype": end.dtype.name,
-        **({} if files else {"dataset": str(cfg.dataset_path)}),  # with its commit
-    }
+    report = dict(zip(columns, map(sum, counts), strict=True)) | figures
+    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True)), "vocab_size": len(tokenizer)}
+    report |= {"engine": engine, "dtype": end.dtype.name} | ({} if files else {"dataset": str(cfg.dataset_path)})
+    report["fingerprint"] = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     write_json(folder / "corpus.json", report)
 
 
 @dataclass(frozen=True)
 class DocumentList:
-    """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own.
-
-    Its token p is ``p + shifts[i]`` of the stream, where ``starts[i] <= p < starts[i + 1]``: neighbours are one piece.
-    """
+    """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own."""
 
     tokens: np.ndarray  # the stream
-    pieces: np.ndarray  # starts and shifts (2, pieces + 1) int64; the last start is the length of the list
+    # (2, pieces + 1) int64: from starts[i] to the next, token p is p + shifts[i] of the stream; neighbours are one piece.
+    pieces: np.ndarray  # starts and shifts; the last start is the length of the list
 
     def __len__(self) -> int:
         return int(self.pieces[0, -1])  # tokens, one end of text a document counted
@@ -2095,14 +2070,10 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     records, names = np.memmap(cache / "documents.bin", DOCUMENT, "r"), list(cfg.mix_counts) or ["all"]
     index, offsets = records[:-1], np.ascontiguousarray(records["offset"])
     languages, sources = map(read_json(cache / "corpus.json").get, ("languages", "sources"))
-    domain = np.zeros(len(index), np.int16)
-    if cfg.mix_counts:  # a source's name goes before a language's
-        number = {name: place for place, name in enumerate(names)}
-        of_language, of_source = (
-            np.array([number.get(name, -1) for name in part], np.int16)[index[column]]
-            for part, column in ((languages, "language"), (sources, "source"))
-        )
-        domain = np.where(of_source < 0, of_language, of_source)
+    domain = np.full(len(index), -1 if cfg.mix_counts else 0, np.int16)
+    for column, own in (("language", languages), ("source", sources)):  # a source's name goes before a language's
+        number = np.array([names.index(name) if name in names else -1 for name in own], np.int16)[index[column]]
+        domain = np.where(number < 0, domain, number)
     lacking = [name for place, name in enumerate(names) if not (domain == place).any()]
     if lacking:
         have = ", ".join([*languages, *sources[1:]][:20])
@@ -2136,6 +2107,7 @@ class Corpus:
     val: DocumentList
     val_documents: np.ndarray  # their numbers in the index
     report: dict[str, Any]
+    store: Any = None  # what the ranks shared to open it; kept for the process group, as it ends with rank 0's
 
     def rows(self, max_seq_length: int) -> int:
         return sum(domain.rows(max_seq_length) for domain in self.domains)
@@ -2143,8 +2115,6 @@ class Corpus:
 
 def prepare_lists(cfg: TrainConfig) -> Path:
     """Write what the token cache lacks; return the folder of the lists, which stands in the prepared corpus's."""
-    from filelock import FileLock
-
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
     if not files:
@@ -2165,36 +2135,26 @@ def prepare_lists(cfg: TrainConfig) -> Path:
     return lists
 
 
-@functools.cache
-def rank_store() -> Any:
-    """What the ranks share before they are a process group; kept, as it ends with rank 0's."""
-    return next(dist.rendezvous("env://"))[0]
-
-
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
-    machine, attempt = (os.environ.get(name, "0") for name in ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"))
-    several, name = rank_and_world()[1] > 1, f"corpus/{machine}/{attempt}"  # torchrun's store outlives a restart
-    store = rank_store() if several else None  # before the lists: the others may wait for it only so long
-    lists = prepare_lists(cfg) if is_local_main() else None
-    if several:  # that rank tells the others which corpus it is: they might see the files change
-        if lists:
-            store.set(name, str(lists))
-        while not store.check([name]):  # should that rank fail, the agent ends us
-            time.sleep(0.1)
-        lists = Path(store.get(name).decode())
+    # Of this machine and attempt, as torchrun's store outlives a restart; before the lists, as others wait only so long.
+    name = "/".join(["corpus", *map(os.environ.get, ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"), "00")])
+    store = next(dist.rendezvous("env://"))[0] if rank_and_world()[1] > 1 else dist.HashStore()
+    if is_local_main():  # it tells the others which corpus it is: they might see the files change
+        store.set(name, str(prepare_lists(cfg)))
+    store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
+    lists = Path(store.get(name).decode())
     folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
-    if report["bad_lines"]:
+    if report["bad_lines"] and is_local_main():
         path = cfg.logs_dir / "bad_lines.jsonl"
-        if is_local_main():
-            shutil.copy(folder / path.name, path)
+        shutil.copy(folder / path.name, path)
         logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
     *domains, val = (DocumentList(tokens, part) for part in pieces)
     documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
-    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report)
+    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report, store)
 
 
 def log_report(report: dict[str, Any]) -> None:
@@ -2228,20 +2188,16 @@ def write_dummy_data(folder: Path) -> Path:
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     os.utime(temporary, (0, 0))  # whichever machine comes last, the token cache knows the file by the same time
-    os.replace(temporary, path)
-    return path
+    return temporary.replace(path)
 
 
 class RowOrder:
-    """Which row of which domain stands at a position of the run: a pure function of the seed.
-
-    Any ``sum(counts)`` rows in a row have the proportions of ``counts`` exactly; a domain is permuted anew each epoch.
-    """
+    """Domain and row at a position of the run, by the seed alone; any ``sum(counts)`` in a row have these shares."""
 
     def __init__(self, rows: list[int], counts: list[int], seed: int):
         self.rows, self.counts, self.seed = rows, counts, seed
         self.slot_domain, self.slot_rank = np.empty((2, sum(counts)), np.int64)  # rank: its domain's slots before it
-        self.kept: dict[int, tuple[int, np.ndarray]] = {}  # epoch and permutation of a domain, four bytes a row
+        self.kept: dict[int, tuple[int, np.ndarray]] = {}  # a domain's epoch and its permutation, four bytes a row
         shares, taken = np.array(counts), np.zeros(len(counts), np.int64)
         for slot in range(sum(counts)):  # each goes to the domain that is furthest behind its share
             chosen = np.argmax(shares * (slot + 1) - sum(counts) * taken)
@@ -2292,15 +2248,10 @@ def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray
     if cfg.device != "cuda":
         yield from (read_rows(corpus, *order(batch), length) for batch in positions)
         return
-    pending: deque = deque()
     device = torch.cuda.current_device()  # a thread's own is 0 at first: pinning would make a context there
     with ThreadPoolExecutor(LOADER_THREADS, "loader", torch.cuda.set_device, (device,)) as pool:
-        for batch in positions:
-            pending.append(pool.submit(read_rows, corpus, *order(batch), length, pinned=True))
-            if len(pending) > BATCHES_AHEAD * LOADER_THREADS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        places, ahead = map(order, positions), 1 + BATCHES_AHEAD * LOADER_THREADS
+        yield from map_ahead(pool, lambda place: read_rows(corpus, *place, length, pinned=True), places, ahead)
 
 
 # ==== Model, loss, attention ==========================================================
@@ -3397,11 +3348,9 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 windows += [(row, count, total) for row, count in rolling_windows(ids, length)]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
-    refuse_bad_lines(bad, len(bad), line_count)
+    check_corpus(cfg, len(totals), bad, len(bad), line_count)
     if bad:
         logger.warning(f"⚠️  읽지 못한 줄 {len(bad):,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
-    if not totals:
-        raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
     return totals
 
 
