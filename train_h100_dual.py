@@ -1708,9 +1708,8 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     try:
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
-        raise RuntimeError(
-            f"허브에서 열 수 없습니다: {repository} ({short_error(error)}). 이름과 네트워크를 확인하세요"
-        ) from error
+        text = f"허브에서 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). 이름과 네트워크를 확인하세요"
+        raise RuntimeError(text) from error
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
@@ -1849,8 +1848,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer under the class name that transformers 4 knows too: llama.cpp's converter and vLLM use it."""
     tokenizer.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(read_text(settings).replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
+    path = folder / "tokenizer_config.json"
+    text = path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text, "utf-8")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -2022,8 +2022,8 @@ class DocumentList:
     """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own."""
 
     tokens: np.ndarray  # the stream
-    # (2, pieces + 1) int64: from starts[i] to the next, token p is p + shifts[i] of the stream; neighbours are one piece.
-    pieces: np.ndarray  # starts and shifts; the last start is the length of the list
+    # Starts and shifts (2, pieces + 1) int64: from starts[i] to the next, token p is p + shifts[i] of the stream.
+    pieces: np.ndarray  # neighbours are one piece; the last start is the length of the list
 
     def __len__(self) -> int:
         return int(self.pieces[0, -1])  # tokens, one end of text a document counted
@@ -2137,8 +2137,8 @@ def prepare_lists(cfg: TrainConfig) -> Path:
 
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
-    # Of this machine and attempt, as torchrun's store outlives a restart; before the lists, as others wait only so long.
-    name = "/".join(["corpus", *map(os.environ.get, ("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"), "00")])
+    # Torchrun's store outlives a restart; it is opened before the lists, as the others may wait for it only so long.
+    name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     store = next(dist.rendezvous("env://"))[0] if rank_and_world()[1] > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
