@@ -143,7 +143,7 @@ def parse_value(kind: Any, text: str) -> Any:
     if isinstance(kind[0], str):
         if text in kind:
             return text
-        nearest = (difflib.get_close_matches(text, kind, 1, 0.0) or kind)[0]
+        nearest = difflib.get_close_matches(text, kind, 1, 0.0)[0]
         raise ValueError(f"'{text}' 값은 쓸 수 없습니다 ({' | '.join(kind)}). 가장 가까운 값: {nearest}")
     convert, low, high = (*kind, math.inf)[:3]
     try:
@@ -198,9 +198,6 @@ def parse_mix(text: str) -> str:
     if 0 in rows:
         raise ValueError(f"'{names[rows.index(0)]}' 비율이 합계의 {1 / MIX_WINDOW:g}보다 작습니다. 빼거나 늘리세요")
     return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in zip(names, rows, strict=True))
-
-
-SITUATIONS = {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
@@ -326,7 +323,6 @@ def as_typed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Each option as it is typed, and its field.
 OPTIONS = {name: item for item in fields(TrainConfig) for name in item.metadata["flags"] or [as_typed(item.name)]}
 
 
@@ -419,11 +415,11 @@ def format_duration(seconds: float) -> str:
 
 def help_text() -> str:
     """The options of the script by group, with defaults; the launcher adds its own."""
-    lines = []
+    lines, situations = [], {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
     for item in fields(TrainConfig):
         details, defaults = item.metadata, item.metadata["defaults"].items()
         lines += ["", f"{details['group']}:"] if details["group"] else []
-        notes = ", ".join(f"{SITUATIONS[name]}: {format_value(value)}" for name, value in defaults if value is not None)
+        notes = ", ".join(f"{situations[name]}: {format_value(value)}" for name, value in defaults if value is not None)
         rows = {name: text for name, (_, text) in details["flags"].items()}
         if not rows:
             rows[f"{as_typed(item.name)} {details['metavar']}"] = details["help"] + (f" ({notes})" if notes else "")
@@ -685,12 +681,10 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         return problems
     with suppress(FileNotFoundError):
         lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
-    if cfg.resume is None:
-        goes_on = info.get("mode") == "test"  # or begins anew, as nothing is lost
-    else:
-        goes_on = cfg.resume == "auto" or cfg.resume.resolve().parent == cfg.output_dir.resolve()
+    goes_on = cfg.resume == "auto" or (cfg.resume and cfg.resume.resolve().parent == cfg.output_dir.resolve())
+    replaces = cfg.resume is None and info.get("mode") == "test"
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if earlier and not goes_on:
+    if earlier and not goes_on and not replaces:
         problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)")
     return problems
 
