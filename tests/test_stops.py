@@ -50,11 +50,12 @@ def test_a_stop_during_a_restart_stops(broken) -> None:
 
 def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
     place = broken(SLEEP_EARLY.format(condition="rank_and_world()[0] == 1", seconds=1000))
-    launcher = place.start(*SMALL)
-    log = place.logs / "training_detail_rank_0.log"
-    place.wait("rank 0 at the rendezvous", lambda: log.exists() and "📚 말뭉치" in log.read_text(encoding="utf-8"))
+    launcher = place.start(*SMALL, "--max-restarts", "60")
+    place.wait("rank 0 at the rendezvous", (place.outputs / "run_info.json").exists)
     time.sleep(1)  # into the store's wait, from which no Python handler runs
+    begun = time.monotonic()
     answer = place.run("--stop", timeout=60)
+    assert time.monotonic() - begun < 15, "torchrun starts no rank again"
     assert answer.code == 0, answer.text
     assert place.info()["state"] == "stopped"
     place.finish(launcher)
