@@ -236,11 +236,9 @@ read_pid() { # read_pid PID_FILE
 }
 
 acquire_lock() {
-  # Held on descriptor 9 by the launcher, its supervisor and torchrun, so a kill -9 can't leave it behind; rank 0
-  # holds the output's.  Looked at first, so that a refused start makes no directory.
+  # Held on descriptor 9 by the launcher, its supervisor and torchrun, so a kill -9 can't leave it behind; the plan
+  # has looked at the output's, which rank 0 takes.  Looked at first, so that a refused start makes no directory.
   [[ ! -e $logs_lock ]] || flock -n "$logs_lock" true || refuse_second_run
-  [[ ! -e $output_lock ]] || flock -n "$output_lock" true ||
-    die "이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID $(read_pid "$output_lock")): ${plan[output_dir]} (다른 --output-dir 를 주세요)"
   mkdir -p "${plan[logs_dir]}" "${plan[output_dir]}" 2>/dev/null ||
     die "디렉토리를 만들지 못했습니다: ${plan[logs_dir]}, ${plan[output_dir]} (다른 --logs-dir, --output-dir 를 주세요)"
   exec 9>>"$logs_lock"

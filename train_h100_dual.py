@@ -58,6 +58,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 # ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
@@ -568,13 +569,13 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last whole one of ``checkpoints`` that has its training state yet, and a phrase on each damaged one after."""
+    """The last whole one of ``checkpoints`` that has its training state yet; a sentence on each damaged one after."""
     damaged = []
     for path in reversed([path for path in checkpoints if (path / "training_state").is_dir()]):
         damage = checkpoint_damage(path, thorough)
         if damage is None:
             return path, damaged
-        damaged.append(f"{display_path(path)} ({damage})")
+        damaged.append(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
     return None, damaged
 
 
@@ -608,25 +609,23 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     checkpoints = list_checkpoints(place) if cfg.resume == "auto" else [place]
     if not checkpoints and read_json(place / "run_info.json").get("mode") == "train":
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
-    checkpoint, damaged = newest_whole(checkpoints, thorough)
+    checkpoint, notes = newest_whole(checkpoints, thorough)
     if checkpoint is None:
-        problems = [f"이어서 학습할 체크포인트가 없습니다: {place} (--resume auto 나 --init-from 을 쓰세요)"]
-        raise EnvironmentProblem(problems + [f"손상된 체크포인트입니다: {name}" for name in damaged])
+        text = f"이어서 학습할 체크포인트가 없습니다: {place} (--resume auto 나 --init-from 을 쓰세요)"
+        raise EnvironmentProblem([text, *notes])
     info = read_json(checkpoint / "training_info.json")
-    problems = resume_problems(cfg, checkpoint, info, fingerprint)
-    if problems:
+    if problems := resume_problems(cfg, checkpoint, info, fingerprint):
         raise EnvironmentProblem(problems)
     tokens = info["tokens_seen"] // info["step"]
     batch = cfg.batch_size * world_size * cfg.max_seq_length
     accumulation, rest = divmod(tokens, batch)
-    if rest or not accumulation:
+    if rest:
         text = f"체크포인트의 스텝당 토큰({tokens:,})이 모든 프로세스가 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
         raise EnvironmentProblem(f"{text}. --batch-size 나 GPU 수를 바꾸세요")
-    notes = [f"손상된 체크포인트를 건너뜁니다: {name}" for name in damaged]
     if accumulation != typed:
         notes.append(f"스텝당 토큰({tokens:,})이 그대로이도록 기울기 누적을 {typed} → {accumulation} 로 맞춥니다")
-    pairs = [(name, info["options"][name], getattr(cfg, name)) for name in LEARNING_OPTIONS]
-    changed = [f"{name} {before} → {after}" for name, before, after in pairs if before != after]
+    before, after = info["options"], options_of(cfg)
+    changed = [f"{name} {before[name]} → {after[name]}" for name in LEARNING_OPTIONS if before[name] != after[name]]
     notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
     return ResumePoint(accumulation, checkpoint, info, tuple(notes))
 
@@ -653,14 +652,14 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
 
 
 def lock_output(output_dir: Path, mode: str) -> Any:
-    """Open the lock of a run's outputs and take it, until it is closed; EnvironmentProblem: another run has it."""
+    """Open the lock of a run's outputs and take it until it is closed; EnvironmentProblem: another run has it."""
     lock = open(output_dir / ".lock", mode, encoding="utf-8")  # noqa: SIM115 - it may be held to the process's end
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read().strip() or '?'}): {output_dir}"
-        raise EnvironmentProblem(f"{text} (다른 --output-dir 를 쓰거나 --stop 으로 멈추세요)") from None
+        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read()}): {output_dir}"
+        raise EnvironmentProblem(f"{text}. 다른 --output-dir 를 쓰거나 --stop 으로 멈추세요") from None
     return lock
 
 
@@ -670,9 +669,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
         try:  # permission bits don't tell all
-            probe = next(parent for parent in (path, *path.parents) if parent.exists()) / f".{os.getpid()}.tmp"
-            probe.mkdir()
-            probe.rmdir()
+            TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())).close()
         except OSError:
             problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {as_typed(name)} 로 주세요)")
     info = read_json(cfg.output_dir / "run_info.json")
@@ -694,15 +691,9 @@ def node_rank(cfg: TrainConfig) -> int:
     return int(os.environ.get("GROUP_RANK", "0")) if cfg.node_rank is None else cfg.node_rank
 
 
-def node_count(cfg: TrainConfig) -> int:
-    """Number of machines, announced likewise."""
-    return cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-
-
 def log_path(cfg: TrainConfig, name: str) -> Path:
     """One of the launcher's files on this machine, which the other machines' may lie beside."""
-    stem, _, ending = name.partition(".")
-    return cfg.logs_dir / (f"{stem}_node_{node_rank(cfg)}.{ending}" if node_rank(cfg) else name)
+    return cfg.logs_dir / (name.replace(".", f"_node_{node_rank(cfg)}.") if node_rank(cfg) else name)
 
 
 # --- the corpus and the length of a run ---
@@ -710,8 +701,8 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    at_default = cfg.dataset_path == TrainConfig.dataset_path
-    return cfg.dummy_data or (cfg.is_test and at_default and not cfg.dataset_path.exists())
+    path = cfg.dataset_path
+    return cfg.dummy_data or (cfg.is_test and path == TrainConfig.dataset_path and not path.exists())
 
 
 def corpus_files(cfg: TrainConfig) -> list[Path]:
@@ -720,13 +711,12 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
     if uses_dummy_data(cfg) or str(path).startswith("hf:"):
         return []
     if not path.exists():
-        advice = "있는 경로를 --dataset-path 로 주거나 --dummy-data 를 쓰세요"
-        raise FileNotFoundError(f"데이터셋이 없습니다: {path} ({advice})")
+        raise EnvironmentProblem(f"데이터셋이 없습니다: {path} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
     files = [item for item in files if item.name == "mixed_pretraining.jsonl"] or files
     if not any(item.stat().st_size for item in files):
-        raise FileNotFoundError(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
+        raise EnvironmentProblem(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
     return files
 
 
@@ -751,10 +741,7 @@ def estimated_bytes(files: list[Path]) -> int:
 
 
 def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) -> int:
-    """Optimizer steps of a run over a corpus of ``rows`` rows; what fills no global batch at its end isn't read.
-
-    EnvironmentProblem: a checkpoint has ``done`` more.
-    """
+    """Optimizer steps of a run over ``rows`` rows, of which a checkpoint has ``done``; a rest of a batch isn't read."""
     steps = cfg.max_steps or cfg.max_epochs * rows * cfg.max_seq_length // step_tokens
     steps = min(steps, max(1, (cfg.max_tokens or steps * step_tokens) // step_tokens))
     if steps < done:
@@ -854,32 +841,29 @@ def memory_words(parts: dict[str, int]) -> str:
     return f"{sum(parts.values()) / 2**30:.1f} GiB (추정: {' + '.join(words)})"
 
 
-def memory_problem(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> str | None:
+def memory_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> list[str]:
     """A sentence if a run needs more than its smallest GPU has."""
-    shape, gpu = model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=None)
+    shape, gpu = model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=Gpu("", 0, 0))
     if cfg.find_batch_size:  # the least that it may find
         cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
-    parts = estimate_memory(cfg, shape, world_size) if shape else {}
-    if gpu is None or not gpu.total or sum(parts.values()) <= gpu.total << 20:
-        return None
-    need = f"GPU당 {memory_words(parts)}가 필요하고 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB가 있습니다"
-    less = "--batch-size 를 줄이거나(--find-batch-size 가 찾아 줌) --gradient-checkpointing, --model-size 를 쓰세요"
-    return f"GPU 메모리가 부족합니다: {need}. {less}"
+    parts = estimate_memory(cfg, shape, world_size) if shape and gpu.total else {}
+    if sum(parts.values()) <= gpu.total << 20:
+        return []
+    text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
+    return [f"GPU 메모리가 부족합니다: {text}. --find-batch-size, --gradient-checkpointing, --model-size 를 쓰세요"]
 
 
-def disk_problem(cfg: TrainConfig, left: int | None) -> str | None:
+def disk_problems(cfg: TrainConfig, left: int) -> list[str]:
     """A sentence if what the steps that are ``left`` save can't fit: weights, of three also the optimizer's state."""
     shape = model_shape(cfg)
-    if shape is None or left is None or node_rank(cfg):
-        return None
-    have = 0 if cfg.resume is None else len(list_checkpoints(cfg.output_dir))  # these take no more room
-    count = -(-left // cfg.save_steps)
-    count = min(count, max(0, (cfg.save_total_limit or have + count) - have)) + 1
-    models = count + (cfg.save_initial and not have)
-    needed = models * 4 * shape.parameter_count(cfg.vocab_size)
+    if shape is None or not left or node_rank(cfg):
+        return []
+    have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
+    count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
+    needed = (count + (cfg.save_initial and not have)) * 4 * shape.parameter_count(cfg.vocab_size)
     needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)
     problem = room_problem(cfg.output_dir, needed)
-    return problem and f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"
+    return [f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"] if problem else []
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
@@ -907,17 +891,6 @@ def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str, tokens: int
 # --- the plan itself ---
 
 
-@contextmanager
-def collecting(problems: list[str]) -> Iterator[None]:
-    """Add to ``problems`` what a rule raises: a refusal's sentences, or that it can't read a file."""
-    try:
-        yield
-    except Refusal as error:
-        problems += error.problems
-    except FileNotFoundError as error:
-        problems.append(str(error))
-
-
 def source_problems(cfg: TrainConfig) -> list[str]:
     """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell."""
     problems, earlier = [], [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]
@@ -929,11 +902,9 @@ def source_problems(cfg: TrainConfig) -> list[str]:
         if name == "tokenizer":
             wanted, usable = "tokenizer.json", any((source / file).is_file() for file in TOKENIZER_FILES[:2])
         if not usable:
-            text = f"{typed}: {display_path(source)} 에 쓸 수 있는 {wanted}이 없습니다"
-            problems.append(f"{text} (그것이 있는 경로를 주세요)")
+            problems.append(f"{typed}: {display_path(source)} 에 쓸 수 있는 {wanted}이 없습니다. 다른 경로를 주세요")
         if cfg.resume is None and any(source.resolve().is_relative_to(folder.resolve()) for folder in earlier):
-            text = f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다: {source}"
-            problems.append(f"{text} (다른 --output-dir 를 쓰세요)")
+            problems.append(f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다. 다른 --output-dir 를 쓰세요")
     sizes = (read_config(cfg.init_from).get(name) for name in ("vocab_size", "max_position_embeddings"))
     vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
     return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
@@ -943,11 +914,9 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
     """What doesn't fit into the model of ``--init-from``: a tokenizer of ``words`` tokens, the length of a row."""
     problems = []
     if words > vocabulary:
-        text = f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다"
-        problems.append(f"{text}. 모델의 토크나이저를 쓰세요")
+        problems.append(f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
-        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest:,}보다 깁니다"
-        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
+        problems.append(f"--init-from 모델의 최대 길이 {longest}보다 깁니다. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
 
 
@@ -957,14 +926,12 @@ def check_use(cfg: TrainConfig) -> TrainConfig:
     complete = validate_config(resolve_config(cfg, device)[0])
     path = cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
-        newest = (list_checkpoints(path) or list_checkpoints(cfg.output_dir))[-1:]
-        hint = f"있는 것: {display_path(newest[0])}" if newest else "예: outputs/checkpoint-500"
-        problems.append(f"체크포인트가 없습니다: {path} (config.json이 든 디렉토리를 주세요. {hint})")
-    with collecting(problems):
-        if cfg.evaluate:
-            corpus_files(cfg)
+        example = display_path([Path("outputs/checkpoint-500"), *list_checkpoints(path)][-1])
+        problems.append(f"체크포인트가 없습니다: {path} (config.json이 든 디렉토리를 주세요. 예: {example})")
     if problems:
         raise EnvironmentProblem(problems)
+    if cfg.evaluate:
+        corpus_files(cfg)  # it may refuse
     return replace(complete, max_seq_length=cfg.max_seq_length)  # the model's own, unless it was typed
 
 
@@ -977,8 +944,8 @@ class LaunchPlan:
     processes: int  # here
     world_size: int  # and on all machines
     step_tokens: int  # that all ranks read a step, as a checkpoint may have it
-    steps: int | None  # of the whole run; None where only the prepared corpus tells
-    left: int | None  # of them
+    steps: int  # of the whole run; 0 where only the prepared corpus tells
+    left: int  # of them
     exact: bool  # whether they are no estimate
     notes: list[str]  # what was adapted to the machine
 
@@ -989,30 +956,28 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     cfg, adapted = resolve_config(cfg, device)
     validate_config(cfg)
     processes = len(gpus) or num_gpus
-    files, report, world_size = [], {}, node_count(cfg) * processes
-    point = ResumePoint(cfg.gradient_accumulation_steps)
-    for rule in (output_problems, source_problems):
-        with collecting(problems):
-            problems += rule(cfg)
-    with collecting(problems):
+    world_size = processes * (cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+    problems += source_problems(cfg)
+    try:
+        problems += output_problems(cfg)
         files = corpus_files(cfg)
         corpus, lists = corpus_folders(cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}
-    with collecting(problems):
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
-    done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
-    step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
-    if (cfg.max_tokens or math.inf) < step_tokens:
-        problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {step_tokens:,}보다 작습니다")
-    tokens = report.get("train_tokens", estimated_bytes(files) // 5)  # as on the shared corpus at 64k, rounded down
-    exact, steps, left = bool(cfg.max_steps or "train_tokens" in report), None, None
-    if cfg.max_steps or files:
-        with collecting(problems):
-            steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens, done if exact else 0)
-            left = max(0, steps - done)
+        done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
+        step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
+        # 5 bytes a token as on the shared corpus at 64k, rounded down.
+        tokens = report.get("train_tokens", estimated_bytes(files) // 5)
+        exact = bool(cfg.max_steps or "train_tokens" in report)
+        steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens, done if exact else 0)
+        if (cfg.max_tokens or math.inf) < step_tokens:
+            problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {step_tokens:,}보다 작습니다")
+    except EnvironmentProblem as error:
+        problems += error.problems
     if problems:
         raise EnvironmentProblem(problems)
-    short = [text for text in (disk_problem(cfg, left), memory_problem(cfg, gpus, world_size)) if text]
+    left = max(0, steps - done)
+    short = disk_problems(cfg, left) + memory_problems(cfg, gpus, world_size)
     if short and not cfg.is_test:
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
@@ -1031,7 +996,7 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
             plan = make_launch_plan(typed, typed.num_gpus)
             cfg, threads = plan.cfg, max(1, len(os.sched_getaffinity(0)) // plan.processes)
             values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
-            values |= {"processes": plan.processes, "threads": threads, "nnodes": node_count(cfg)}
+            values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.world_size // plan.processes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
             shown = [check_lines(plan), info_lines(plan, background)]
     except Refusal as error:
@@ -1042,26 +1007,21 @@ def print_launch_plan(argv: list[str], background: bool) -> None:
 
 def check_lines(plan: LaunchPlan) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
-    cfg, lines, ready = plan.cfg, [], not missing_packages()
-    version = importlib.metadata.version("torch") if ready else ""
-    if ready and plan.gpus:
+    cfg, lines, fp8 = plan.cfg, [], plan.cfg.precision == "fp8"
+    version = "" if missing_packages() else importlib.metadata.version("torch")
+    if version and plan.gpus:
         import torch
 
         if not torch.cuda.is_available():
-            package = f"torch=={version.partition('+')[0]} --index-url https://download.pytorch.org/whl/cu126"
-            raise EnvironmentProblem(
-                f"nvidia-smi가 보는 GPU를 PyTorch {version} (CUDA {torch.version.cuda or '없음'})는 쓰지 못합니다. "
-                f"드라이버를 올리거나 맞는 PyTorch를 설치하세요: {sys.executable} -m pip install {package}"
-            )
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        if cfg.precision == "fp8" and float(capability) < 8.9:
-            raise EnvironmentProblem(
-                f"--fp8: 이 GPU(compute capability {capability})에는 FP8이 없습니다. --bf16 을 쓰세요"
-            )
-        if cfg.precision == "fp8" and importlib.util.find_spec("torchao") is None:
+            package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+            text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버를 올리거나 맞는 것을 설치하세요"
+            raise EnvironmentProblem(f"{text}: {sys.executable} -m pip install {package}")
+        if fp8 and torch.cuda.get_device_capability() < (8, 9):
+            raise EnvironmentProblem("--fp8: FP8은 compute capability 8.9부터 있습니다. --bf16 을 쓰세요")
+        if fp8 and importlib.util.find_spec("torchao") is None:
             raise EnvironmentProblem(f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao")
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
-    elif ready:
+    elif version:
         lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
     if plan.gpus:
         lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
@@ -1079,50 +1039,38 @@ def check_lines(plan: LaunchPlan) -> list[str]:
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
     cfg, world_size, shape, on_gpu = plan.cfg, plan.world_size, model_shape(plan.cfg), plan.cfg.device == "cuda"
-    parameters, tokens = shape and shape.parameter_count(cfg.vocab_size), (plan.steps or 0) * plan.step_tokens
-    source = cfg.model_config or cfg.init_from
+    source, tokens = cfg.model_config or cfg.init_from, plan.steps * plan.step_tokens
     model = f"추정, {display_path(Path(source))}" if source else cfg.model_size
-    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
+    parameters = f"{shape.parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({model})" if shape else "읽은 뒤 정해집니다"
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
-    run = f"{plan.steps or 0:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
-    nodes = f" (머신 {cfg.nnodes}대 x {plan.processes}개, 이 머신은 {cfg.node_rank}번)" if node_count(cfg) > 1 else ""
-    lines = [
-        "📋 학습 정보",
-        "=================================",
-        f"🎯 모드: {'테스트' if cfg.is_test else '실제 학습'} 모드 ({length})",
-        "🔧 하이퍼파라미터:",
-        f"   • 배치 크기: {cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}",
-        f"   • 학습률: {format_value(cfg.learning_rate)}",
-        f"   • 최대 시퀀스 길이: {cfg.max_seq_length}",
-        f"   • Mixed Precision: {cfg.precision}",
-        f"   • 모델 컴파일: {str(cfg.compile).lower()}",
-        f"   • 기울기 누적: {'배치 크기에 맞춤' if cfg.find_batch_size else accumulation}",
-        f"   • 옵티마이저: {cfg.optimizer}",
-        f"   • 모델 파라미터: {f'{parameters / 1e6:,.1f}M ({model})' if shape else '모델을 읽은 뒤 정해집니다'}",
-        f"   • 스텝당 토큰: {plan.step_tokens:,}",
-        f"   • 전체 학습: {run if tokens else '데이터를 준비한 뒤 정해집니다'}",
-        "📁 경로:",
-        f"   • 데이터셋: {'더미 데이터' if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}",
-        f"   • 출력: {display_path(cfg.output_dir)}",
-        f"   • 로그: {display_path(cfg.logs_dir)}",
-        "💾 저장 설정:",
-        f"   • 저장 간격: {cfg.save_steps} 스텝",
-        f"   • 초기 모델 저장: {str(cfg.save_initial).lower()}",
-        f"   • 백그라운드 실행: {str(background).lower()}",
-        "🚀 H100 설정:" if on_gpu else "🚀 실행 설정 (CPU):",
-        f"   • {'GPU' if on_gpu else 'CPU 프로세스'} 수: {world_size}{nodes}",
-        f"   • 분산 학습: {'DDP' if world_size > 1 else '없음 (단일 프로세스)'}",
-        f"   • 최적화: {cfg.precision.upper()}{' + torch.compile' if cfg.compile else ''}",
-    ]
+    run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
+    count = plan.world_size // plan.processes
+    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if count > 1 else ""
+    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
+    training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
+    training |= {"학습률": format_value(cfg.learning_rate), "최대 시퀀스 길이": cfg.max_seq_length}
+    training |= {"Mixed Precision": cfg.precision, "모델 컴파일": str(cfg.compile).lower()}
+    training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
+    training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters, "스텝당 토큰": f"{plan.step_tokens:,}"}
+    training |= {"전체 학습": run if tokens else "데이터를 준비한 뒤 정해집니다"}
+    paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}
+    paths |= {"출력": display_path(cfg.output_dir), "로그": display_path(cfg.logs_dir)}
+    saving = {"저장 간격": f"{cfg.save_steps} 스텝", "초기 모델 저장": str(cfg.save_initial).lower()}
+    saving |= {"백그라운드 실행": str(background).lower()}
+    machine = {"GPU 수" if on_gpu else "CPU 프로세스 수": f"{world_size}{nodes}"}
+    machine |= {"분산 학습": "DDP" if world_size > 1 else "없음 (단일 프로세스)"}
+    machine |= {"최적화": cfg.precision.upper() + (" + torch.compile" if cfg.compile else "")}
     if shape and not cfg.find_batch_size:
-        memory = memory_words(estimate_memory(cfg, shape, world_size))
-        lines.append(f"   • 예상 메모리: {'GPU' if on_gpu else '프로세스'}당 {memory}")
+        needed = memory_words(estimate_memory(cfg, shape, world_size))
+        machine["예상 메모리"] = f"{'GPU' if on_gpu else '프로세스'}당 {needed}"
     gpu = plan.gpus[0].name if plan.gpus else ""
-    if duration := estimated_time(cfg, world_size, gpu, (plan.left or 0) * plan.step_tokens):
-        lines.append(f"   • 예상 시간: {duration}")
-    if parameters and tokens:
-        lines.append(f"   • 파라미터당 토큰: {tokens / parameters:,.2f} (Chinchilla 기준 20)")
+    machine["예상 시간"] = estimated_time(cfg, world_size, gpu, plan.left * plan.step_tokens)
+    sections = {"🔧 하이퍼파라미터:": training, "📁 경로:": paths, "💾 저장 설정:": saving}
+    sections["🚀 H100 설정:" if on_gpu else "🚀 실행 설정 (CPU):"] = machine
+    lines = ["📋 학습 정보", "=" * 33, f"🎯 모드: {'테스트' if cfg.is_test else '실제 학습'} 모드 ({length})"]
+    for title, rows in sections.items():
+        lines += [title, *(f"   • {label}: {text}" for label, text in rows.items() if text is not None)]
     return lines
 
 
@@ -1136,12 +1084,6 @@ def missing_packages() -> list[str]:
                 continue
         missing.append(f"{name}>={least}")
     return missing
-
-
-def print_missing_packages(*argv: str) -> None:
-    """Answer the launcher, which asks one Python after the other: the first that can refuses wrong options."""
-    parse_args(argv)
-    print(" ".join(missing_packages()))
 
 
 # --- stops and restarts: what a run tells of itself on the disk, and how it ends ---
@@ -1486,7 +1428,7 @@ def draw_curves(folder: str) -> None:
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
     "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
-    "internal:packages": print_missing_packages,
+    "internal:packages": lambda *argv: parse_args(argv) and print(*missing_packages()),  # wrong options first
     "internal:status": lambda as_json, *argv: print_status(parse_args(argv), as_json == "true"),
     "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),

@@ -224,7 +224,7 @@ def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(tra
     assert len(point.notes) == 2
     assert "checkpoint-16 (config.json 파일이 없거나" in point.notes[0]
     assert "checkpoint-12 (pytorch_model.bin 파일의 내용이" in point.notes[1]
-    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트입니다: .*checkpoint-12 \(pytorch_model.bin"):
+    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트를 .*checkpoint-12 \(pytorch_model.bin"):
         t.find_resume_point(t.replace(cfg, resume=tmp_path / "checkpoint-12"), 1, thorough=True)
     for step in (4, 8):
         (tmp_path / f"checkpoint-{step}" / "config.json").unlink()

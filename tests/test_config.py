@@ -257,7 +257,7 @@ def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(tmp_path, monke
 
     def lacks(room: int, *more: str) -> bool:
         monkeypatch.setattr(t.shutil, "disk_usage", lambda path: usage._replace(free=room))
-        return t.disk_problem(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) is not None
+        return t.disk_problems(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) != []
 
     assert lacks(5 * weights - 1)  # two more and one being written; the training state of one more, two times a model
     assert not lacks(5 * weights)

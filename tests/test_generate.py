@@ -217,7 +217,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_before_anything_is_installed
         ([*good, "--prompt", "x", "--top-p", "2"], 2, "--top-p: '2' 값은 범위를 벗어났습니다"),
         (["--generate", "nothing", "--prompt", "x"], 1, "체크포인트가 없습니다: .*nothing"),
         (["--generate", str(tmp_path / "folder"), "--prompt", "x"], 1, r"체크포인트가 없습니다: .*config\.json"),
-        (["--generate", str(checkpoint.parent), "--prompt", "x"], 1, "있는 것: .*checkpoint-4"),
+        (["--generate", str(checkpoint.parent), "--prompt", "x"], 1, "예: .*checkpoint-4"),
         (["--evaluate", str(checkpoint)], 2, "--evaluate: 평가할 데이터가 없습니다"),
         (["--evaluate", str(checkpoint), "--dataset-path", "nothing"], 1, "데이터셋이 없습니다"),
     ):
