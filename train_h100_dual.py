@@ -1090,7 +1090,7 @@ def missing_packages() -> list[str]:
 #
 # Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
 # 0 takes the outputs' lock (torchrun's ranks inherit nothing).  run_info.json's run_id tells this run from others.
-# A stop: the supervisor signals the ranks until they leave; they agree on it, save, set "stopped" and exit with 0.
+# A stop: the supervisor signals the ranks (before step 1 torchrun too); they agree, save, set "stopped", exit with 0.
 # A failure: with a known cause the rank sets "failed" and exits with 1; torchrun starts all ranks again, they find
 # "failed" and exit with 0.  After any other (killed, hung, unknown) the state is still "running": they go on from the
 # newest checkpoint, while --max-restarts lasts.
