@@ -1649,8 +1649,7 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     try:
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
     except Exception as error:  # of the hub, of its HTTP client, or of the network
-        text = f"허브에서 데이터셋을 열 수 없습니다: {repository} ({short_error(error)}). 이름과 네트워크를 확인하세요"
-        raise RuntimeError(text) from error
+        raise RuntimeError(f"허브에 없거나 연결할 수 없습니다: {repository} ({short_error(error)})") from error
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
@@ -1770,7 +1769,7 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -1779,8 +1778,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
     options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options))
-    lacking = -backend.get_vocab_size() % 128
-    backend.add_special_tokens([AddedToken(f"<|reserved_{index}|>", special=True) for index in range(lacking)])
+    backend.add_special_tokens([f"<|reserved_{index}|>" for index in range(-backend.get_vocab_size() % 128)])
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     names |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
@@ -1790,8 +1788,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer under the class name that transformers 4 knows too: llama.cpp's converter and vLLM use it."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    text = path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    path.write_text(text, "utf-8")
+    path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -1850,12 +1847,9 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
-    """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all others.
-
-    Of a larger one chunks at even distances, of the hub's its beginning, without the fifth with the smallest hashes.
-    """
+    """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
     small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
-    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
+    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))  # chunks at even distances
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
@@ -1867,6 +1861,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     kept, texts, words, characters = [], [], set(), 0
     for pairs in drawn.values():
         hashes, share = np.array([key for key, _ in pairs], np.uint64), cfg.validation_split
+        # What is held out has the smallest hashes; of which documents, a sample can't tell: it does without more.
         bound = held_out_bound(hashes, share) if small else int(max(0.2, share) * 2**64)
         kept += [pair for pair in pairs if pair[0] > bound]
     for _, text in sorted(kept):
@@ -1897,11 +1892,8 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
     bad, bad_count, line_count, offset = [], 0, 0, 0
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, end)
-    with (
-        open(folder / "tokens.bin", "wb") as stream,
-        open(folder / "documents.bin", "wb") as records,
-        log_waiting("토큰화하는 중", estimated_bytes(files)) as progress,
-    ):
+    waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
+    with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
             ends = offset + np.cumsum(index["offset"])
             offset, index["offset"] = int(ends[-1]) if len(ends) else offset, ends - index["offset"]
@@ -1915,7 +1907,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
             bad += documents.bad[: max(0, 100_000 - len(bad))]
             bad_count += len(documents.bad)
             line_count += documents.line_count
-            progress.done += int(index["bytes"].sum(dtype=np.int64))
+            state.done += int(index["bytes"].sum(dtype=np.int64))
         stream.write(end)
         records.write(np.array((0, offset, 0, 0, 0, 0), DOCUMENT).tobytes())
     if bad:
@@ -1963,8 +1955,7 @@ class DocumentList:
     """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own."""
 
     tokens: np.ndarray  # the stream
-    # Starts and shifts (2, pieces + 1) int64: from starts[i] to the next, token p is p + shifts[i] of the stream.
-    pieces: np.ndarray  # neighbours are one piece; the last start is the length of the list
+    pieces: np.ndarray  # starts and shifts (2, pieces + 1) int64: from starts[i], token p is the stream's p + shifts[i]
 
     def __len__(self) -> int:
         return int(self.pieces[0, -1])  # tokens, one end of text a document counted
@@ -2015,8 +2006,7 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     for column, own in (("language", languages), ("source", sources)):  # a source's name goes before a language's
         number = np.array([names.index(name) if name in names else -1 for name in own], np.int16)[index[column]]
         domain = np.where(number < 0, domain, number)
-    lacking = [name for place, name in enumerate(names) if not (domain == place).any()]
-    if lacking:
+    if lacking := [name for place, name in enumerate(names) if not (domain == place).any()]:
         have = ", ".join([*languages, *sources[1:]][:20])
         raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
     hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
@@ -2088,8 +2078,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
     if report["bad_lines"] and is_local_main():
-        path = cfg.logs_dir / "bad_lines.jsonl"
-        shutil.copy(folder / path.name, path)
+        path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
         logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
@@ -2165,8 +2154,7 @@ def rank_positions(run: Run | TrainConfig, rank: int, world_size: int, steps: ra
     """Positions (batch_size) of each of one rank's micro-batches; a step's are the next ones of all ranks together."""
     size, micro_steps = run.batch_size, run.gradient_accumulation_steps
     for micro in range(steps.start * micro_steps, steps.stop * micro_steps):
-        first = (micro * world_size + rank) * size
-        yield np.arange(first, first + size)
+        yield (micro * world_size + rank) * size + np.arange(size)
 
 
 def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
