@@ -135,6 +135,10 @@ class EnvironmentProblem(Refusal, RuntimeError):
     exit_code = ENVIRONMENT_ERROR
 
 
+class MissingPath(Refusal, FileNotFoundError):
+    exit_code = ENVIRONMENT_ERROR
+
+
 def parse_value(kind: Any, text: str) -> Any:
     """Read a value by its kind: a function, choices, or a number's type and limits; ValueError names the nearest."""
     if callable(kind):
@@ -711,12 +715,12 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
     if uses_dummy_data(cfg) or str(path).startswith("hf:"):
         return []
     if not path.exists():
-        raise EnvironmentProblem(f"데이터셋이 없습니다: {path} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
+        raise MissingPath(f"데이터셋이 없습니다: {path} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
     files = [item for item in files if item.name == "mixed_pretraining.jsonl"] or files
     if not any(item.stat().st_size for item in files):
-        raise EnvironmentProblem(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
+        raise MissingPath(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
     return files
 
 
