@@ -1600,8 +1600,11 @@ def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
     with io.BufferedReader(pyarrow.input_stream(path)) as stream:  # by its suffix also .gz and .zst
         while block := stream.read(size):
             parts = [block, stream.readline()]
-            while path.suffix == ".txt" and parts[-1].strip() and (line := stream.readline()):
+            # Up to the next empty line; the first part may look like one, where the block ended at a line's end.
+            while path.suffix == ".txt" and (line := stream.readline()):
                 parts.append(line)
+                if not line.strip():
+                    break
             block = b"".join(parts)
             yield str(path), first_line, block.removeprefix(b"\xef\xbb\xbf" * (first_line == 1))
             first_line += block.count(b"\n")

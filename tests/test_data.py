@@ -180,8 +180,9 @@ def test_a_hub_that_can_not_be_reached_is_named(tmp_path, hub):
         t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/other"))
 
 
-def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "CHUNK_BYTES", 16)
+@pytest.mark.parametrize("size", [7, 10, 16])  # 10: up to the end of the first line
+def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(t, "CHUNK_BYTES", size)
     path = tmp_path / "a.txt"
     path.write_text("첫째 줄\n둘째 줄\n\n\nsecond paragraph\r\n\r\nthird", encoding="utf-8")
     assert documents_of(path).texts == ["첫째 줄\n둘째 줄", "second paragraph", "third"]
