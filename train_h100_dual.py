@@ -2227,8 +2227,10 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
     heads, dtype = config.num_attention_heads, {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision)
     shape = (batch_size, heads, cfg.max_seq_length, getattr(config, "head_dim", None) or config.hidden_size // heads)
     like = torch.empty(shape, dtype=dtype or torch.bfloat16, device=model.device, requires_grad=True)
-    try:
-        chosen = torch._fused_sdp_choice(like, like, like, is_causal=True)
+    keys = like[:, : getattr(config, "num_key_value_heads", None) or heads]
+    try:  # as causal_attention calls it; not every kernel takes fewer keys than queries
+        grouped = keys.shape != like.shape
+        chosen = torch._fused_sdp_choice(like, keys, keys, is_causal=True, enable_gqa=grouped)
     except RuntimeError as error:
         raise EnvironmentProblem(f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. auto 를 쓰세요") from error
     return SDPBackend(chosen).name.partition("_")[0].lower()
