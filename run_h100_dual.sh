@@ -283,7 +283,9 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     elif ((signals == 1)); then
       [[ $heard == true ]] || log "🛑 중단 요청: 현재 스텝을 마치고 저장합니다 (한 번 더 보내면 즉시 끝납니다)"
       signal_ranks TERM # again and again: one that is being started may not hear the first; others it leaves as they are
-      [[ $heard == true ]] || "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" "$agent" || true
+      # Another machine doesn't know what there is to save.
+      [[ $heard == true ]] || ((plan[node_rank] > 0)) ||
+        "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" "$agent" || true
       heard=true
     fi
     read -rt 0.5 -u "$pause" || true # a sleep without a process

@@ -1135,10 +1135,10 @@ def update_run_info(output_dir: Path, if_state: str | None = None, **changes: An
 def note_stop_request(output_dir: str, agent: str) -> None:
     """Keep that the supervisor was asked to stop, for ``--stop`` typed twice, ``--status`` and a restart."""
     info = read_json(Path(output_dir) / "run_info.json")
-    if info.get("run_id") != run_id():  # it isn't written yet, or another machine's
-        return
-    update_run_info(Path(output_dir), stop_requested=timestamp())
-    if "first_step" not in info:  # nothing to save, and torchrun would start the ranks again
+    is_ours = info.get("run_id") == run_id()  # else ours isn't written yet: only the first machine's supervisor asks
+    if is_ours:
+        update_run_info(Path(output_dir), stop_requested=timestamp())
+    if not is_ours or "first_step" not in info:  # nothing to save, and torchrun would start the ranks again
         with suppress(ProcessLookupError):
             os.kill(int(agent), signal.SIGTERM)
 
