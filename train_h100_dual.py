@@ -81,8 +81,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
-DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}  # where given
-# What has to stay at a resume; and what may change, but is told as it has an effect on what is learnt.
+DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}
+# Above: an option, and those that decide in its place where they are given.  Below: what has to stay at a resume; and
+# what may change, but is told as it has an effect on what is learnt.
 FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
@@ -573,7 +574,7 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last whole one of ``checkpoints`` that has its training state yet; a sentence on each damaged one after."""
+    """The last whole one of ``checkpoints`` that still has its training state; a sentence on each damaged later one."""
     damaged = []
     for path in reversed([path for path in checkpoints if (path / "training_state").is_dir()]):
         damage = checkpoint_damage(path, thorough)
@@ -816,7 +817,8 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     stream = tokens * 4 * shape.hidden
     kept = 2 * stream + shape.layers * (stream if cfg.gradient_checkpointing else layer)
     head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
-    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2)) + 4 * head * (rows < tokens) + half * head
+    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2))  # and their gradient as it is multiplied
+    logits += half * head + 4 * head * (rows < tokens)  # the head's gradient, and in fp32 where pieces add up
     copies = 0 if half == 4 else 2 * (parameters - head * (not shape.tied))
     # One process without accumulation has no gradients before the backward pass; DDP's buckets are always there.
     early = 4 * parameters if world_size > 1 or cfg.gradient_accumulation_steps > 1 else 0
@@ -1543,11 +1545,11 @@ def quiet_libraries() -> None:
 
 
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
-    """Create the process group and the precision policy; ``train_step`` accumulates, by the position in the data."""
+    """Create the process group and the precision policy; of accumulation, which is ``train_step``'s, it isn't told."""
     if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # Else the kernel clears the same pages for each step anew: a tenth of the tiny model's.
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
     if cfg.device == "cuda":
         # No holes in the GPU's memory; pinned buffers as large as asked, not rounded up to a power of two.
         exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # 2.11 refuses words that it doesn't know
@@ -1573,8 +1575,8 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
-# A document in the index: its text's hash, where its tokens lie in the stream (behind an end-of-text token), bytes and
-# eojeols, and the numbers of its language and its source (0: none).  A last record holds the end of the stream.
+# A document in the index: its text's hash, where it begins in the stream (with an end-of-text token, then its own), its
+# bytes and eojeols, and the numbers of its language and its source (0: none).  A last record holds the stream's end.
 DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u2, <u2")
 DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "language", "source")
 
@@ -1715,12 +1717,12 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def check_corpus(cfg: TrainConfig, document_count: int, bad: list[dict], bad_count: int, line_count: int) -> None:
+def check_corpus(cfg: TrainConfig, has_documents: bool, bad: list[dict], bad_count: int, line_count: int) -> None:
     """Raise RuntimeError where more than 1 % of the lines are bad, showing the first, or there is no document."""
     if bad_count > 0.01 * line_count:
         text = f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
         raise RuntimeError("\n   ".join([text, *("{file}:{line}: {reason}".format(**line) for line in bad[:5])]))
-    if not document_count:
+    if not has_documents:
         raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
 
 
@@ -1881,7 +1883,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
 
 
 def encode_chunk(text_column: str, encode: Callable, end: bytes, chunk: Chunk) -> tuple[Documents, bytes, np.ndarray]:
-    """Parse, hash and encode a chunk: documents without texts, their tokens, and their index with lengths as offset."""
+    """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
     documents = parse_chunk(chunk, text_column)
     ids, texts = encode(documents.texts), [text.encode() for text in documents.texts]
     index = np.zeros(len(ids), DOCUMENT)
@@ -1902,8 +1904,9 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
-            ends = offset + np.cumsum(index["offset"])
-            offset, index["offset"] = int(ends[-1]) if len(ends) else offset, ends - index["offset"]
+            ends = offset + np.cumsum(index["offset"])  # it holds lengths so far
+            index["offset"] = ends - index["offset"]
+            offset = int(ends[-1]) if len(ends) else offset
             for own, (column, numbers) in zip((documents.languages, documents.sources), names.items(), strict=True):
                 for name in own:
                     if len(numbers) < 2**16:  # what two bytes hold; later ones are 0
@@ -1921,7 +1924,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
         shutil.copy(path, folder)  # for the runs that find the corpus prepared
-    check_corpus(cfg, offset, bad, bad_count, line_count)
+    check_corpus(cfg, offset > 0, bad, bad_count, line_count)
     return {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
 
 
@@ -1973,17 +1976,18 @@ class DocumentList:
     def read(self, first: np.ndarray, count: int) -> np.ndarray:
         """Tokens ``first[i]`` to ``first[i] + count``, that one too, of the list: (len(first), count + 1)."""
         starts, shifts = self.pieces
-        piece = np.searchsorted(starts, first, "right") - 1
-        last = np.searchsorted(starts, first + count - 1, "right") - 1
-        numbers = last - piece + 1
+        low = np.searchsorted(starts, first, "right") - 1  # a row lies in the pieces from low to high
+        high = np.searchsorted(starts, first + count - 1, "right") - 1
+        numbers = high - low + 1
         behind = np.cumsum(numbers)
+        # Every row's pieces, one row after the other, and where in the list each begins and ends within its row.
         row = np.repeat(np.arange(len(first)), numbers)
-        piece = np.arange(behind[-1]) + (piece - behind + numbers)[row]
+        piece = np.arange(behind[-1]) + (low - behind + numbers)[row]
         begin, end = np.maximum(starts[piece], first[row]), np.minimum(starts[piece + 1], (first + count)[row])
         end[behind - 1] += 1  # behind every document stands an end of text, and so the next one's begins
         lengths = end - begin
         total = np.cumsum(lengths)
-        places = np.arange(total[-1]) + np.repeat(begin + shifts[piece] - total + lengths, lengths)
+        places = np.arange(total[-1]) + np.repeat(begin + shifts[piece] - total + lengths, lengths)  # in the stream
         return self.tokens[places].reshape(len(first), count + 1)
 
 
@@ -2075,7 +2079,8 @@ def prepare_lists(cfg: TrainConfig) -> Path:
 
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
-    # Torchrun's store outlives a restart; it is opened before the lists, as the others may wait for it only so long.
+    # The name counts restarts, which a store of torchrun's own outlives.  Rank 0 opens its own before it makes
+    # the lists: the others wait for a store only so long.
     name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     store = next(dist.rendezvous("env://"))[0] if rank_and_world()[1] > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
@@ -2612,7 +2617,7 @@ class TrainState:
 
 @dataclass
 class Run:
-    """What a run works with; fixed once it has started."""
+    """What a run works with: fixed once it has started, and from ``save_seconds`` on what it has measured or begun."""
 
     cfg: TrainConfig
     accelerator: Accelerator
@@ -3075,8 +3080,10 @@ def start_trackers(run: Run, state: TrainState) -> None:
 
 def draw_curves_beside(run: Run, wait: bool = False) -> None:
     """Have ``training_curves.png`` drawn by a process, one at a time: a thread would hold the loop's GIL."""
-    if run.painter is not None and (run.painter.wait() if wait else run.painter.poll()) is None:
-        return
+    if run.painter is not None:
+        code = run.painter.wait() if wait else run.painter.poll()
+        if code is None:  # it still draws
+            return
     command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
     detail_log = run.cfg.logs_dir / "training_detail_rank_0.log"
     with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:  # training doesn't depend on it
@@ -3152,8 +3159,8 @@ def evaluate(run: Run) -> dict[str, float | None]:
     if dist.is_initialized():
         dist.all_reduce(sums)
     figures, sums = {}, sums[:, 1:].cpu().numpy()
-    for suffix, chosen in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
-        columns = [names.index(name) for name in chosen if name in names]
+    for suffix, languages in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
+        columns = [names.index(name) for name in languages if name in names]
         (loss, targets, text_loss), text_size = sums[:, columns].sum(axis=1), text_bytes[columns].sum()
         figures[f"val_loss{suffix}"] = float(loss / targets) if targets else None
         figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / text_size) if text_size else None
@@ -3286,7 +3293,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 windows += [(row, count, total) for row, count in rolling_windows(ids, length)]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
-    check_corpus(cfg, len(totals), bad, len(bad), line_count)
+    check_corpus(cfg, bool(totals), bad, len(bad), line_count)
     if bad:
         logger.warning(f"⚠️  읽지 못한 줄 {len(bad):,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
     return totals
@@ -3427,7 +3434,7 @@ def train(run: Run, state: TrainState) -> str:
         if profile is not None:
             profile.step()
         if is_first:
-            run.stop.arm(cfg.hang_timeout, run.stop.log)  # nothing compiles any more
+            run.stop.arm(cfg.hang_timeout, run.stop.log)  # what compiles later, for an evaluation, doesn't take long
             if cfg.device == "cuda":
                 # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
                 # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
@@ -3477,15 +3484,18 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 20
     while True:  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
-        with suppress(EnvironmentProblem) if time.monotonic() < deadline else nullcontext():
+        try:
             lock = lock_output(cfg.output_dir, "a+")
             break
+        except EnvironmentProblem:
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.2)
     lock.truncate(0)
     lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
     for torn in (*cfg.output_dir.glob(".*.tmp"), *cfg.output_dir.glob("checkpoint-*/.*.tmp")):
-        shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
+        shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink(missing_ok=True)
     if cfg.resume is None:
         for path in (*list_checkpoints(cfg.output_dir), *cfg.output_dir.glob("initial_model")):
             remove_directory(path)
