@@ -28,8 +28,9 @@ python=""       # has the packages
 plain_python="" # recent enough, may lack them
 missing=""      # packages that plain_python lacks
 
-log() { printf '%s\n' "$@"; } # log LINE...
-warn() { printf '⚠️  %s\n' "$*" >&2; }
+# A full disk, which may be why a run failed, keeps the supervisor from no duty.
+log() { printf '%s\n' "$@" || true; } # log LINE...
+warn() { printf '⚠️  %s\n' "$*" >&2 || true; }
 die() { # die MESSAGE [EXIT_CODE]
   printf '❌ %s\n' "$1" >&2
   exit "${2:-1}"
@@ -296,7 +297,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log" "$logged") ||
     state=failed
   if [[ $state == failed ]]; then
-    [[ -s $console_log ]] || tail -n 15 "$detail_log"
+    [[ -s $console_log ]] || tail -n 15 "$detail_log" || true
     log "❌ 학습이 실패로 끝났습니다. 자세한 내용: $detail_log"
   fi
   rm -f "$pid_file"

@@ -2611,7 +2611,7 @@ class TrainState:
     skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps were skipped
     recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
     loss_window: list[float] = field(default_factory=list)  # of the steps since the last line of the log
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float | None] = field(default_factory=dict)
     evaluation_step: int | None = None
 
 
@@ -3684,7 +3684,8 @@ def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
         speaks = update_run_info(cfg.output_dir, "running", state="failed", error=text, ended=timestamp())
     if speaks:
         detail_log = display_path(cfg.logs_dir / f"training_detail_rank_{rank}.log")
-        print(f"{'⚠️ ' if again else '❌'} {text}\n   자세한 내용: {detail_log}", flush=True)
+        with suppress(OSError):  # a full disk
+            print(f"{'⚠️ ' if again else '❌'} {text}\n   자세한 내용: {detail_log}", flush=True)
 
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
