@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import (
+    LAUNCHER,
     LONG_RUN,
     Place,
     Terminal,
@@ -572,3 +573,8 @@ exec '{sys.executable}' "$@"
     assert notified(place) == "failed"
     assert not place.pid_file.exists()
     wait_for("the end of all processes", lambda: not place.processes(), 10)
+
+
+def test_a_full_disk_of_the_logs_does_not_end_the_supervisor() -> None:
+    text = f"source '{LAUNCHER}'; log 1 >/dev/full; warn 2 2>/dev/full; echo alive"
+    assert subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False).stdout == "alive\n"
