@@ -922,7 +922,8 @@ def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: i
     if words > vocabulary:
         problems.append(f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
-        problems.append(f"--init-from 모델의 최대 길이 {longest}보다 깁니다. --max-seq-length {longest} 을(를) 쓰세요")
+        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest}보다 깁니다"
+        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
 
 
@@ -978,7 +979,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens, done if exact else 0)
         if (cfg.max_tokens or math.inf) < step_tokens:
             problems.append(f"--max-tokens {cfg.max_tokens}: 한 스텝의 토큰 수 {step_tokens:,}보다 작습니다")
-    except EnvironmentProblem as error:
+    except Refusal as error:
         problems += error.problems
     if problems:
         raise EnvironmentProblem(problems)
@@ -1737,8 +1738,10 @@ def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -
         yield pending.popleft().result()
 
 
-def enter_worker(function: Callable) -> None:
+def enter_worker(function: Callable, parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a helper ends with its parent, however that ends
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
     call_worker.function = function  # such as can't be pickled
 
 
@@ -1752,7 +1755,8 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
         yield from map(function, items)
         return
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), enter_worker, (function,)) as pool:
+        fork, start = multiprocessing.get_context("fork"), (function, os.getpid())
+        with ProcessPoolExecutor(workers, fork, enter_worker, start) as pool:
             yield from map_ahead(pool, call_worker, items, 2 * workers)
     except BrokenExecutor as error:
         raise RuntimeError("데이터를 준비하던 하위 프로세스가 죽었습니다 (메모리가 부족했을 수 있습니다)") from error

@@ -233,7 +233,7 @@ def test_missing_and_empty_data_is_refused_by_name(tmp_path, make):
         path.mkdir()
     elif make != "nothing":
         path.write_bytes(b"x" if make == "other kind" else b"")
-    with pytest.raises(t.EnvironmentProblem, match=str(path)):
+    with pytest.raises(FileNotFoundError, match=str(path)):
         t.corpus_files(config(tmp_path, "--dataset-path", str(path)))
 
 

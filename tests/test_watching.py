@@ -489,10 +489,9 @@ def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplo
     assert re.search(r"wandb 패키지가 없어 .*pip install wandb", caplog.text)
 
 
-@pytest.mark.parametrize(("typed", "told"), [("tensorbord", "tensorboard"), ("none,wandb", "none")])
-def test_unknown_trackers_are_refused(tmp_path, typed, told):
-    with pytest.raises(t.UsageProblem, match=told):
-        config(tmp_path, "--report-to", typed)
+def test_unknown_trackers_are_refused(tmp_path):
+    with pytest.raises(t.UsageProblem, match="tensorboard"):
+        config(tmp_path, "--report-to", "tensorbord")
 
 
 # --- samples ---
