@@ -529,7 +529,7 @@ def file_checksum(path: Path) -> str:
 
 
 def room_problem(folder: Path, needed: int) -> str | None:
-    """A sentence, but for its stop, if the disk of ``folder`` has no ``needed`` bytes left."""
+    """A sentence without its full stop if the disk of ``folder`` has no ``needed`` bytes left."""
     folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
@@ -969,7 +969,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         problems += output_problems(cfg)
         files = corpus_files(cfg)
         corpus, lists = corpus_folders(cfg, files)
-        report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}
+        report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
         done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
         step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
@@ -1192,7 +1192,7 @@ class StopFlag:
         self.requested = False
         self.deadline = math.inf  # of --max-hours, on the monotonic clock
         self.limit, self.log = 0.0, None  # seconds without a heartbeat that are a hang, and where it is told
-        self.armed = math.inf  # when the timer was set; never
+        self.armed = math.inf  # when the timer was last set; infinite while there is none
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         follow_agent()
 
@@ -1294,7 +1294,7 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
         info = {}
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
-    ended = info.get("state") if info.get("state") != "running" else "failed"  # without a word
+    ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
     gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
     if with_gpus and pid and info.get("options", {}).get("device") == "cuda":
         with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
@@ -2794,12 +2794,12 @@ class Saver:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
         self.executor = ThreadPoolExecutor(1, "saver", os.nice, (10,))  # on a CPU, training needs the same cores
-        self.save: Future | None = None  # a call of write_checkpoint, until the loop has told how it ended
+        self.pending: Future | None = None  # a call of write_checkpoint, until the loop has told how it ended
         self.step = 0  # that it saves
 
     def busy(self, seconds: float | None = 0.0) -> bool:
         """Whether a save is still being written after so many seconds (None: however long it takes)."""
-        return self.save is not None and bool(wait([self.save], seconds).not_done)
+        return self.pending is not None and bool(wait([self.pending], seconds).not_done)
 
     def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into the buffer of that name; from a GPU it is complete once the stream is."""
@@ -2872,7 +2872,7 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
     }
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
     run.saver.step = state.step
-    run.saver.save = run.saver.executor.submit(write_checkpoint, run, weights, content, info)
+    run.saver.pending = run.saver.executor.submit(write_checkpoint, run, weights, content, info)
 
 
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
@@ -2904,9 +2904,9 @@ def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[s
 def report_save(run: Run, is_last: bool = False) -> None:
     """Tell, once, how a save ended; the last is waited for, on rank 0 alone, and a RuntimeError if it failed."""
     saver = run.saver
-    if saver.save is None or saver.busy(None if is_last else 0.0):
+    if saver.pending is None or saver.busy(None if is_last else 0.0):
         return
-    error, saver.save = saver.save.exception(), None
+    error, saver.pending = saver.pending.exception(), None
     if error is None:
         folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
         logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({run.save_seconds:.1f}초)")
@@ -3528,7 +3528,7 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
     info |= {"state": "running", "mode": cfg.mode, "options": options_of(cfg), "world_size": world_size}
     info["command"] = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"  # it can be pasted anywhere
     info["machine"] = {"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible}
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # with all that isn't kept, a stop request too
     update_run_info(cfg.output_dir, **info, started=timestamp(), run_id=run_id(), **provenance())
 
 

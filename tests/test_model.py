@@ -132,3 +132,18 @@ def test_a_kernel_that_can_not_run_here_is_refused_by_its_name(tmp_path, model):
     cfg = t.replace(config(tmp_path), attention="cudnn")  # on a CPU the options refuse it themselves
     with t.attention_kernels("cudnn"), pytest.raises(t.EnvironmentProblem, match="--attention cudnn"):
         t.attention_backend(model, cfg, 2)
+
+
+def test_the_kernel_is_asked_for_with_the_heads_that_the_model_has(tmp_path, monkeypatch):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**shape, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
+    model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
+    asked = []
+
+    def choose(*tensors, **options):
+        asked.append(([item.shape[1] for item in tensors], options["enable_gqa"]))
+        return 1
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    assert t.attention_backend(model, config(tmp_path), 2) == "flash"
+    assert asked == [([4, 2, 2], True)]
