@@ -1652,6 +1652,8 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     import huggingface_hub
 
     asked, known = str(cfg.dataset_path), read_json(cfg.output_dir / "run_info.json").get("dataset", {})
+    if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
+        known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
     goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if goes_on and known.get("asked") == asked:
         return known["pinned"]

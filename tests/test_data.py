@@ -171,6 +171,12 @@ def test_a_run_that_goes_on_reads_the_commit_it_began_with_also_without_the_hub(
     monkeypatch.setattr("huggingface_hub.dataset_info", None)  # a call would fail
     resumed = t.replace(cfg, resume="auto")
     assert t.prepare_corpus(resumed).path == first.path
+    checkpoint = tmp_path / "elsewhere" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    info = {"options": {"dataset_path": "hf:org/name"}, "corpus": first.report}
+    (checkpoint / "training_info.json").write_text(json.dumps(info))
+    resumed = t.replace(cfg, resume=checkpoint, output_dir=tmp_path / "new")
+    assert t.prepare_corpus(resumed).path == first.path
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert t.prepare_corpus(cfg).path == first.path
 
