@@ -3591,7 +3591,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         draw_curves_beside(run, wait=True)
         report_save(run, is_last=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
-        again = "" if cfg.is_test else " 이어서 하려면 --train --resume"
+        again = "" if cfg.is_test else " 이어서 하려면 처음 명령에 --resume 을 덧붙이세요"
         words = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]
         if point.info.get("step") == state.step:
             words = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
@@ -3663,7 +3663,7 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         totals = score_corpus(model, tokenizer, cfg)
     length = cfg.max_seq_length or context_length(model)
-    settings = f"창 {length:,} 토큰, {device.upper()} {cfg.precision}"
+    settings = f"구간 {length:,} 토큰, {device.upper()} {cfg.precision}"
     print(f"📈 평가: {display_path(source)} ({display_path(cfg.dataset_path)}, {settings})")
     print("\n".join(evaluation_table(totals)))
 

@@ -202,7 +202,7 @@ def test_the_launcher_evaluates_in_the_foreground_and_writes_nothing(place, chec
     answer = place.run("--evaluate", str(checkpoint), "--dataset-path", str(path))
     assert answer.code == 0, answer.text
     assert answer.out.startswith("📈 평가: ")
-    assert "창 32 토큰, CPU fp32" in answer.out
+    assert "구간 32 토큰, CPU fp32" in answer.out
     assert [line.split()[:2] for line in answer.out.splitlines()[2:]] == [["전체", "2"], ["ko", "1"], ["en", "1"]]
     assert list_tree(place.folder) == {}
 
