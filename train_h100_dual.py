@@ -68,11 +68,11 @@ MINIMUM_PYTHON = (3, 11)  # the least versions stand here only; requirements.txt
 if sys.version_info < MINIMUM_PYTHON:  # before anything below that an older one can't do
     sys.exit(f"❌ Python {MINIMUM_PYTHON[0]}.{MINIMUM_PYTHON[1]} 이상이 필요합니다 (지금 {sys.version.split()[0]})")
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10"}
-MINIMUM_VERSIONS |= {"numpy": "2.0", "tiktoken": "0.9"}
+MINIMUM_VERSIONS |= {"numpy": "2.0"}
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 SMALL_CORPUS_BYTES = 16 << 20
-CACHE_VERSION = 7  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 8  # of the token cache's format and of how texts are read and split
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
@@ -80,7 +80,7 @@ TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_t
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
-LAYOUT_VERSION = 1  # of checkpoints: which rows a step reads, and the names in the training state
+LAYOUT_VERSION = 2  # of checkpoints: which rows a step reads, how a document begins, the names in the training state
 DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}
 # Above: an option, and those that decide in its place where they are given.  Below: what has to stay at a resume; and
 # what may change, but is told as it has an effect on what is learnt.
@@ -765,10 +765,11 @@ def read_config(source: Path | str | None) -> dict[str, Any]:
 
 
 def tokenizer_size(source: Path | str | None) -> int:
-    """Vocabulary of a saved tokenizer; 0 if its file doesn't tell."""
+    """Vocabulary of a saved tokenizer, up to its largest id; 0 if its file doesn't tell."""
     content = read_json(Path(source or os.devnull) / "tokenizer.json")
     words = (content.get("model") or {}).get("vocab") or ()
-    return max([len(words), *(word["id"] + 1 for word in content.get("added_tokens", ()))])
+    ids = words.values() if isinstance(words, dict) else range(len(words))
+    return max([-1, *ids, *(word["id"] for word in content.get("added_tokens", ()))]) + 1
 
 
 def model_shape(cfg: TrainConfig) -> Preset | None:
@@ -1498,6 +1499,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+FAST_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("{1,3}", ""))  # which both engines read alike: this, and Qwen2's
 CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
@@ -1576,8 +1578,9 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
-# A document in the index: its text's hash, where it begins in the stream (with an end-of-text token, then its own), its
-# bytes and eojeols, and the numbers of its language and its source (0: none).  A last record holds the stream's end.
+# A document in the index: its text's hash, where it begins in the stream (the end of text of what is before it, the
+# rest of ``document_start``, its own tokens), its bytes and eojeols, and the numbers of its language and its source (0:
+# none).  A last record holds the stream's end.
 DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u2, <u2")
 DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "language", "source")
 
@@ -1807,44 +1810,96 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
-    from transformers import AutoTokenizer
+    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed.
+
+    A ``tokenizer.json`` is taken as it stands, of which AutoTokenizer may make another by its class or a model's type.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        as_it_stands = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever a broken file leads them to
         raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise RuntimeError(f"tokenizer.json과 문서 끝 토큰(eos_token)이 있는 토크나이저를 주세요: {source}")
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.eos_token  # what stands before a document
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        logger.warning(f"⚠️  tokenizer.json에 켜진 자르기(truncation)와 채우기(padding)를 끄고 씁니다: {source}")
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.split_special_tokens = backend.encode_special_tokens = (
+        True  # their names in a text are text like any other
+    )
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(document_start(tokenizer)[-1])  # for all who open it later
     return tokenizer
 
 
-def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]], list[bytes]], str]:
-    """From NFC texts to their ids as bytes; by tiktoken's engine, thrice as fast, if it does the same on ``sample``."""
-    import tiktoken
+def document_start(tokenizer: Any) -> list[int]:
+    """The ids that a document begins with, wherever one does: what the tokenizer puts before a text, else eos."""
+    probe = tokenizer.backend_tokenizer.encode("a가1")
+    return probe.ids[: [*probe.special_tokens_mask, 0].index(0)] or [tokenizer.eos_token_id]
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Up to the largest id: there may be holes below it, which ``len`` doesn't count."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
+    """The tokens of a ``tokenizer.json`` for tiktoken's engine where it gives the same ids for any text, else None.
+
+    It joins any two neighbours that make a token, the smallest id first; ``tokenizers`` goes by its list of merges.
+    That is the same where the list is in the order of ids and makes the token of a token's bytes alone: these can't
+    stand in two other pieces at its turn.  A token that isn't made of its bytes alone is made in no text.
+    """
+    from tokenizers import models
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    backend, dtype = tokenizer.backend_tokenizer, np.min_scalar_type(len(tokenizer) - 1)
-    backend.encode_special_tokens = True  # their names in a text are text like any other
+    model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": None}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False, "trim_offsets": None}
+    known = [[{**split, "pattern": {"Regex": pattern}}, to_bytes] for pattern in FAST_PATTERNS]
+    odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    added = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+    if [{**step, "trim_offsets": None} for step in steps] not in known or model["type"] != "BPE" or odd or added:
+        return None
+    vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    order = [vocabulary["".join(pair)] for pair in merges]
+    if spec["normalizer"] not in (None, {"type": "NFC"}) or order != sorted(order):
+        return None
+    by_merges, ranks = models.BPE(vocabulary, merges), {}
+    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
+    for word, number in vocabulary.items():
+        if to_byte.keys() >= set(word) and [token.id for token in by_merges.tokenize(word)] == [number]:
+            ranks[bytes(map(to_byte.__getitem__, word))] = number
+        elif model["ignore_merges"]:  # a text that is this word has it all the same
+            return None
+    return ranks if all(bytes([byte]) in ranks for byte in range(256)) else None
+
+
+def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[bytes]], str]:
+    """From NFC texts to their ids as bytes; by tiktoken's engine, thrice as fast, where it can't but do the same."""
+    backend, size = tokenizer.backend_tokenizer, vocabulary_size(tokenizer)
+    dtype = np.min_scalar_type(size - 1)
 
     def encode_ordinary(texts: list[str]) -> list[bytes]:
         encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(item.ids, dtype).tobytes() for item in encoded]
 
+    version = next((item.version for item in importlib.metadata.distributions(name="tiktoken")), "0.0")
     spec = json.loads(backend.to_str())
-    model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-    pattern = steps[0]["pattern"].get("Regex") if [step["type"] for step in steps] == ["Split", "ByteLevel"] else None
-    if model["type"] != "BPE" or pattern is None or spec["normalizer"] not in (None, {"type": "NFC"}):
+    ranks = tiktoken_ranks(spec)
+    if ranks is None or tuple(map(int, version.split(".")[:2])) < (0, 13):  # which takes long for a run of one letter
         return encode_ordinary, "tokenizers"
-    tail = r"|\s+(?!\S)|\s+"
-    if pattern.endswith(tail):  # what needs no look ahead in one group is searched at once: a quarter faster
-        pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
-    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
-    words = model["vocab"].keys() - {token["content"] for token in spec["added_tokens"]}
-    ranks = {bytes(map(to_byte.__getitem__, word)): model["vocab"][word] for word in words}
-    never = {"\0": len(tokenizer)}  # without a special token to look for, it stops at every byte: half as fast
+    import tiktoken
+
+    pattern, tail = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], r"|\s+(?!\S)|\s+"
+    # What needs no look ahead in one group is searched at once: a quarter faster.
+    pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
+    never = {"\0": size}  # without a special token to look for, it stops at every byte: half as fast
     engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
     def encode_fast(texts: list[str]) -> list[bytes]:
@@ -1856,9 +1911,7 @@ def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]
                 encoded += encode_ordinary([text])
         return encoded
 
-    if encode_fast(sample) == encode_ordinary(sample):
-        return encode_fast, "tiktoken"
-    return encode_ordinary, "tokenizers"
+    return encode_fast, "tiktoken"
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
@@ -1888,7 +1941,9 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     return texts
 
 
-def encode_chunk(text_column: str, encode: Callable, end: bytes, chunk: Chunk) -> tuple[Documents, bytes, np.ndarray]:
+def encode_chunk(
+    text_column: str, encode: Callable, opening: np.ndarray, chunk: Chunk
+) -> tuple[Documents, bytes, np.ndarray]:
     """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
     documents = parse_chunk(chunk, text_column)
     ids, texts = encode(documents.texts), [text.encode() for text in documents.texts]
@@ -1896,17 +1951,19 @@ def encode_chunk(text_column: str, encode: Callable, end: bytes, chunk: Chunk) -
     index["hash"] = [content_hash(text) for text in texts]
     index["bytes"] = [len(text) for text in texts]
     index["eojeols"] = [len(text.split()) for text in documents.texts]
-    index["offset"] = [len(part) // len(end) + 1 for part in ids]
-    documents.texts = []
-    return documents, b"".join(part for document in ids for part in (end, document)), index
+    index["offset"] = [len(part) // opening.itemsize + len(opening) for part in ids]
+    documents.texts, before = [], opening.tobytes()
+    return documents, b"".join(part for document in ids for part in (before, document)), index
 
 
-def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Callable, end: bytes) -> dict[str, Any]:
+def write_stream(
+    folder: Path, cfg: TrainConfig, files: list[Path], encode: Callable, opening: np.ndarray
+) -> dict[str, Any]:
     """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold."""
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
     bad, bad_count, line_count, offset = [], 0, 0, 0
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
-    encoding = functools.partial(encode_chunk, cfg.text_column, encode, end)
+    encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
@@ -1924,7 +1981,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
             bad_count += len(documents.bad)
             line_count += documents.line_count
             state.done += int(index["bytes"].sum(dtype=np.int64))
-        stream.write(end)
+        stream.write(opening[:1].tobytes())  # the end of text
         records.write(np.array((0, offset, 0, 0, 0, 0), DOCUMENT).tobytes())
     if bad:
         path = cfg.logs_dir / "bad_lines.jsonl"
@@ -1947,34 +2004,36 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
             train = functools.partial(train_tokenizer, texts)  # in a process of its own, which gives all memory back
             list(parallel_map(lambda size: save_tokenizer(train(size), folder / "tokenizer"), [cfg.vocab_size], 1))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    encode, engine = make_encoder(tokenizer, texts[:200])
-    end = np.array([tokenizer.eos_token_id], np.min_scalar_type(len(tokenizer) - 1))
-    if problem := room_problem(folder.parent, estimated_bytes(files) * end.itemsize // 4):
+    encode, engine = make_encoder(tokenizer)
+    start, end = document_start(tokenizer), [tokenizer.eos_token_id]
+    opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
+    if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
-    figures = write_stream(folder, cfg, files, encode, end.tobytes())
+    figures = write_stream(folder, cfg, files, encode, opening)
     index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
     columns = {name: index[name][:-1] for name in ("bytes", "eojeols")}
-    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - 1}
+    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - len(opening)}
     counts = [np.bincount(index["language"][:-1], column).astype(int).tolist() for column in columns.values()]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*counts, strict=True)]
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
     report = dict(zip(columns, map(sum, counts), strict=True)) | figures
-    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True)), "vocab_size": len(tokenizer)}
-    report |= {"engine": engine, "dtype": end.dtype.name} | ({} if files else {"dataset": str(cfg.dataset_path)})
+    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True)), "engine": engine}
+    report |= {"vocab_size": vocabulary_size(tokenizer), "dtype": opening.dtype.name}
+    report |= {} if files else {"dataset": str(cfg.dataset_path)}
     report["fingerprint"] = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     write_json(folder / "corpus.json", report)
 
 
 @dataclass(frozen=True)
 class DocumentList:
-    """Documents one after the other, each behind an end-of-text token, as if they were a stream of their own."""
+    """Documents one after the other, each behind its opening, as if they were a stream of their own."""
 
     tokens: np.ndarray  # the stream
     pieces: np.ndarray  # starts and shifts (2, pieces + 1) int64: from starts[i], token p is the stream's p + shifts[i]
 
     def __len__(self) -> int:
-        return int(self.pieces[0, -1])  # tokens, one end of text a document counted
+        return int(self.pieces[0, -1])  # tokens, an opening for each document counted
 
     def rows(self, max_seq_length: int) -> int:
         return len(self) // max_seq_length  # each with a token more, which is the next one's first
@@ -2278,7 +2337,7 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
         config = LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
     text = config.get_text_config()
-    text.vocab_size = -(-len(tokenizer) // 128) * 128
+    text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
     if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
@@ -2294,7 +2353,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
         embedding, longest = model.get_input_embeddings(), context_length(model, default=cfg.max_seq_length)
-        if problems := init_from_problems(cfg, len(tokenizer), len(embedding.weight), longest):
+        if problems := init_from_problems(cfg, vocabulary_size(tokenizer), len(embedding.weight), longest):
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
@@ -3132,44 +3191,64 @@ def start_profile(run: Run, left: int) -> Any:
 # ==== Evaluation ======================================================================
 
 
+def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut a document into rows of at most ``length`` + 1 tokens, each with how many of its last ones are scored.
+
+    All are, once, but for the ``start`` tokens that it begins with; the last row reaches back: as
+    lm-evaluation-harness's loglikelihood_rolling.
+    """
+    for first in range(start - 1, len(tokens) - 1, length):
+        end = min(first + length, len(tokens) - 1)
+        yield tokens[max(0, end - length) : end + 1], end - first
+
+
+def score_windows(loss_module: LMWithLoss, windows: list[tuple], most: int, heartbeat: Callable = int) -> None:
+    """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
+
+    Windows of like length share a batch of at most ``most`` inputs; attention is causal, so padding changes nothing.
+    """
+    windows = sorted(windows, key=lambda window: -len(window[0]))  # what doesn't fit into memory shows at once
+    while windows:
+        size = max(1, most // (len(windows[0][0]) - 1))
+        batch, windows = windows[:size], windows[size:]
+        rows = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row, _, _ in batch], batch_first=True)
+        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+            loss = loss_module(rows.to(loss_module.model.device), reduction="none")
+        for nats, (row, count, total) in zip(loss.view(len(batch), -1).double().cpu().numpy(), batch, strict=True):
+            total[3] += nats[len(row) - 1 - count : len(row) - 1].sum()
+        heartbeat()
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float | None]:
     """Loss and bits per byte on the held-out documents, up to 2 M tokens of whole ones: of all, of Korean, of English.
 
-    The loss is a target's in nats; bits per byte leave the end-of-text tokens out and so compare across tokenizers.
+    As ``--evaluate`` scores them: each by itself and from its start on, without the end of text.
     """
-    corpus, length = run.corpus, run.cfg.max_seq_length
-    size = max(run.batch_size, LEAST_EVALUATION_BATCH // length)
+    corpus, length, windows, start = run.corpus, run.cfg.max_seq_length, [], document_start(run.corpus.tokenizer)
+    apart = start[0] != corpus.tokenizer.eos_token_id  # then each document's first token is the end of another
     names, offsets, chosen = corpus.report["languages"], corpus.documents["offset"], corpus.val_documents
     ends = np.cumsum(offsets[chosen + 1] - offsets[chosen])
-    ends = ends[: max(1, np.searchsorted(ends, MOST_EVALUATION_TOKENS - 1, "right"))]  # one token stands before them
-    documents = corpus.documents[chosen[: len(ends)]]
-    text_bytes = np.bincount(documents["language"], documents["bytes"], minlength=len(names))
-    # Rows as in training, and for each target the language of its document + 1, or 0 for what fills the last batch up:
-    # one shape for every batch, so that nothing recompiles.
-    filling = (0, -int(ends[-1]) % (size * length))
-    stream = np.pad(corpus.val.read(np.zeros(1, np.int64), int(ends[-1]))[0].astype(np.int64), filling)
-    rows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
-    tags = np.pad(np.repeat(documents["language"] + np.int64(1), np.diff(ends, prepend=0)), filling)
-    # By language + 1: nats, targets, nats of text.
-    sums = torch.zeros(3, len(names) + 1, dtype=torch.float64, device=run.accelerator.device)
+    chosen = chosen[: max(1, np.searchsorted(ends, MOST_EVALUATION_TOKENS, "right"))]
+    totals = np.zeros((len(names), 4))  # documents, tokens, bytes, nats
+    for number in chosen[run.accelerator.process_index :: run.accelerator.num_processes]:
+        tokens = corpus.val.tokens[offsets[number] + apart : offsets[number + 1]].astype(np.int64)
+        total = totals[corpus.documents["language"][number]]
+        total += (1, len(tokens) - len(start), corpus.documents["bytes"][number], 0)
+        windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
     run.loss_module.eval()
-    for first in range(run.accelerator.process_index * size, len(rows), run.accelerator.num_processes * size):
-        batch = torch.from_numpy(rows[first : first + size].copy()).to(sums.device)
-        tag = torch.from_numpy(tags[first * length : (first + size) * length]).to(sums.device)
-        loss = run.loss_module(batch, reduction="none").double()
-        is_text = batch[:, 1:].flatten() != corpus.tokenizer.eos_token_id
-        sums.index_add_(1, tag, torch.stack([loss, torch.ones_like(loss), loss * is_text]))
-        run.stop.heartbeat()
+    most = max(run.batch_size * length, LEAST_EVALUATION_BATCH)
+    score_windows(run.loss_module, windows, most, run.stop.heartbeat)
     run.loss_module.train()
+    sums = torch.from_numpy(totals).to(run.accelerator.device)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    figures, sums = {}, sums[:, 1:].cpu().numpy()
+    figures = {}
     for suffix, languages in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
         columns = [names.index(name) for name in languages if name in names]
-        (loss, targets, text_loss), text_size = sums[:, columns].sum(axis=1), text_bytes[columns].sum()
-        figures[f"val_loss{suffix}"] = float(loss / targets) if targets else None
-        figures[f"val_bits_per_byte{suffix}"] = float(text_loss / math.log(2) / text_size) if text_size else None
+        _, tokens, size, nats = sums[columns].sum(0).tolist()
+        figures[f"val_loss{suffix}"] = nats / tokens if tokens else None
+        figures[f"val_bits_per_byte{suffix}"] = nats / math.log(2) / size if size else None
     return figures
 
 
@@ -3196,7 +3275,8 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
     """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes."""
     from transformers import GenerationConfig
 
-    ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
+    prompt = unicodedata.normalize("NFC", cfg.prompt)  # as all text in training
+    ids = document_start(tokenizer) + tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
     length = context_length(model)
     room = length - len(ids)
     if room <= 0:
@@ -3250,31 +3330,6 @@ def generate_samples(run: Run, state: TrainState) -> None:
 # --- a checkpoint in use: --evaluate ---
 
 
-def rolling_windows(tokens: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut a document into rows of at most ``length`` + 1 tokens, each with how many of its last ones are scored.
-
-    All but a document's first are, once; the last row reaches back: lm-evaluation-harness's loglikelihood_rolling.
-    """
-    for first in range(0, len(tokens) - 1, length):
-        end = min(first + length, len(tokens) - 1)
-        yield tokens[max(0, end - length) : end + 1], end - first
-
-
-def score_windows(loss_module: LMWithLoss, windows: list[tuple[np.ndarray, int, np.ndarray]], most: int) -> None:
-    """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
-
-    Windows of like length share a batch of at most ``most`` inputs; attention is causal, so padding changes nothing.
-    """
-    windows = sorted(windows, key=lambda window: -len(window[0]))  # what doesn't fit into memory shows at once
-    while windows:
-        size = max(1, most // (len(windows[0][0]) - 1))
-        batch, windows = windows[:size], windows[size:]
-        rows = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row, _, _ in batch], batch_first=True)
-        loss = loss_module(rows.to(loss_module.model.device), reduction="none")
-        for nats, (row, count, total) in zip(loss.view(len(batch), -1).double().cpu().numpy(), batch, strict=True):
-            total[3] += nats[len(row) - 1 - count : len(row) - 1].sum()
-
-
 @torch.inference_mode()
 def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str, np.ndarray]:
     """Score every document of ``cfg.dataset_path`` by itself: a language's documents, tokens, bytes and nats."""
@@ -3285,7 +3340,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     backend, loss_module, totals, bad, line_count = tokenizer.backend_tokenizer, LMWithLoss(model), {}, [], 0
-    backend.encode_special_tokens = True  # in a text they are text, as in training
+    start = document_start(tokenizer)
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
@@ -3295,8 +3350,8 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
             for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
                 total = totals.setdefault(language, np.zeros(4))
                 total += (1, len(item.ids), len(text.encode()), 0)
-                ids = np.array([tokenizer.bos_token_id, *item.ids])
-                windows += [(row, count, total) for row, count in rolling_windows(ids, length)]
+                ids = np.array([*start, *item.ids])
+                windows += [(row, count, total) for row, count in rolling_windows(ids, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
     check_corpus(cfg, bool(totals), bad, len(bad), line_count)

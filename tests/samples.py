@@ -67,7 +67,8 @@ def config(folder: Path, *more: str) -> t.TrainConfig:
 def tiny_run(folder: Path, *more: str) -> t.Run:
     """Build a run in this process, ready to train; all of them share one token cache."""
     reset_accelerate()
-    cfg = config(folder, "--dummy-data", "--cache-dir", os.environ["TINY_RUNS_CACHE"], *more)
+    data = [] if "--dataset-path" in more else ["--dummy-data"]
+    cfg = config(folder, *data, "--cache-dir", os.environ["TINY_RUNS_CACHE"], *more)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
     return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))

@@ -2,76 +2,84 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from samples import tiny_run
+from kinds import TEXTS, surrounded
+from samples import tiny_run, write_corpus
 
 import train_h100_dual as t
 
 
-def held_out_stream(corpus: t.Corpus) -> np.ndarray:
-    """The held-out documents' tokens one after the other, with an end of text before, between and behind them."""
-    return corpus.val.read(np.zeros(1, np.int64), len(corpus.val))[0].astype(np.int64)
+def held_out(corpus: t.Corpus) -> list[tuple[str, int, list[int]]]:
+    """Language, bytes and tokens of each held-out document, in the order in which an evaluation takes them."""
+    names, offsets = corpus.report["languages"], corpus.documents["offset"]
+    opening = len({*t.document_start(corpus.tokenizer), corpus.tokenizer.eos_token_id})  # before each in the stream
+    documents = []
+    for number in corpus.val_documents:
+        record = corpus.documents[number]
+        tokens = corpus.val.tokens[offsets[number] + opening : offsets[number + 1]].tolist()
+        documents.append((names[record["language"]], int(record["bytes"]), tokens))
+    return documents
 
 
-def held_out_ends(corpus: t.Corpus) -> np.ndarray:
-    """Where in that stream each document begins, and the last ends."""
-    offsets, numbers = corpus.documents["offset"], corpus.val_documents
-    return np.cumsum([1, *(offsets[numbers + 1] - offsets[numbers])])
-
-
-def reference(run: t.Run) -> dict[str, float]:
-    """The same figures, one row and one document at a time."""
-    corpus, length = run.corpus, run.cfg.max_seq_length
-    stream = torch.from_numpy(held_out_stream(corpus))
-    nll = []
-    for start in range(0, len(stream) - 1, length):
-        row = stream[start : start + length + 1]
-        with torch.no_grad():
-            logits = run.model(input_ids=row[None, :-1], use_cache=False).logits[0]
-        nll += F.cross_entropy(logits, row[1:], reduction="none").double().tolist()
-    names, held = corpus.report["languages"], corpus.documents[corpus.val_documents]
-    offsets = held_out_ends(corpus) - 1  # targets begin at the second token
+def reference(run: t.Run, documents: list[tuple[str, int, list[int]]]) -> dict[str, float]:
+    """The same figures from the definition: each document by itself, from its start on, a row's length at a time."""
+    length, start, scored = run.cfg.max_seq_length, t.document_start(run.corpus.tokenizer), []
+    for language, size, tokens in documents:
+        ids, nats = [*start, *tokens], 0.0
+        for first in range(1, len(ids), length):
+            last = min(first + length, len(ids)) - 1
+            context = ids[max(0, last - length) : last]
+            with torch.no_grad():
+                chances = run.model(torch.tensor([context])).logits[0].double().log_softmax(-1)
+            nats -= sum(float(chances[place - 1 - last, ids[place]]) for place in range(first, last + 1))
+        scored.append((language, size, len(tokens), nats))
     figures = {}
-    for suffix, wanted in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
-        chosen = [index for index, name in enumerate(held["language"]) if names[name] in wanted]
-        losses = [nll[offsets[index] : offsets[index + 1]] for index in chosen]
-        size = sum(int(held["bytes"][index]) for index in chosen)
-        figures[f"val_loss{suffix}"] = sum(map(sum, losses)) / sum(map(len, losses))
-        figures[f"val_bits_per_byte{suffix}"] = sum(sum(loss[:-1]) for loss in losses) / math.log(2) / size
+    for suffix, wanted in (("", {language for language, *_ in scored}), ("_ko", {"ko"}), ("_en", {"en"})):
+        size, count, nats = np.sum([row[1:] for row in scored if row[0] in wanted], axis=0)
+        figures |= {f"val_loss{suffix}": nats / count, f"val_bits_per_byte{suffix}": nats / math.log(2) / size}
     return figures
 
 
 def test_figures_equal_a_plain_reference(tmp_path):
     run = tiny_run(tmp_path, "--batch-size", "7")
-    figures, expected = t.evaluate(run), reference(run)
-    assert figures.keys() == expected.keys()
-    for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-5), name
+    figures, expected = t.evaluate(run), reference(run, held_out(run.corpus))
+    assert figures == pytest.approx(expected, rel=1e-5)
     assert run.loss_module.training
 
 
-def test_the_bytes_are_those_of_the_documents(tmp_path):
-    corpus = tiny_run(tmp_path).corpus
-    stream = held_out_stream(corpus)
-    texts = [corpus.tokenizer.decode(stream[a : b - 1]) for a, b in itertools.pairwise(held_out_ends(corpus))]
-    assert [len(text.encode()) for text in texts] == corpus.documents["bytes"][corpus.val_documents].tolist()
+@pytest.mark.parametrize("template", ["$A", "<s> $A"])
+def test_a_run_scores_its_held_out_documents_as_its_checkpoint_scores_them_in_a_file(tmp_path, template):
+    surrounded(template).save_pretrained(tmp_path / "mine")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", TEXTS[:300])
+    more = ("--dataset-path", str(corpus), "--tokenizer", str(tmp_path / "mine"), "--validation-split", "0.1")
+    run, state = tiny_run(tmp_path, *more, "--max-steps", "20"), t.TrainState()
+    assert t.train(run, state) == "finished"
+    t.report_save(run, is_last=True)
+    texts = [run.corpus.tokenizer.decode(tokens) for _, _, tokens in held_out(run.corpus)]
+    assert [len(text.encode()) for text in texts] == [size for _, size, _ in held_out(run.corpus)]
+    held = write_corpus(tmp_path / "held.jsonl", texts)
+    checkpoint = run.cfg.output_dir / "checkpoint-20"
+    cfg = t.parse_args(["--evaluate", str(checkpoint), "--dataset-path", str(held)])
+    totals = t.score_corpus(t.load_model(checkpoint).eval(), t.load_tokenizer(checkpoint), cfg)
+    _, tokens, size, nats = sum(totals.values())[:4]
+    assert nats / tokens == pytest.approx(state.evaluation["val_loss"], rel=1e-5)
+    assert nats / math.log(2) / size == pytest.approx(state.evaluation["val_bits_per_byte"], rel=1e-5)
+    assert (
+        json.loads((checkpoint / "generation_config.json").read_text())["bos_token_id"]
+        == (t.document_start(run.corpus.tokenizer)[-1])
+    )
 
 
 def test_an_evaluation_reads_whole_documents_up_to_its_limit(tmp_path, monkeypatch):
-    run = tiny_run(tmp_path)
-    corpus, limit = run.corpus, 1000
-    count = int(np.searchsorted(held_out_ends(corpus), limit, "right")) - 1
-    numbers = corpus.val_documents[:count]
-    assert 0 < count < len(corpus.val_documents)
-    val = t.DocumentList(corpus.val.tokens, t.list_pieces(corpus.documents["offset"], numbers))
-    run.corpus = t.replace(corpus, val=val, val_documents=numbers)
-    expected = reference(run)
-    run.corpus = corpus
+    run, limit = tiny_run(tmp_path), 1000
+    documents = held_out(run.corpus)
+    sizes = np.cumsum([1 + len(tokens) for _, _, tokens in documents])
+    count = int((sizes <= limit).sum())
+    assert 0 < count < len(documents)
     monkeypatch.setattr(t, "MOST_EVALUATION_TOKENS", limit)
-    assert t.evaluate(run) == pytest.approx(expected, rel=1e-5)
+    assert t.evaluate(run) == pytest.approx(reference(run, documents[:count]), rel=1e-5)

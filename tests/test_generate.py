@@ -140,16 +140,16 @@ def test_every_kind_of_file_gives_the_same_figures(opened, tmp_path):
     assert all(found == figures[0] for found in figures)
 
 
-@given(count=st.integers(1, 200), length=st.integers(1, 40))
-def test_each_token_is_scored_once_with_as_much_before_it_as_fits(count, length):
-    tokens = np.arange(count + 1)
+@given(count=st.integers(1, 200), length=st.integers(1, 40), start=st.integers(1, 3))
+def test_each_token_is_scored_once_with_as_much_before_it_as_fits(count, length, start):
+    tokens = np.arange(start + count)
     scored = []
-    for row, last in t.rolling_windows(tokens, length):
+    for row, last in t.rolling_windows(tokens, length, start):
         assert len(row) <= length + 1
         assert np.array_equal(row, np.arange(row[0], row[-1] + 1))
         assert len(row) == length + 1 or row[0] == 0
         scored += row[-last:].tolist()
-    assert scored == tokens[1:].tolist()
+    assert scored == tokens[start:].tolist()
 
 
 def test_lines_that_cannot_be_read_are_counted_and_too_many_refused(opened, tmp_path, caplog):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import tempfile
 import unicodedata
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kinds import KINDS, TEXTS, byte_level_bpe, surrounded, wrap
 from samples import WILD_TEXTS, config, write_corpus
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_h100_dual as t
@@ -18,7 +26,8 @@ import train_h100_dual as t
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     lines = t.write_dummy_data(folder).read_text(encoding="utf-8").splitlines()[:1000]
-    return t.train_tokenizer([json.loads(line)["text"] for line in lines] + WILD_TEXTS * 5, 768)
+    t.save_tokenizer(t.train_tokenizer([json.loads(line)["text"] for line in lines] + WILD_TEXTS * 5, 768), folder)
+    return t.load_tokenizer(folder)
 
 
 def test_the_vocabulary_is_a_multiple_of_128_and_no_larger_than_the_corpus_supports(tokenizer):
@@ -38,8 +47,17 @@ def test_text_comes_back_up_to_nfc_also_after_saving(tokenizer, tmp_path, text):
         assert opened.decode(ids) == unicodedata.normalize("NFC", text)
 
 
+# --- the engines ---
+
+
 def ids_of(tokenizer, encoded: bytes) -> list[int]:
-    return np.frombuffer(encoded, np.min_scalar_type(len(tokenizer) - 1)).tolist()
+    return np.frombuffer(encoded, np.min_scalar_type(t.vocabulary_size(tokenizer) - 1)).tolist()
+
+
+def own_ids(backend: Tokenizer, text: str) -> list[int]:
+    """What ``tokenizers`` gives, with special tokens' names as text."""
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
 
 
 def random_text(draw: random.Random) -> str:
@@ -56,7 +74,7 @@ def test_the_fast_engine_gives_the_same_ids_on_10000_random_strings(tokenizer):
     draw = random.Random(0)
     texts = [*WILD_TEXTS, "한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x", *(random_text(draw) for _ in range(10_000))]
     texts = [unicodedata.normalize("NFC", text) for text in texts]
-    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
+    encode, engine = t.make_encoder(tokenizer)
     assert engine == "tiktoken"
     ordinary = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     pairs = zip(texts, encode(texts), ordinary, strict=True)
@@ -64,54 +82,155 @@ def test_the_fast_engine_gives_the_same_ids_on_10000_random_strings(tokenizer):
     assert different == []
 
 
-@pytest.mark.parametrize("blank", [" ", "\u00a0", "\n", " \n"])
-def test_a_text_of_blanks_alone_is_no_end_of_the_run(tokenizer, blank):
-    text = blank * 300_000 + "끝"
-    encode, engine = t.make_encoder(tokenizer, WILD_TEXTS)
+@pytest.mark.parametrize("run", [" ", "\u00a0", "\n", " \n", "ㅋ"])
+def test_a_long_run_of_one_character_is_no_end_of_the_run(tokenizer, run):
+    text = run * 300_000 + "끝"
+    encode, engine = t.make_encoder(tokenizer)
     assert engine == "tiktoken"
-    assert (
-        ids_of(tokenizer, encode([text])[0]) == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    )
+    assert ids_of(tokenizer, *encode([text])) == own_ids(tokenizer.backend_tokenizer, text)
 
 
-def other_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that is no byte-level BPE."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.train_from_iterator(
-        ["한국어 문서 English document"], trainers.WordLevelTrainer(special_tokens=["</s>", "<unk>"])
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+@functools.cache
+def one_of(kind: str) -> tuple[PreTrainedTokenizerFast, Tokenizer, Callable, str]:
+    """A tokenizer as the script opens it, the same as ``tokenizers`` does, and the script's encoder with its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        wrap(KINDS[kind]()).save_pretrained(folder)
+        tokenizer = t.load_tokenizer(folder)
+        return tokenizer, Tokenizer.from_file(f"{folder}/tokenizer.json"), *t.make_encoder(tokenizer)
 
 
-def test_any_other_tokenizer_takes_the_ordinary_path():
-    tokenizer = other_tokenizer()
-    encode, engine = t.make_encoder(tokenizer, ["한국어"])
-    assert engine == "tokenizers"
-    assert ids_of(tokenizer, encode(["한국어 문서"])[0]) == tokenizer("한국어 문서").input_ids
+PIECES = [
+    "<|endoftext|>",
+    "<unk>",
+    "<think>",
+    "<0xEA>",
+    "▁",
+    "한국어",
+    "학생이",
+    " 책을",
+    "12345",
+    "isn't",
+    "'LL",
+    "\r\n",
+]
+PIECES += [" ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ", "👩‍👩‍👧‍👦", "e\u0301\u0323", "ſ", "hello", " world"]
 
 
-def test_an_engine_that_disagrees_is_not_used(tokenizer, monkeypatch, caplog):
-    class Wrong:
-        def __init__(self, name: str, **more):
-            pass
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(parts=st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=12))
+def test_any_text_gets_the_ids_of_the_tokenizer_itself(kind, parts):
+    tokenizer, own, encode, engine = one_of(kind)
+    text = unicodedata.normalize("NFC", "".join(parts))
+    assert engine == ("tiktoken" if kind in ("byte-level", "merges lacking") else "tokenizers")
+    assert ids_of(tokenizer, *encode([text])) == own_ids(own, text)
 
-        def encode_to_numpy(self, text: str, disallowed_special: tuple) -> np.ndarray:
-            return np.array([1, 2, 3], np.uint32)
 
-    monkeypatch.setattr("tiktoken.Encoding", Wrong)
-    assert t.make_encoder(tokenizer, ["한국어"])[1] == "tokenizers"
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["model"].update(dropout=0.1),
+        lambda spec: spec.update(normalizer={"type": "Lowercase"}),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\w+|\W+"}),
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda spec: spec["model"]["vocab"].update({"".join(spec["model"]["merges"][0]): 70_000}),
+        lambda spec: spec["model"]["vocab"].pop("ÿ"),  # 0xFF
+        lambda spec: spec["model"].update(ignore_merges=True, merges=spec["model"]["merges"][:-1]),
+    ],
+    ids=["dropout", "normalizer", "behavior", "pattern", "prefix space", "order of ids", "a byte lacking", "no merge"],
+)
+def test_the_fast_engine_is_not_used_where_it_may_give_other_ids(change):
+    spec = json.loads(byte_level_bpe(()).to_str())
+    assert t.tiktoken_ranks(spec) is not None
+    change(spec)
+    assert t.tiktoken_ranks(spec) is None
+
+
+def test_an_older_tiktoken_or_none_leaves_it_to_the_tokenizers_own_engine(tokenizer, monkeypatch):
+    for found in ([SimpleNamespace(version="0.9.0")], []):
+        monkeypatch.setattr("importlib.metadata.distributions", lambda found=found, **_: iter(found))
+        assert t.make_encoder(tokenizer)[1] == "tokenizers"
+
+
+# --- what is brought along ---
+
+
+def prepare(folder, texts: list[str], *more: str) -> t.Corpus:
+    """A corpus of these texts, with all of them in training."""
+    path = write_corpus(folder / "corpus.jsonl", texts)
+    cfg = config(folder, "--dataset-path", str(path), "--validation-split", "0", *more)
+    cfg.logs_dir.mkdir(exist_ok=True)
+    return t.prepare_corpus(cfg)
+
+
+def stream_of(corpus: t.Corpus) -> list[int]:
+    return corpus.domains[0].read(np.zeros(1, np.int64), len(corpus.domains[0]))[0].tolist()
 
 
 def test_a_tokenizer_can_be_brought_along(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "mine")
-    path = write_corpus(tmp_path / "corpus.jsonl", [f"문서 {index}" for index in range(100)])
-    cfg = config(tmp_path, "--dataset-path", str(path), "--tokenizer", str(tmp_path / "mine"))
-    cfg.logs_dir.mkdir()
-    corpus = t.prepare_corpus(cfg)
+    corpus = prepare(tmp_path, [f"문서 {index}" for index in range(100)], "--tokenizer", str(tmp_path / "mine"))
     assert t.tokenizer_fingerprint(corpus.tokenizer) == t.tokenizer_fingerprint(tokenizer)
+
+
+def test_truncation_and_padding_of_a_saved_tokenizer_are_switched_off_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(t.logger, "propagate", True)
+    tokenizer, texts = surrounded("$A </s>"), [*TEXTS[:100], "긴 글 " * 200]
+    ids = [own_ids(tokenizer.backend_tokenizer, unicodedata.normalize("NFC", text)) for text in texts]
+    tokenizer.save_pretrained(tmp_path / "mine")
+    path = tmp_path / "mine" / "tokenizer.json"
+    saved = Tokenizer.from_file(str(path))
+    saved.enable_truncation(8)
+    saved.enable_padding(length=8)
+    saved.save(str(path))
+    with caplog.at_level("INFO", "h100_dual"):
+        corpus = prepare(tmp_path, texts, "--tokenizer", str(tmp_path / "mine"))
+    end = tokenizer.eos_token_id
+    assert stream_of(corpus) == [end, *(number for document in ids for number in (*document, end))]
+    assert caplog.text.count("자르기(truncation)와 채우기(padding)를 끄고") == 1
+    assert AutoTokenizer.from_pretrained(corpus.path / "tokenizer")(texts[-1]).input_ids[:-1] == ids[-1]
+
+
+@pytest.mark.parametrize("highest", [900, 70_001])
+def test_the_largest_id_decides_the_vocabulary_and_the_type_of_the_stream(tmp_path, highest):
+    spec = json.loads(byte_level_bpe().to_str())
+    word = max(spec["model"]["vocab"], key=len)
+    spec["model"]["vocab"][word] = highest
+    tokenizer = wrap(Tokenizer.from_str(json.dumps(spec)))
+    tokenizer.save_pretrained(tmp_path / "mine")
+    assert t.tokenizer_size(tmp_path / "mine") == highest + 1
+    corpus = prepare(tmp_path, TEXTS, "--tokenizer", str(tmp_path / "mine"))
+    assert corpus.report["vocab_size"] == highest + 1
+    assert corpus.domains[0].tokens.max() == highest
+    model = t.build_model(config(tmp_path, "--tokenizer", str(tmp_path / "mine")), corpus.tokenizer)
+    assert len(model.get_input_embeddings().weight) == -(-(highest + 1) // 128) * 128
+
+
+@pytest.mark.parametrize(
+    ("template", "start", "opening"),
+    [
+        ("$A", ["</s>"], ["</s>"]),
+        ("<s> $A", ["<s>"], ["</s>", "<s>"]),
+        ("$A </s>", ["</s>"], ["</s>"]),
+        ("<s> $A </s>", ["<s>"], ["</s>", "<s>"]),
+        ("</s> $A", ["</s>"], ["</s>"]),
+    ],
+)
+def test_a_document_begins_with_what_the_tokenizer_puts_before_a_text_and_ends_with_eos(
+    tmp_path, template, start, opening
+):
+    tokenizer = surrounded(template)
+    tokenizer.save_pretrained(tmp_path / "mine")
+    corpus = prepare(tmp_path, TEXTS[:20], "--tokenizer", str(tmp_path / "mine"))
+    opened = corpus.tokenizer
+    assert opened.convert_ids_to_tokens(t.document_start(opened)) == start
+    assert (opened.bos_token, opened.eos_token) == (start[-1], "</s>")
+    ids = [own_ids(tokenizer.backend_tokenizer, text) for text in TEXTS[:20]]
+    before = tokenizer.convert_tokens_to_ids(opening)
+    stream = [number for document in ids for number in (*before, *document)]
+    assert stream_of(corpus) == [*stream, tokenizer.eos_token_id]
+    assert corpus.report["tokens"] == sum(map(len, ids))
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
@@ -120,7 +239,6 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path):
-    tokenizer = other_tokenizer()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe()).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="eos_token"):
         t.load_tokenizer(tmp_path)

@@ -105,12 +105,12 @@ def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
     reference = t.load_tokenizer(args.tokenizer).backend_tokenizer
     reference.encode_special_tokens = True  # ours takes the names of special tokens in a text for text
     tokenizer = t.load_tokenizer(args.tokenizer)
-    encode, engine, dtype = None, "", np.min_scalar_type(len(tokenizer) - 1)
+    encode, engine, dtype = None, "", np.min_scalar_type(t.vocabulary_size(tokenizer) - 1)
     documents = tokens = 0
     different = 0
     for batch in document_batches(t, cfg):
         if encode is None:
-            encode, engine = t.make_encoder(tokenizer, batch.texts[:200])
+            encode, engine = t.make_encoder(tokenizer)
         for first in range(0, len(batch.texts), 1000):
             texts = batch.texts[first : first + 1000]
             own = reference.encode_batch_fast(texts, add_special_tokens=False)

@@ -67,9 +67,9 @@ def measure(
     with SPLITTINGS[splitting]():
         tokenizer = t.train_tokenizer(sample, size)
     seconds = time.perf_counter() - start
-    encode, engine = t.make_encoder(tokenizer, sample[:200])
+    encode, engine = t.make_encoder(tokenizer)
     print(f"{splitting}, {size:,}: {seconds:.0f} s to train", file=sys.stderr)
-    width = np.min_scalar_type(len(tokenizer) - 1).itemsize
+    width = np.min_scalar_type(t.vocabulary_size(tokenizer) - 1).itemsize
     tokens = {name: sum(map(len, encode(texts))) // width for name, texts in held.items()}
     return tokens, [f"{len(tokenizer):,}", splitting, engine]
 
