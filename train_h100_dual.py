@@ -58,7 +58,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NoReturn
 
 # ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
@@ -728,6 +728,7 @@ def corpus_files(cfg: TrainConfig) -> list[Path]:
 def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
     """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else str(cfg.dataset_path)]
+    parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``check_reopened``
     parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
     if isinstance(source, Path):
@@ -989,6 +990,8 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     if short and not cfg.is_test:
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
+    if (own := read_config(cfg.model_config).get("vocab_size", cfg.vocab_size)) != cfg.vocab_size:
+        notes.append(f"--model-config의 vocab_size {own:,} 대신 토크나이저의 크기를 씁니다 (최대 {cfg.vocab_size:,})")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
     return LaunchPlan(cfg, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
@@ -1507,6 +1510,7 @@ TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
 TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
+LARGE_SHARE = 0.05  # of characters that a tokenizer can't write, and of the bytes that a language has to have for it
 MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
 WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
@@ -1579,10 +1583,10 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
 # A document in the index: its text's hash, where it begins in the stream (the end of text of what is before it, the
-# rest of ``document_start``, its own tokens), its bytes and eojeols, and the numbers of its language and its source (0:
-# none).  A last record holds the stream's end.
-DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u2, <u2")
-DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "language", "source")
+# rest of ``document_start``, its own tokens), its bytes, eojeols and characters without blanks, how many of them the
+# tokenizer can't write, and the numbers of its language and its source (0: none).  The last holds the stream's end.
+DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u4, <u4, <u2, <u2")
+DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "characters", "lost", "language", "source")
 
 Chunk = tuple[str, int, Any]  # file, where the content starts (line, from 1), whole lines (bytes) or pyarrow's table
 
@@ -1596,6 +1600,7 @@ class Documents:
     sources: list[str | None] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
     line_count: int = 0
+    lost_example: str = ""  # of what the tokenizer can't write
 
 
 def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
@@ -1785,8 +1790,11 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
         ended.set()
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -> Any:
+    """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128.
+
+    It splits as that of a model with ``config`` does where such a model's checkpoint splits in its own way.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -1794,6 +1802,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
+    if config:
+        opened = reopen_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), config).backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = opened.normalizer, opened.pre_tokenizer
     options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options))
     backend.add_special_tokens([f"<|reserved_{index}|>" for index in range(-backend.get_vocab_size() % 128)])
@@ -1807,6 +1818,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
+
+
+def reopen_tokenizer(tokenizer: Any, config: Any) -> Any:
+    """A tokenizer as AutoTokenizer opens it from the checkpoint of a model with ``config``."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as name:
+        save_tokenizer(tokenizer, Path(name))
+        return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
+
+
+def check_reopened(tokenizer: Any, config: Any, texts: list[str]) -> None:
+    """RuntimeError where a checkpoint's tokenizer would give other ids than ours: some model types have their own."""
+    opened = reopen_tokenizer(tokenizer, config)
+    for text in [*texts, "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
+        if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
+            problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 이 토크나이저의 토큰이 달라집니다"
+            advice = "--tokenizer 를 빼고 이 모델에 맞게 학습하거나, 설정의 model_type을 바꾸세요 (예: llama)"
+            raise RuntimeError(f"{problem}: {text[:40]!r}. {advice}")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -1914,6 +1944,40 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[bytes]], st
     return encode_fast, "tiktoken"
 
 
+def lost_text_finder(tokenizer: Any) -> Callable[[list[str]], list[str]]:
+    """To tell of each text which characters, blanks apart, become no token or an unknown one."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    words, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
+    if any(words.keys() >= set(names) for names in (bytes_to_unicode().values(), map("<0x{:02X}>".format, range(256)))):
+        return lambda texts: [""] * len(texts)  # there is a token for every byte
+    unknown = words.get(tokenizer.unk_token or getattr(backend.model, "unk_token", None))
+
+    def find_lost_text(texts: list[str]) -> list[str]:
+        found = []
+        for text, item in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+            left = list(text)
+            for number, (begin, end) in zip(
+                item.ids, item.offsets, strict=True
+            ):  # a mark may share a character's place
+                left[begin:end] = text[begin:end] if number == unknown else [""] * (end - begin)
+            found.append("".join("".join(left).split()))
+        return found
+
+    return find_lost_text
+
+
+def check_lost_text(cfg: TrainConfig, report: dict[str, Any]) -> None:
+    """Warn of text that the tokenizer can't write; RuntimeError in train where it is much."""
+    rows = [row for row in (report, *report["by_language"].values()) if row["bytes"] >= LARGE_SHARE * report["bytes"]]
+    share = max(row["lost"] / max(1, row["characters"]) for row in rows)
+    if share > 0.01:
+        problem = f"토크나이저가 쓰지 못하는 글자가 최대 {share:.1%}입니다 (예: {report['lost_example']})"
+        if share > LARGE_SHARE and not cfg.is_test:
+            raise RuntimeError(f"{problem}. 그 글자를 아는 --tokenizer 를 주거나, 빼고 말뭉치로 학습하세요")
+        logger.warning(f"⚠️  {problem}")
+
+
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
     small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
@@ -1921,18 +1985,20 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
-            drawn.setdefault(language, []).append((content_hash(text.encode()), text[:LONGEST_SAMPLE_TEXT]))
+            data = text.encode()
+            drawn.setdefault(language, []).append((content_hash(data), text[:LONGEST_SAMPLE_TEXT], len(data)))
             characters += len(drawn[language][-1][1])
         if not files and characters > TOKENIZER_SAMPLE_CHARACTERS:
             logger.info("🔤 허브 데이터셋은 앞부분의 문서로 토크나이저를 학습합니다")
             break
     kept, texts, words, characters = [], [], set(), 0
-    for pairs in drawn.values():
-        hashes, share = np.array([key for key, _ in pairs], np.uint64), cfg.validation_split
+    for rows in drawn.values():
+        hashes, sizes = np.array([row[0] for row in rows], np.uint64), np.array([row[2] for row in rows])
+        share = cfg.validation_split
         # What is held out has the smallest hashes; of which documents, a sample can't tell: it does without more.
-        bound = held_out_bound(hashes, share) if small else int(max(0.2, share) * 2**64)
-        kept += [pair for pair in pairs if pair[0] > bound]
-    for _, text in sorted(kept):
+        bound = held_out_bound(hashes, sizes, share) if small else int(max(0.2, share) * 2**64)
+        kept += [row for row in rows if row[0] > bound]
+    for _, text, _ in sorted(kept):
         texts.append(text)
         characters += len(text)
         words.update(text.split())  # distinct ones are what the trainer's memory goes by
@@ -1942,28 +2008,32 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
 
 
 def encode_chunk(
-    text_column: str, encode: Callable, opening: np.ndarray, chunk: Chunk
+    text_column: str, encode: Callable, find_lost: Callable, opening: np.ndarray, chunk: Chunk
 ) -> tuple[Documents, bytes, np.ndarray]:
     """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
     documents = parse_chunk(chunk, text_column)
-    ids, texts = encode(documents.texts), [text.encode() for text in documents.texts]
+    ids, texts, lost = encode(documents.texts), [text.encode() for text in documents.texts], find_lost(documents.texts)
     index = np.zeros(len(ids), DOCUMENT)
     index["hash"] = [content_hash(text) for text in texts]
     index["bytes"] = [len(text) for text in texts]
-    index["eojeols"] = [len(text.split()) for text in documents.texts]
+    words = [text.split() for text in documents.texts]
+    index["eojeols"], index["characters"] = list(map(len, words)), [sum(map(len, parts)) for parts in words]
+    index["lost"] = [len(text) for text in lost]
     index["offset"] = [len(part) // opening.itemsize + len(opening) for part in ids]
-    documents.texts, before = [], opening.tobytes()
+    documents.texts, documents.lost_example, before = [], max(lost, key=len, default="")[:20], opening.tobytes()
     return documents, b"".join(part for document in ids for part in (before, document)), index
 
 
-def write_stream(
-    folder: Path, cfg: TrainConfig, files: list[Path], encode: Callable, opening: np.ndarray
-) -> dict[str, Any]:
+def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: Any) -> dict[str, Any]:
     """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold."""
+    start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
+    opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
+    if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
+        raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
-    bad, bad_count, line_count, offset = [], 0, 0, 0
+    bad, bad_count, line_count, offset, example = [], 0, 0, 0, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
-    encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
+    encoding = functools.partial(encode_chunk, cfg.text_column, encode, lost_text_finder(tokenizer), opening)
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
@@ -1979,21 +2049,24 @@ def write_stream(
             records.write(index.tobytes())
             bad += documents.bad[: max(0, 100_000 - len(bad))]
             bad_count += len(documents.bad)
+            example = example or documents.lost_example
             line_count += documents.line_count
             state.done += int(index["bytes"].sum(dtype=np.int64))
         stream.write(opening[:1].tobytes())  # the end of text
-        records.write(np.array((0, offset, 0, 0, 0, 0), DOCUMENT).tobytes())
+        records.write(np.array((0, offset, *[0] * 6), DOCUMENT).tobytes())
     if bad:
         path = cfg.logs_dir / "bad_lines.jsonl"
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
         shutil.copy(path, folder)  # for the runs that find the corpus prepared
     check_corpus(cfg, offset > 0, bad, bad_count, line_count)
-    return {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
+    figures = {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
+    return figures | {"lost_example": example, "engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
+    config = read_model_config(cfg)
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
         texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
@@ -2002,25 +2075,24 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
             texts = draw_sample(cfg, files)
             logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
             train = functools.partial(train_tokenizer, texts)  # in a process of its own, which gives all memory back
-            list(parallel_map(lambda size: save_tokenizer(train(size), folder / "tokenizer"), [cfg.vocab_size], 1))
+            list(
+                parallel_map(
+                    lambda size: save_tokenizer(train(size, config), folder / "tokenizer"), [cfg.vocab_size], 1
+                )
+            )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    encode, engine = make_encoder(tokenizer)
-    start, end = document_start(tokenizer), [tokenizer.eos_token_id]
-    opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
-    if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
-        raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
-    figures = write_stream(folder, cfg, files, encode, opening)
+    check_reopened(tokenizer, config, texts[:200])
+    figures = write_stream(folder, cfg, files, tokenizer)
     index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
-    columns = {name: index[name][:-1] for name in ("bytes", "eojeols")}
-    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - len(opening)}
+    columns = {name: index[name][:-1] for name in ("bytes", "eojeols", "characters", "lost")}
+    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - figures["opening"]}
     counts = [np.bincount(index["language"][:-1], column).astype(int).tolist() for column in columns.values()]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*counts, strict=True)]
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
     report = dict(zip(columns, map(sum, counts), strict=True)) | figures
-    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True)), "engine": engine}
-    report |= {"vocab_size": vocabulary_size(tokenizer), "dtype": opening.dtype.name}
-    report |= {} if files else {"dataset": str(cfg.dataset_path)}
+    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True))}
+    report |= {"vocab_size": vocabulary_size(tokenizer)} | ({} if files else {"dataset": str(cfg.dataset_path)})
     report["fingerprint"] = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     write_json(folder / "corpus.json", report)
 
@@ -2065,11 +2137,11 @@ def list_pieces(offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return np.stack([np.append(starts[first], starts[-1]), np.append(shifts, 0)])
 
 
-def held_out_bound(hashes: np.ndarray, fraction: float) -> int:
-    """The hash up to which a language's documents are held out: ``fraction`` of them, 30 where there are more."""
-    hashes = np.unique(hashes)
-    least = LEAST_HELD_OUT_DOCUMENTS if fraction and len(hashes) > LEAST_HELD_OUT_DOCUMENTS else 0
-    wanted = max(round(fraction * len(hashes)), least)
+def held_out_bound(hashes: np.ndarray, sizes: np.ndarray, fraction: float) -> int:
+    """The hash up to which a language's documents are held out: ``fraction`` of them, or 30 if these have few bytes."""
+    hashes, number = np.unique(hashes, return_inverse=True)
+    few = np.cumsum(np.bincount(number, sizes)) <= max(fraction, LARGE_SHARE) * sizes.sum()
+    wanted = max(round(fraction * len(hashes)), min(LEAST_HELD_OUT_DOCUMENTS, few.sum()) if fraction else 0)
     return int(hashes[wanted - 1]) if wanted else 0
 
 
@@ -2088,7 +2160,7 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
     for language in range(len(languages)):
         own = np.flatnonzero(index["language"] == language)
-        own = own[hashes[own] <= held_out_bound(hashes[own], cfg.validation_split)]
+        own = own[hashes[own] <= held_out_bound(hashes[own], index["bytes"][own], cfg.validation_split)]
         held.append(own[np.argsort(hashes[own], kind="stable")])
         late.append(np.arange(len(own)) >= LEAST_HELD_OUT_DOCUMENTS)
     # As an evaluation takes them: by hash, after 30 of each language, as those of a small one reach further.
@@ -2171,7 +2243,8 @@ def log_report(report: dict[str, Any]) -> None:
         held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
         lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / max(1, row["eojeols"])
-        logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰")
+        lost = f", 쓰지 못한 글자 {row['lost'] / row['characters']:.2%}" if row["lost"] else ""
+        logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰{lost}")
     if report["left_out"]:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
 
@@ -2306,10 +2379,21 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
     return SDPBackend(chosen).name.partition("_")[0].lower()
 
 
+@torch.no_grad()
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether what comes later changes what a model predicts, as in an encoder."""
+    tokens = torch.arange(8, device=model.device).repeat(2, 1)
+    tokens[1, -1] = 8
+    one, other = model.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return not torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+
+
 def choose_attention(model: nn.Module) -> None:
     """Give a model our attention where plain causal attention is all it needs, else transformers' own."""
     from transformers import AttentionInterface
 
+    if looks_ahead(model):
+        raise RuntimeError('뒤의 글도 보는 인코더는 쓸 수 없습니다. 설정에 "is_decoder": true 를 넣으세요')
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -2325,17 +2409,24 @@ def short_error(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
-    """Configuration of the model to build: a preset's, or the one that ``--model-config`` names."""
+def read_model_config(cfg: TrainConfig) -> Any:
+    """The configuration that ``--model-config`` or ``--init-from`` names, or a preset's."""
     from transformers import AutoConfig, LlamaConfig
 
-    if cfg.model_config:
-        config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
-    else:
-        preset = PRESETS[cfg.model_size]
-        sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
-        sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
-        config = LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    if source := cfg.model_config or cfg.init_from:
+        try:
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # each check of transformers has its own
+            raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {source} ({short_error(error)})") from error
+    preset = PRESETS[cfg.model_size]
+    sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
+    sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
+    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+
+
+def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
+    """Configuration of the model to build, with what the tokenizer and the rows decide."""
+    config = read_model_config(cfg)
     text = config.get_text_config()
     text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -2357,15 +2448,15 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
+        config = model_settings(cfg, tokenizer)
         try:
-            config = model_settings(cfg, tokenizer)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            choose_attention(model)
         except Exception as error:  # each check of transformers has its own
             if not cfg.model_config:
                 raise
             raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
-        choose_attention(model)
         if not cfg.model_config:
             shrink_residual_projections(model)
     if cfg.gradient_checkpointing:
@@ -2465,6 +2556,9 @@ class LMWithLoss(nn.Module):
     def forward(self, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Return the cross entropy in nats: its mean, or with "none" one a target (batch * tokens)."""
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
+        if reduction == "mean" and getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            # The router's auxiliary loss, which it asks for, is in the model's own.
+            return self.model(input_ids=inputs, use_cache=False, labels=targets, shift_labels=targets).loss
         if not self.plain_head:
             logits = self.model(input_ids=inputs, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction=reduction)
@@ -3340,16 +3434,17 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
     backend, loss_module, totals, bad, line_count = tokenizer.backend_tokenizer, LMWithLoss(model), {}, [], 0
-    start = document_start(tokenizer)
+    start, find_lost = document_start(tokenizer), lost_text_finder(tokenizer)
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
             bad += documents.bad
             line_count += documents.line_count
             encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
-            for text, language, item in zip(documents.texts, documents.languages, encoded, strict=True):
-                total = totals.setdefault(language, np.zeros(4))
-                total += (1, len(item.ids), len(text.encode()), 0)
+            lost = find_lost(documents.texts)
+            for text, language, item, left in zip(documents.texts, documents.languages, encoded, lost, strict=True):
+                total = totals.setdefault(language, np.zeros(6))
+                total += (1, len(item.ids), len(text.encode()), 0, len("".join(text.split())), len(left))
                 ids = np.array([*start, *item.ids])
                 windows += [(row, count, total) for row, count in rolling_windows(ids, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
@@ -3363,9 +3458,13 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
     rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
-    for name, (documents, tokens, size, nats) in {"전체": sum(totals.values()), **totals}.items():
+    for name, (documents, tokens, size, nats, characters, lost) in {"전체": sum(totals.values()), **totals}.items():
+        if lost > LARGE_SHARE * characters:  # of what wasn't encoded nothing was predicted
+            logger.warning(f"⚠️  {name}: 글자의 {lost / characters:.1%}를 토크나이저가 쓰지 못해 점수를 매기지 않습니다")
+            nats = math.nan
         counts, loss = (f"{count:,.0f}" for count in (documents, tokens, size)), nats / tokens
         rows.append((name, *counts, f"{loss:.4f}", f"{np.exp(loss):,.2f}", f"{nats / math.log(2) / size:.4f}"))
+    rows = [[cell.replace("nan", "-") for cell in row] for row in rows]
     return ["".join(f"{' ' * (11 - display_width(cell))} {cell}" for cell in row) for row in rows]
 
 
@@ -3622,6 +3721,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     detail_log = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
     stop.arm(cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), detail_log)
     log_report(corpus.report)
+    check_lost_text(cfg, corpus.report)
     with attention_kernels(cfg.attention):
         accelerator, point, fingerprint = build_accelerator(cfg), None, corpus.report["fingerprint"]
         if accelerator.is_main_process:  # which may be the only one to see the checkpoints

@@ -285,7 +285,7 @@ def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
     backend.encode_special_tokens = True
     ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts]
     assert Counter(train + val) == Counter(ids)
-    assert len(val) >= 30
+    assert len(val) >= 15  # what 5 % of the bytes hold
     assert not set(train) & set(val)
     kept = set(val)
     assert train == [item for item in ids if item not in kept]  # in the corpus's order
@@ -324,12 +324,14 @@ def test_equal_documents_are_never_on_both_sides(tmp_path):
 def test_the_tokenizer_of_a_small_corpus_sees_all_but_what_is_held_out(tmp_path, monkeypatch):
     train = t.train_tokenizer
 
-    def train_and_tell(texts: list[str], size: int):
+    def train_and_tell(texts: list[str], size: int, config=None):
         (tmp_path / "seen.json").write_text(json.dumps(texts))  # the training has a process of its own
         return train(texts, size)
 
     monkeypatch.setattr(t, "train_tokenizer", train_and_tell)
-    texts = [f"한국어 문서 번호 {index}" for index in range(500)] + [f"English document {index}" for index in range(40)]
+    texts = [f"한국어 문서 번호 {index}" for index in range(700)] + [
+        f"English document {index}" for index in range(640)
+    ]
     corpus = prepared(tmp_path, texts)
     held = {corpus.tokenizer.decode(ids) for ids in both_sides(corpus)[1]}
     assert corpus.report["val_by_language"] == {"ko": 30, "en": 30}
@@ -352,22 +354,34 @@ def test_a_sample_of_a_large_corpus_is_even_over_a_file_sorted_by_language_and_m
         assert Counter(text.split()[0] for text in sample).keys() == {"한국어", "English", "français"}
         assert sum(len(text.encode()) for text in sample) < 120_000
         hashes = {text: t.content_hash(text.encode()) for text in texts}
-        bound = t.held_out_bound(np.array(list(hashes.values()), np.uint64), 0.15)
+        sizes = np.array([len(text.encode()) for text in texts])
+        bound = t.held_out_bound(np.array(list(hashes.values()), np.uint64), sizes, 0.15)
         assert all(hashes[text] > bound for text in sample)
 
 
 def test_a_tokenizer_training_that_dies_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "train_tokenizer", lambda texts, size: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(t, "train_tokenizer", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(RuntimeError, match="하위 프로세스가 죽었습니다"):
         prepared(tmp_path, wild_documents(100))
 
 
 def test_at_least_thirty_documents_of_each_language_are_held_out_and_evaluated_first(tmp_path):
-    texts = [f"한국어 문서 번호 {index}" for index in range(1000)] + [f"English text {index}" for index in range(60)]
-    corpus = prepared(tmp_path, texts, "--validation-split", "0.1")
-    assert corpus.report["val_by_language"] == {"ko": 100, "en": 30}
+    texts = [f"한국어 문서 번호 {index}" for index in range(2000)] + [f"English text {index}" for index in range(640)]
+    corpus = prepared(tmp_path, texts, "--validation-split", "0.02")
+    assert corpus.report["val_by_language"] == {"ko": 40, "en": 30}
     language = corpus.documents["language"][corpus.val_documents]
     assert np.bincount(language[:60]).tolist() == [30, 30]
+
+
+@pytest.mark.parametrize(("share", "most"), [("0", 0), ("0.005", 0.05), ("0.2", 0.2)])
+def test_a_few_long_documents_are_not_held_out_for_the_sake_of_thirty(tmp_path, share, most):
+    books = [f"제{index}권 " + "오늘 서울에서 책을 " * (50 + 30 * (index % 5)) for index in range(40)]
+    texts = [*books, *(f"English text {index}" for index in range(700))]
+    corpus = prepared(tmp_path, texts, "--validation-split", share)
+    sizes, korean = corpus.documents["bytes"], corpus.documents["language"] == 0
+    held = sizes[corpus.val_documents][korean[corpus.val_documents]].sum()
+    assert held <= max(most, float(share)) * sizes[:-1][korean[:-1]].sum() + sizes.max() * (share == "0.2")
+    assert (corpus.report["val_by_language"]["en"] >= 30) is (share != "0")
 
 
 def test_a_second_run_opens_the_cache_and_a_changed_file_makes_a_new_one(tmp_path, monkeypatch):

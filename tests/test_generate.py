@@ -171,7 +171,7 @@ def test_lines_that_cannot_be_read_are_counted_and_too_many_refused(opened, tmp_
 
 
 def test_the_table_is_aligned_and_its_figures_are_those_of_the_sums():
-    totals = {"ko": np.array([2, 1000, 4000, 3000.0]), "en": np.array([1, 100, 500, 100.0])}
+    totals = {"ko": np.array([2, 1000, 4000, 3000.0, 99, 0]), "en": np.array([1, 100, 500, 100.0, 99, 4])}
     lines = t.evaluation_table(totals)
     assert len({t.display_width(line) for line in lines}) == 1
     assert lines[1].split() == ["전체", "3", "1,100", "4,500", "2.8182", "16.75", "0.9939"]

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from samples import config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import train_h100_dual as t
 
@@ -108,6 +108,33 @@ def test_a_model_configuration_can_be_brought_along(tmp_path):
     assert model.config.vocab_size == 512  # the tokenizer's, up to a multiple of 128
     assert model.config.num_key_value_heads == 2
     assert t.LMWithLoss(model)(torch.randint(0, 500, (2, 17))).isfinite()
+
+
+def test_the_routers_loss_is_trained_where_a_configuration_asks_for_it(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rows, losses = torch.randint(0, 500, (2, 17)), []
+    for asked, coefficient in ((False, 1.0), (True, 0.0), (True, 1.0)):
+        router = {"output_router_logits": asked, "router_aux_loss_coef": coefficient}
+        MixtralConfig(**shape, num_key_value_heads=2, **router).save_pretrained(tmp_path)
+        loss = t.LMWithLoss(t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words()))
+        total = loss(rows)
+        total.backward()
+        losses.append(total.item())
+        assert loss(rows, reduction="none").mean().item() == pytest.approx(losses[0], abs=1e-4)  # an evaluation's
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[2] > losses[1] + 1  # of balanced experts it is the number of those that are chosen
+
+
+def test_an_encoder_is_refused_unless_it_is_made_a_decoder(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for is_decoder in (False, True):
+        BertConfig(**shape, is_decoder=is_decoder).save_pretrained(tmp_path)
+        cfg = config(tmp_path, "--model-config", str(tmp_path))
+        if is_decoder:
+            assert t.LMWithLoss(t.build_model(cfg, Words()))(torch.randint(0, 500, (2, 17))).isfinite()
+        else:
+            with pytest.raises(RuntimeError, match=r'인코더.*"is_decoder": true'):
+                t.build_model(cfg, Words())
 
 
 def test_a_vocabulary_larger_than_that_of_existing_weights_is_refused(tmp_path, model):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KINDS, TEXTS, byte_level_bpe, surrounded, wrap
-from samples import WILD_TEXTS, config, write_corpus
+from kinds import KINDS, TEXTS, byte_level_bpe, sentences, surrounded, unigram, wrap
+from samples import WILD_TEXTS, config, tiny_run, write_corpus
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
 import train_h100_dual as t
 
@@ -231,6 +231,76 @@ def test_a_document_begins_with_what_the_tokenizer_puts_before_a_text_and_ends_w
     stream = [number for document in ids for number in (*before, *document)]
     assert stream_of(corpus) == [*stream, tokenizer.eos_token_id]
     assert corpus.report["tokens"] == sum(map(len, ids))
+
+
+@pytest.fixture
+def english(tmp_path) -> t.Path:
+    """A tokenizer that knows a few English words and nothing else, as T5's knows no Korean."""
+    wrap(unigram(["the model read a small book"] * 50), unk_token="<unk>").save_pretrained(tmp_path / "english")
+    return tmp_path / "english"
+
+
+# The third has too little Korean to count for the whole, but its own share of the bytes is above 5 %.
+@pytest.mark.parametrize(("korean", "told", "refused"), [(0, False, False), (2, True, False), (4, True, True)])
+def test_text_that_the_tokenizer_can_not_write_is_told_and_in_train_refused(
+    tmp_path, english, caplog, monkeypatch, korean, told, refused
+):
+    monkeypatch.setattr(t.logger, "propagate", True)
+    texts = [*["오늘 학생이 the book"] * korean, *["the model read a book"] * 50]
+    corpus = prepare(tmp_path, texts, "--tokenizer", str(english))
+    report = corpus.report
+    assert (report["lost"], report["characters"]) == (5 * korean, 12 * korean + 17 * 50)
+    assert report["by_language"]["en"]["lost"] == 0
+    cfg = config(tmp_path)
+    if refused:
+        with pytest.raises(RuntimeError, match=r"쓰지 못하는 글자가 최대 .*예: 오늘학생이.*--tokenizer"):
+            t.check_lost_text(cfg, report)
+    else:
+        t.check_lost_text(cfg, report)
+    caplog.clear()
+    caplog.set_level("INFO", "h100_dual")
+    t.log_report(report)
+    t.check_lost_text(t.replace(cfg, mode="test"), report)
+    assert ("쓰지 못한 글자" in caplog.text) is bool(korean)
+    assert ("쓰지 못하는 글자가 최대" in caplog.text) is told
+
+
+def test_text_that_was_not_encoded_gets_no_bits_per_byte(tmp_path, english, caplog, monkeypatch):
+    monkeypatch.setattr(t.logger, "propagate", True)
+    path = write_corpus(tmp_path / "data.jsonl", ["오늘 학생이", *["the model read a book"] * 50])
+    tokenizer = t.load_tokenizer(english)
+    cfg = config(tmp_path, "--dataset-path", str(path))
+    lines = t.evaluation_table(t.score_corpus(t.build_model(cfg, tokenizer).eval(), tokenizer, cfg))
+    assert {line.split()[0]: line.split()[-1] == "-" for line in lines[1:]} == {"전체": False, "ko": True, "en": False}
+    assert "ko: 글자의 100.0%를 토크나이저가 쓰지 못해" in caplog.text
+
+
+MODELS = "llama qwen2 qwen3 gemma3_text mistral gpt2 gpt_neox olmo2 exaone4 mixtral"
+
+
+@pytest.mark.parametrize("kind", MODELS.split())
+def test_a_checkpoint_gives_the_ids_of_the_training_to_all_who_open_it(tmp_path, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CONFIG_MAPPING[kind](**sizes, num_key_value_heads=2, head_dim=16).save_pretrained(tmp_path / "model")
+    texts = sentences(1000)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    more = ("--dataset-path", str(corpus), "--model-config", str(tmp_path / "model"), "--validation-split", "0")
+    run = tiny_run(tmp_path, *more, "--vocab-size", "640")
+    t.save_initial_model(run)
+    opened = AutoTokenizer.from_pretrained(run.cfg.output_dir / "initial_model")
+    assert run.corpus.report["engine"] == "tiktoken"
+    end = opened.eos_token_id
+    assert stream_of(run.corpus) == [end, *(number for text in texts for number in (*opened(text).input_ids, end))]
+
+
+def test_a_tokenizer_that_a_model_type_would_rebuild_is_refused_before_anything_is_tokenised(tmp_path, tokenizer):
+    CONFIG_MAPPING["qwen2"]().save_pretrained(tmp_path / "model")
+    t.save_tokenizer(tokenizer, tmp_path / "mine")
+    more = ("--model-config", str(tmp_path / "model"), "--tokenizer", str(tmp_path / "mine"))
+    with pytest.raises(RuntimeError, match=r"'qwen2' 체크포인트에서는(.|\n)*--tokenizer 를 빼고"):
+        prepare(tmp_path, ["전화번호 01012345678"] * 10, *more)
+    wrap(byte_level_bpe()).save_pretrained(tmp_path / "mine")  # which splits as Qwen2's does
+    assert prepare(tmp_path, TEXTS, *more).report["documents"] == len(TEXTS)
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
