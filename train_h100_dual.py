@@ -2974,16 +2974,23 @@ class DelayedStats:
     def __init__(self, device: torch.device):
         self.waiting: tuple | None = None
         self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the time from here on, where the device has nothing to do."""
+        self.moment, self.mark = time.monotonic(), torch.cuda.Event(enable_timing=True) if self.pinned else None
+        if self.mark:
+            self.mark.record()
 
     def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
         """Hand in a step's figures (4 float32 on the device); returns the step before it, if any, as ``pop`` does."""
-        event = None
+        mark = None
         if dist.is_initialized():
             dist.all_reduce(stats)  # NCCL holds up the stream and not the host
         if self.pinned:
-            stats, event = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event()
-            event.record()
-        launched = step, time.monotonic(), stats, event
+            stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
+            mark.record()
+        launched = step, time.monotonic(), stats, mark
         before, self.waiting = self.pop(), launched
         return before
 
@@ -2991,10 +2998,11 @@ class DelayedStats:
         """The waiting step's number, the time by which it had ended, and its figures; None if none waits."""
         if self.waiting is None:
             return None
-        (step, moment, stats, event), self.waiting = self.waiting, None
-        if event:
-            event.synchronize()
-            moment = time.monotonic()  # when the step ended: the host had launched it long before
+        (step, moment, stats, mark), self.waiting = self.waiting, None
+        if mark:  # by the device's clock: the host launched it long before it ended, and reads it long after
+            mark.synchronize()
+            moment = self.moment + self.mark.elapsed_time(mark) / 1000
+        self.moment, self.mark = moment, mark
         return step, moment, stats.tolist()
 
 
@@ -3011,11 +3019,13 @@ class StepLog:
         self.recent: deque[dict[str, Any]] = deque(maxlen=100)
         self.unwritten = b""
         self.begun = time.monotonic() - state.elapsed_seconds
+        self.reader = DelayedStats(device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Measure the speed from here on: evaluation and saving are no part of it."""
-        self.marked, self.marked_step = time.monotonic(), self.state.step
+        """Measure the speed from here on: compiling, evaluation and saving are no part of it."""
+        self.reader.restart_clock()
+        self.marked, self.marked_step = self.reader.moment, self.state.step
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
         """Note a step that had ended by ``moment``; a line of the log holds the mean loss since the one before."""
@@ -3108,7 +3118,7 @@ def cut_file(path: Path, step: int) -> None:
     os.truncate(path, next(later, content.rfind(b"\n") + 1))
 
 
-def start_profile(run: Run, left: int) -> Any:
+def start_profile(run: Run, log: StepLog, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
     from torch.profiler import profile, schedule
 
@@ -3119,10 +3129,12 @@ def start_profile(run: Run, left: int) -> Any:
         return None
 
     def report(profiler: Any) -> None:
-        path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
+        begun, path = time.monotonic(), run.cfg.output_dir / "profile_trace.json.gz"
+        device = "device" if run.cfg.device == "cuda" else "cpu"
         profiler.export_chrome_trace(str(path))
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
+        log.marked += time.monotonic() - begun  # no part of the speed
 
     profiler = profile(schedule=schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1), on_trace_ready=report)
     profiler.start()
@@ -3423,8 +3435,8 @@ def train(run: Run, state: TrainState) -> str:
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    reader, log, profile = DelayedStats(accelerator.device), StepLog(run, state), start_profile(run, len(steps))
-    stopping = False
+    log, stopping = StepLog(run, state), False
+    profile = start_profile(run, log, len(steps))
     if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
         evaluate_and_log(run, state, log)  # a stop had no time for it
         log.restart_clock()
@@ -3435,7 +3447,7 @@ def train(run: Run, state: TrainState) -> str:
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
-        stopping = note_step(run, state, log, reader.push(state.step, stats))
+        stopping = note_step(run, state, log, log.reader.push(state.step, stats))
         report_save(run)
         if profile is not None:
             profile.step()
@@ -3451,8 +3463,8 @@ def train(run: Run, state: TrainState) -> str:
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
-        if stopping or evaluates or samples or saves:
-            stopping = note_step(run, state, log, reader.pop()) or stopping
+        if is_first or stopping or evaluates or samples or saves:
+            stopping = note_step(run, state, log, log.reader.pop()) or stopping
             if evaluates and (last or not stopping):
                 evaluate_and_log(run, state, log)
             if samples and (last or not stopping):
