@@ -993,29 +993,36 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     return LaunchPlan(cfg, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
 
 
-def print_launch_plan(argv: list[str], background: bool) -> None:
-    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
+def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
+    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not.
+
+    ``when`` to plan, and not only to read the options: "always", "never", or "complete", if no package is missing.
+    """
+    values, shown = {"code": ENVIRONMENT_ERROR}, []  # of an error that nobody expects
     try:
-        typed, values, shown = parse_args(argv), {"code": 0}, []
-        if typed.generate or typed.evaluate:
+        typed, missing = parse_args(argv), missing_packages()
+        values = {"code": 0, "missing": " ".join(missing)}
+        plans = when == "always" or (when == "complete" and not missing)
+        if plans and (typed.generate or typed.evaluate):
             check_use(typed)
-        else:
+        elif plans:
             plan = make_launch_plan(typed, typed.num_gpus)
             cfg, threads = plan.cfg, max(1, len(os.sched_getaffinity(0)) // plan.processes)
             values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
             values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.world_size // plan.processes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
-            shown = [check_lines(plan), info_lines(plan, background)]
+            shown = [check_lines(plan, missing), info_lines(plan, background)]
     except Refusal as error:
         values, shown = {"code": error.exit_code}, [[f"❌ {problem}" for problem in error.problems]]
-    blocks = [[f"{name}={value}" for name, value in values.items()], *shown]
-    print("\n\n".join("\n".join(lines) for lines in blocks))
+    finally:
+        blocks = [[f"{name}={value}" for name, value in values.items()], *shown]
+        print("\n\n".join("\n".join(lines) for lines in blocks))
 
 
-def check_lines(plan: LaunchPlan) -> list[str]:
+def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, fp8 = plan.cfg, [], plan.cfg.precision == "fp8"
-    version = "" if missing_packages() else importlib.metadata.version("torch")
+    version = "" if missing else importlib.metadata.version("torch")
     if version and plan.gpus:
         import torch
 
@@ -1434,8 +1441,7 @@ def draw_curves(folder: str) -> None:
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
-    "internal:packages": lambda *argv: parse_args(argv) and print(*missing_packages()),  # wrong options first
+    "internal:plan": lambda when, background, *argv: print_launch_plan(argv, when, background == "true"),
     "internal:status": lambda as_json, *argv: print_status(parse_args(argv), as_json == "true"),
     "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
