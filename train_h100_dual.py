@@ -1491,11 +1491,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers.utils.logging as transformers_logging
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END_OF_TEXT = "<|endoftext|>"
 # A word with the mark before it, up to three digits, punctuation with its line breaks, runs of space: Llama 3's
@@ -1544,8 +1556,6 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
 
 def quiet_libraries() -> None:
     """Keep transformers' messages and bars off the console."""
-    import transformers.utils.logging as transformers_logging
-
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
@@ -1791,7 +1801,6 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
@@ -1814,8 +1823,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def load_tokenizer(source: str | Path) -> Any:
     """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries raise whatever a broken file leads them to
@@ -1830,7 +1837,6 @@ def load_tokenizer(source: str | Path) -> Any:
 def make_encoder(tokenizer: Any, sample: list[str]) -> tuple[Callable[[list[str]], list[bytes]], str]:
     """From NFC texts to their ids as bytes; by tiktoken's engine, thrice as fast, if it does the same on ``sample``."""
     import tiktoken
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     backend, dtype = tokenizer.backend_tokenizer, np.min_scalar_type(len(tokenizer) - 1)
     backend.encode_special_tokens = True  # their names in a text are text like any other
@@ -2092,9 +2098,10 @@ def prepare_lists(cfg: TrainConfig) -> Path:
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
     # The name counts restarts, which a store of torchrun's own outlives.  Rank 0 opens its own before it makes
-    # the lists: the others wait for a store only so long.
+    # the lists, as the others wait for a store only so long, and as if it were alone: it needn't wait for them.
     name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    store = next(dist.rendezvous("env://"))[0] if rank_and_world()[1] > 1 else dist.HashStore()
+    rank, world_size = rank_and_world()
+    store = next(dist.rendezvous("env://", rank, 1))[0] if world_size > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
     store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
@@ -2255,8 +2262,6 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
 
 def choose_attention(model: nn.Module) -> None:
     """Give a model our attention where plain causal attention is all it needs, else transformers' own."""
-    from transformers import AttentionInterface
-
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -2274,8 +2279,6 @@ def short_error(error: Exception) -> str:
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
     """Configuration of the model to build: a preset's, or the one that ``--model-config`` names."""
-    from transformers import AutoConfig, LlamaConfig
-
     if cfg.model_config:
         config = AutoConfig.from_pretrained(cfg.model_config, trust_remote_code=False)
     else:
@@ -2294,8 +2297,6 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
     """The transformers model with fp32 weights on ``device``; the same weights on every rank."""
-    from transformers import AutoModelForCausalLM
-
     set_seed(cfg.seed)
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
@@ -2330,8 +2331,6 @@ def shrink_residual_projections(model: nn.Module) -> None:
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed."""
-    from transformers import AutoModelForCausalLM
-
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -2677,8 +2676,6 @@ def provenance() -> dict[str, Any]:
 
 def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> str:
     """Write a Hugging Face model: weights, configuration and tokenizer; returns the SHA-256 of the weights' file."""
-    from transformers import GenerationConfig
-
     tokenizer = run.corpus.tokenizer
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = run.model.config.to_dict()
@@ -3212,8 +3209,6 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 @torch.no_grad()
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
     """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes."""
-    from transformers import GenerationConfig
-
     ids = [tokenizer.bos_token_id, *tokenizer(cfg.prompt, add_special_tokens=False).input_ids]
     length = context_length(model)
     room = length - len(ids)
@@ -3674,8 +3669,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
-        from transformers import TextStreamer
-
         generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -3714,6 +3707,7 @@ def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
     """Run one rank of a training run, or use a checkpoint; returns the exit code."""
+    gc.freeze()  # what was imported stays: no collection has to look at it
     gc.enable()
     cfg = None
     try:
