@@ -817,7 +817,8 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     stream = tokens * 4 * shape.hidden
     kept = 2 * stream + shape.layers * (stream if cfg.gradient_checkpointing else layer)
     head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
-    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2))  # and their gradient as it is multiplied
+    # And their gradient as it is multiplied; compiled they are never written in fp32.
+    logits = rows * cfg.vocab_size * (2 * half if cfg.compile else 4 + half * (half == 2))
     logits += half * head + 4 * head * (rows < tokens)  # the head's gradient, and in fp32 where pieces add up
     copies = 0 if half == 4 else 2 * (parameters - head * (not shape.tied))
     # One process without accumulation has no gradients before the backward pass; DDP's buckets are always there.
@@ -2363,13 +2364,18 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
         """Take (n, width), (vocabulary, width) of one type and (n,); ``rows`` of them at a time."""
         total, hidden_grad, weight_grad = hidden.new_zeros((), dtype=torch.float32), [], None
+        columns = torch.arange(len(weight), device=weight.device)
         for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
             logits = (part @ weight.t()).float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits.gather(1, target)
             normalizer = logits.exp_().sum(1, keepdim=True)
             total = total + (normalizer.log() - chosen).sum()
-            grad = logits.div_(normalizer).scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+            grad = logits.div_(normalizer)
+            if torch.compiler.is_compiling():  # one kernel, where a scatter would write the probabilities in fp32
+                grad = grad - (columns == target).float()
+            else:  # which needs no second matrix of this size
+                grad.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
             grad = grad.to(weight.dtype)
             hidden_grad.append(grad @ weight)
             sum_part = grad.t() @ part
