@@ -27,6 +27,8 @@ script_args=()
 python=""       # has the packages
 plain_python="" # recent enough, may lack them
 missing=""      # packages that plain_python lacks
+declare -A plan=()
+plan_text=""
 
 # A full disk, which may be why a run failed, keeps the supervisor from no duty.
 log() { printf '%s\n' "$@" || true; } # log LINE...
@@ -69,11 +71,11 @@ usage() {
 
 TEXT
   script_args=() # whatever else was typed
-  find_python
+  find_python never
   "$plain_python" "$TRAIN_SCRIPT" --help
 }
 
-parse_args() { # the script parses all options that are its own, once, in make_plan
+parse_args() { # the script parses all options that are its own, where it is asked
   while (($#)); do
     case $1 in
       --notify=* | --python=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
@@ -105,25 +107,41 @@ parse_args() { # the script parses all options that are its own, once, in make_p
 
 # --- environment ---
 
-find_python() { # sets plain_python, recent enough to run the script, and where one has the packages python
-  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate reply code
+find_python() { # find_python WHEN: sets plain_python, recent enough, and python, which has the packages; asks as ask does
+  local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
-    code=0
-    reply=$("$candidate" "$TRAIN_SCRIPT" internal:packages "${script_args[@]}" 2>/dev/null) || code=$?
-    # Wrong options are told by the first that can, before others are searched for the packages.
-    ((code != 2)) || exec "$candidate" "$TRAIN_SCRIPT" internal:packages "${script_args[@]}"
-    ((code == 0)) || continue # not there, or too old
-    [[ -n $plain_python ]] || plain_python=$candidate missing=$reply
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue # as MINIMUM_PYTHON
+    ask "$candidate" "$1"
+    [[ -n $plain_python ]] || plain_python=$candidate missing=${plan[missing]}
     [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
-    if [[ -z $reply ]]; then
+    if [[ -z ${plan[missing]} ]]; then
       plain_python=$candidate python=$(command -v "$candidate")
       return
     fi
   done
-  [[ -z $plain_python ]] || return 0
+  if [[ -n $plain_python ]]; then
+    [[ $1 == never ]] || ask "$plain_python" always # what can be told without the packages
+    return
+  fi
   [[ -z $wanted_python ]] || die "--python: '$wanted_python' 은(는) 실행할 수 있는 Python 3.11 이상이 아닙니다. 경로를 확인하세요"
   die "Python 3.11 이상이 없습니다. 설치하세요: sudo apt install python3 python3-venv"
+}
+
+ask() { # ask PYTHON WHEN: makes the plan always, never, or where its packages are complete; sets plan and plan_text
+  # One question answers everything that can be told before the start, and refuses what can't run; the code says
+  # whether the options (2) or the machine (1) were at fault.
+  local line background=true
+  [[ $foreground == true ]] && background=false
+  plan=() plan_text=""
+  {
+    while IFS= read -r line && [[ -n $line ]]; do plan[${line%%=*}]=${line#*=}; done
+    IFS= read -rd '' plan_text || true # to the end
+  } < <("$1" "$TRAIN_SCRIPT" internal:plan "$2" "$background" "${script_args[@]}")
+  if ((${plan[code]:-1} != 0)); then
+    printf '%s' "$plan_text" >&2
+    exit "${plan[code]:-1}"
+  fi
 }
 
 ensure_environment() {
@@ -137,7 +155,7 @@ ensure_environment() {
     return
   fi
   install_packages "$SCRIPT_DIR/requirements.txt"
-  make_plan # again: PyTorch can be asked now
+  ask "$python" always # again: PyTorch can be asked now
 }
 
 install_packages() { # install_packages REQUIREMENTS...
@@ -176,25 +194,7 @@ explain_pip_failure() { # explain_pip_failure OUTPUT
   die "패키지를 설치하지 못했습니다. 직접 해 보세요: $VENV_DIR/bin/python -m pip install -r '$SCRIPT_DIR/requirements.txt'"
 }
 
-# --- plan ---
-
-declare -A plan=()
-plan_text=""
-
-make_plan() {
-  # One question answers everything that can be told before the start, and refuses what can't run; the code says
-  # whether the options (2) or the machine (1) were at fault.
-  local line background=true
-  [[ $foreground == true ]] && background=false
-  {
-    while IFS= read -r line && [[ -n $line ]]; do plan[${line%%=*}]=${line#*=}; done
-    IFS= read -rd '' plan_text || true # to the end
-  } < <("${python:-$plain_python}" "$TRAIN_SCRIPT" internal:plan "$background" "${script_args[@]}")
-  if ((${plan[code]:-1} != 0)); then
-    printf '%s' "$plan_text" >&2
-    exit "${plan[code]:-1}"
-  fi
-}
+# --- start ---
 
 build_command() {
   local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
@@ -383,7 +383,6 @@ shown_path() { # shown_path PATH: as it can be typed here
 }
 
 start_run() {
-  make_plan
   banner
   log "🔍 H100 학습 환경 확인 중..."
   ensure_environment
@@ -405,7 +404,6 @@ start_run() {
 }
 
 use_checkpoint() { # --generate and --evaluate: one process in the foreground, without the lock and files of a run
-  make_plan
   ensure_environment
   command=("$python" "$TRAIN_SCRIPT" "${script_args[@]}")
   if [[ $dry_run == true ]]; then
@@ -432,6 +430,7 @@ interrupted() { # Ctrl-C before the run has begun
 }
 
 main() {
+  local when=never
   if [[ ${1-} == internal:supervise ]]; then
     plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5 plan[processes]=$6
     command=("${@:8}")
@@ -448,7 +447,8 @@ main() {
     usage
     return
   fi
-  find_python
+  [[ ! $action =~ ^(run|use)$ ]] || when=complete
+  find_python "$when"
   case $action in
     run) start_run ;;
     status) exec "$plain_python" "$TRAIN_SCRIPT" internal:status "$as_json" "${script_args[@]}" ;;

@@ -819,7 +819,8 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     stream = tokens * 4 * shape.hidden
     kept = 2 * stream + shape.layers * (stream if cfg.gradient_checkpointing else layer)
     head, rows = cfg.vocab_size * shape.hidden, logit_chunk_size(tokens, cfg.vocab_size)
-    logits = rows * cfg.vocab_size * (4 + half * (cfg.compile or half == 2))  # and their gradient as it is multiplied
+    # And their gradient as it is multiplied; compiled they are never written in fp32.
+    logits = rows * cfg.vocab_size * (2 * half if cfg.compile else 4 + half * (half == 2))
     logits += half * head + 4 * head * (rows < tokens)  # the head's gradient, and in fp32 where pieces add up
     copies = 0 if half == 4 else 2 * (parameters - head * (not shape.tied))
     # One process without accumulation has no gradients before the backward pass; DDP's buckets are always there.
@@ -997,29 +998,36 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     return LaunchPlan(cfg, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
 
 
-def print_launch_plan(argv: list[str], background: bool) -> None:
-    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
+def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
+    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not.
+
+    ``when`` to plan, and not only to read the options: "always", "never", or "complete", if no package is missing.
+    """
+    values, shown = {"code": ENVIRONMENT_ERROR}, []  # of an error that nobody expects
     try:
-        typed, values, shown = parse_args(argv), {"code": 0}, []
-        if typed.generate or typed.evaluate:
+        typed, missing = parse_args(argv), missing_packages()
+        values = {"code": 0, "missing": " ".join(missing)}
+        plans = when == "always" or (when == "complete" and not missing)
+        if plans and (typed.generate or typed.evaluate):
             check_use(typed)
-        else:
+        elif plans:
             plan = make_launch_plan(typed, typed.num_gpus)
             cfg, threads = plan.cfg, max(1, len(os.sched_getaffinity(0)) // plan.processes)
             values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
             values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.world_size // plan.processes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
-            shown = [check_lines(plan), info_lines(plan, background)]
+            shown = [check_lines(plan, missing), info_lines(plan, background)]
     except Refusal as error:
         values, shown = {"code": error.exit_code}, [[f"❌ {problem}" for problem in error.problems]]
-    blocks = [[f"{name}={value}" for name, value in values.items()], *shown]
-    print("\n\n".join("\n".join(lines) for lines in blocks))
+    finally:
+        blocks = [[f"{name}={value}" for name, value in values.items()], *shown]
+        print("\n\n".join("\n".join(lines) for lines in blocks))
 
 
-def check_lines(plan: LaunchPlan) -> list[str]:
+def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, fp8 = plan.cfg, [], plan.cfg.precision == "fp8"
-    version = "" if missing_packages() else importlib.metadata.version("torch")
+    version = "" if missing else importlib.metadata.version("torch")
     if version and plan.gpus:
         import torch
 
@@ -1438,8 +1446,7 @@ def draw_curves(folder: str) -> None:
 
 # What the launcher asks, and the process that draws; the words that follow are the arguments.
 INTERNAL: dict[str, Callable[..., int | None]] = {
-    "internal:plan": lambda background, *argv: print_launch_plan(argv, background == "true"),
-    "internal:packages": lambda *argv: parse_args(argv) and print(*missing_packages()),  # wrong options first
+    "internal:plan": lambda when, background, *argv: print_launch_plan(argv, when, background == "true"),
     "internal:status": lambda as_json, *argv: print_status(parse_args(argv), as_json == "true"),
     "internal:curves": draw_curves,
     "internal:follow": lambda mode, *argv: follow_run(parse_args(argv), mode),
@@ -1489,11 +1496,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers.utils.logging as transformers_logging
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import cached_file
 
 END_OF_TEXT = "<|endoftext|>"
 # A word with the mark before it, up to three digits, punctuation with its line breaks, runs of space: Llama 3's
@@ -1544,8 +1564,6 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
 
 def quiet_libraries() -> None:
     """Keep transformers' messages and bars off the console."""
-    import transformers.utils.logging as transformers_logging
-
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
@@ -1796,7 +1814,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -
     It splits as that of a model with ``config`` does where such a model's checkpoint splits in its own way.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
@@ -1822,8 +1839,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def reopen_tokenizer(tokenizer: Any, config: Any) -> Any:
     """A tokenizer as AutoTokenizer opens it from the checkpoint of a model with ``config``."""
-    from transformers import AutoTokenizer
-
     with TemporaryDirectory() as name:
         save_tokenizer(tokenizer, Path(name))
         return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
@@ -1844,9 +1859,6 @@ def load_tokenizer(source: str | Path) -> Any:
 
     A ``tokenizer.json`` is taken as it stands, of which AutoTokenizer may make another by its class or a model's type.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import cached_file
-
     try:
         as_it_stands = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
@@ -1886,7 +1898,6 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     stand in two other pieces at its turn.  A token that isn't made of its bytes alone is made in no text.
     """
     from tokenizers import models
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": None}
@@ -1946,8 +1957,6 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[bytes]], st
 
 def lost_text_finder(tokenizer: Any) -> Callable[[list[str]], list[str]]:
     """To tell of each text which characters, blanks apart, become no token or an unknown one."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     words, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
     if any(words.keys() >= set(names) for names in (bytes_to_unicode().values(), map("<0x{:02X}>".format, range(256)))):
         return lambda texts: [""] * len(texts)  # there is a token for every byte
@@ -2217,9 +2226,10 @@ def prepare_lists(cfg: TrainConfig) -> Path:
 def prepare_corpus(cfg: TrainConfig) -> Corpus:
     """Open the token cache, which a machine's first rank writes; before the process group, which would time out."""
     # The name counts restarts, which a store of torchrun's own outlives.  Rank 0 opens its own before it makes
-    # the lists: the others wait for a store only so long.
+    # the lists, as the others wait for a store only so long, and as if it were alone: it needn't wait for them.
     name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    store = next(dist.rendezvous("env://"))[0] if rank_and_world()[1] > 1 else dist.HashStore()
+    rank, world_size = rank_and_world()
+    store = next(dist.rendezvous("env://", rank, 1))[0] if world_size > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
     store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
@@ -2390,8 +2400,6 @@ def looks_ahead(model: nn.Module) -> bool:
 
 def choose_attention(model: nn.Module) -> None:
     """Give a model our attention where plain causal attention is all it needs, else transformers' own."""
-    from transformers import AttentionInterface
-
     if looks_ahead(model):
         raise RuntimeError('뒤의 글도 보는 인코더는 쓸 수 없습니다. 설정에 "is_decoder": true 를 넣으세요')
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
@@ -2411,8 +2419,6 @@ def short_error(error: Exception) -> str:
 
 def read_model_config(cfg: TrainConfig) -> Any:
     """The configuration that ``--model-config`` or ``--init-from`` names, or a preset's."""
-    from transformers import AutoConfig, LlamaConfig
-
     if source := cfg.model_config or cfg.init_from:
         try:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -2438,8 +2444,6 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
     """The transformers model with fp32 weights on ``device``; the same weights on every rank."""
-    from transformers import AutoModelForCausalLM
-
     set_seed(cfg.seed)
     if cfg.init_from:
         model = load_model(cfg.init_from).to(device)
@@ -2474,8 +2478,6 @@ def shrink_residual_projections(model: nn.Module) -> None:
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed."""
-    from transformers import AutoModelForCausalLM
-
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -2508,13 +2510,18 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
         """Take (n, width), (vocabulary, width) of one type and (n,); ``rows`` of them at a time."""
         total, hidden_grad, weight_grad = hidden.new_zeros((), dtype=torch.float32), [], None
+        columns = torch.arange(len(weight), device=weight.device)
         for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
             logits = (part @ weight.t()).float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits.gather(1, target)
             normalizer = logits.exp_().sum(1, keepdim=True)
             total = total + (normalizer.log() - chosen).sum()
-            grad = logits.div_(normalizer).scatter_add_(1, target, torch.full_like(normalizer, -1.0))
+            grad = logits.div_(normalizer)
+            if torch.compiler.is_compiling():  # one kernel, where a scatter would write the probabilities in fp32
+                grad = grad - (columns == target).float()
+            else:  # which needs no second matrix of this size
+                grad.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
             grad = grad.to(weight.dtype)
             hidden_grad.append(grad @ weight)
             sum_part = grad.t() @ part
@@ -2824,8 +2831,6 @@ def provenance() -> dict[str, Any]:
 
 def write_model(folder: Path, run: Run, weights: dict[str, torch.Tensor]) -> str:
     """Write a Hugging Face model: weights, configuration and tokenizer; returns the SHA-256 of the weights' file."""
-    from transformers import GenerationConfig
-
     tokenizer = run.corpus.tokenizer
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = run.model.config.to_dict()
@@ -3127,16 +3132,23 @@ class DelayedStats:
     def __init__(self, device: torch.device):
         self.waiting: tuple | None = None
         self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the time from here on, where the device has nothing to do."""
+        self.moment, self.mark = time.monotonic(), torch.cuda.Event(enable_timing=True) if self.pinned else None
+        if self.mark:
+            self.mark.record()
 
     def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
         """Hand in a step's figures (4 float32 on the device); returns the step before it, if any, as ``pop`` does."""
-        event = None
+        mark = None
         if dist.is_initialized():
             dist.all_reduce(stats)  # NCCL holds up the stream and not the host
         if self.pinned:
-            stats, event = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event()
-            event.record()
-        launched = step, time.monotonic(), stats, event
+            stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
+            mark.record()
+        launched = step, time.monotonic(), stats, mark
         before, self.waiting = self.pop(), launched
         return before
 
@@ -3144,10 +3156,11 @@ class DelayedStats:
         """The waiting step's number, the time by which it had ended, and its figures; None if none waits."""
         if self.waiting is None:
             return None
-        (step, moment, stats, event), self.waiting = self.waiting, None
-        if event:
-            event.synchronize()
-            moment = time.monotonic()  # when the step ended: the host had launched it long before
+        (step, moment, stats, mark), self.waiting = self.waiting, None
+        if mark:  # by the device's clock: the host launched it long before it ended, and reads it long after
+            mark.synchronize()
+            moment = self.moment + self.mark.elapsed_time(mark) / 1000
+        self.moment, self.mark = moment, mark
         return step, moment, stats.tolist()
 
 
@@ -3164,11 +3177,13 @@ class StepLog:
         self.recent: deque[dict[str, Any]] = deque(maxlen=100)
         self.unwritten = b""
         self.begun = time.monotonic() - state.elapsed_seconds
+        self.reader = DelayedStats(device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Measure the speed from here on: evaluation and saving are no part of it."""
-        self.marked, self.marked_step = time.monotonic(), self.state.step
+        """Measure the speed from here on: compiling, evaluation and saving are no part of it."""
+        self.reader.restart_clock()
+        self.marked, self.marked_step = self.reader.moment, self.state.step
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
         """Note a step that had ended by ``moment``; a line of the log holds the mean loss since the one before."""
@@ -3261,7 +3276,7 @@ def cut_file(path: Path, step: int) -> None:
     os.truncate(path, next(later, content.rfind(b"\n") + 1))
 
 
-def start_profile(run: Run, left: int) -> Any:
+def start_profile(run: Run, log: StepLog, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
     from torch.profiler import profile, schedule
 
@@ -3272,10 +3287,12 @@ def start_profile(run: Run, left: int) -> Any:
         return None
 
     def report(profiler: Any) -> None:
-        path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
+        begun, path = time.monotonic(), run.cfg.output_dir / "profile_trace.json.gz"
+        device = "device" if run.cfg.device == "cuda" else "cpu"
         profiler.export_chrome_trace(str(path))
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
+        log.marked += time.monotonic() - begun  # no part of the speed
 
     profiler = profile(schedule=schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1), on_trace_ready=report)
     profiler.start()
@@ -3367,8 +3384,6 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
 @torch.no_grad()
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
     """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes."""
-    from transformers import GenerationConfig
-
     prompt = unicodedata.normalize("NFC", cfg.prompt)  # as all text in training
     ids = document_start(tokenizer) + tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
     length = context_length(model)
@@ -3577,8 +3592,8 @@ def train(run: Run, state: TrainState) -> str:
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    reader, log, profile = DelayedStats(accelerator.device), StepLog(run, state), start_profile(run, len(steps))
-    stopping = False
+    log, stopping = StepLog(run, state), False
+    profile = start_profile(run, log, len(steps))
     if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
         evaluate_and_log(run, state, log)  # a stop had no time for it
         log.restart_clock()
@@ -3589,7 +3604,7 @@ def train(run: Run, state: TrainState) -> str:
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
-        stopping = note_step(run, state, log, reader.push(state.step, stats))
+        stopping = note_step(run, state, log, log.reader.push(state.step, stats))
         report_save(run)
         if profile is not None:
             profile.step()
@@ -3605,8 +3620,8 @@ def train(run: Run, state: TrainState) -> str:
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
-        if stopping or evaluates or samples or saves:
-            stopping = note_step(run, state, log, reader.pop()) or stopping
+        if is_first or stopping or evaluates or samples or saves:
+            stopping = note_step(run, state, log, log.reader.pop()) or stopping
             if evaluates and (last or not stopping):
                 evaluate_and_log(run, state, log)
             if samples and (last or not stopping):
@@ -3811,8 +3826,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
-        from transformers import TextStreamer
-
         generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -3851,6 +3864,7 @@ def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
 
 def main(typed: TrainConfig, stop: StopFlag | None) -> int:
     """Run one rank of a training run, or use a checkpoint; returns the exit code."""
+    gc.freeze()  # what was imported stays: no collection has to look at it
     gc.enable()
     cfg = None
     try:

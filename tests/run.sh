@@ -33,7 +33,7 @@ main_tests() {
     requirements+=(tests/requirements-export.txt)
     shift
   fi
-  find_python
+  find_python never
   tests_are_ready "${requirements[@]}" || install_packages "${requirements[@]}"
   export PATH="$ROOT/.venv/bin:$PATH"
   ruff check .

@@ -243,7 +243,7 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     free[0] = 0
     notes = t.make_launch_plan(t.parse_args(["--test", "--device=cpu", "--dummy-data", *places]), 1).notes
     assert "디스크 공간이 부족합니다" in notes[-1]
-    t.print_launch_plan(argv, False)
+    t.print_launch_plan(argv, "always", False)
     assert re.search(r"^code=1\n\n❌ 디스크 공간이 부족합니다", capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
 

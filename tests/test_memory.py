@@ -391,7 +391,7 @@ def test_fp8_without_its_package_is_refused(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(t.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(t.EnvironmentProblem, match="pip install torchao"):
-        t.check_lines(plan)
+        t.check_lines(plan, [])
 
 
 def test_fp8_converts_all_but_the_first_layer_and_the_head_and_leaves_the_weights_alone(tmp_path: Path) -> None:

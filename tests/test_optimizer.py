@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,19 +54,29 @@ def test_a_step_lowers_the_loss_of_its_own_batch(tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_a_step_on_a_gpu_counts_until_it_has_ended_there_not_until_it_was_launched(monkeypatch):
-    ended = iter((10.0, 20.0))  # by then the first and the second step are through
+def test_a_step_on_a_gpu_counts_by_the_clock_there_however_late_the_host_reads_it(monkeypatch):
+    class Event:  # three on the device: the clock's start, and the ends of two steps
+        seconds = iter((0.0, 10.0, 20.0))
+
+        def __init__(self, enable_timing: bool):
+            self.at = next(self.seconds)
+
+        def elapsed_time(self, later: Any) -> float:
+            return 1000 * (later.at - self.at)
+
+        def record(self) -> None:
+            pass
+
+        synchronize = record
+
     clock = [0.0]
     monkeypatch.setattr(t.time, "monotonic", lambda: clock[0])
-
-    def wait() -> None:
-        clock[0] = next(ended)
-
-    monkeypatch.setattr(t.torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=wait))
+    monkeypatch.setattr(t.torch.cuda, "Event", Event)
     reader = t.DelayedStats(torch.device("cpu"))
     reader.pinned = [torch.zeros(4) for _ in range(2)]
+    reader.restart_clock()
     assert reader.push(1, torch.full((4,), 1.0)) is None
-    clock[0] = 0.5
+    clock[0] = 19.0  # it read the first step's end when the second was nearly through
     assert reader.push(2, torch.full((4,), 2.0)) == (1, 10.0, [1.0] * 4)
     assert reader.pop() == (2, 20.0, [2.0] * 4)
 

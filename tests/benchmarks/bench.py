@@ -37,7 +37,6 @@ SPARE_ROWS = 64  # held out of the stream, and more
 MOST_TOKENS = 20_000_000  # of the stream; a longer run reads it again
 ENOUGH_STEPS = "10000000"
 BLOCK_SECONDS = 2  # or one step
-GPU_ROUNDS = 3
 # 30.9 M parameters with a vocabulary of 16,384: no preset is that small.
 PRESETS = {**t.PRESETS, "30m": t.Preset(8, 512, 1152, 64)}
 
@@ -211,15 +210,15 @@ def play(contestants: Sequence[Contestant], blocks: int, steps: int) -> int:
     return steps
 
 
-def compete(setting: Setting, folder: Path, pythons: dict[str, str], blocks: int) -> list[Contestant]:
+def compete(setting: Setting, folder: Path, pythons: dict[str, str], blocks: int, rounds: int) -> list[Contestant]:
     """All resident at once on the CPU; on a GPU, which holds only one such model, one at a time anew in each round."""
     write_tokens(folder / "tokens.bin", setting)
     contestants, steps = [Contestant(name, setting, folder, python) for name, python in pythons.items()], 0
     if setting.device == "cpu":
         play(contestants, blocks, steps)
         return contestants
-    for one in contestants * GPU_ROUNDS:
-        steps = play([one], -(-blocks // GPU_ROUNDS), steps)
+    for one in contestants * rounds:
+        steps = play([one], -(-blocks // rounds), steps)
     return contestants
 
 
@@ -260,7 +259,7 @@ def best_batch(setting: Setting, folder: Path) -> Setting:
     best, speed = setting, 0.0
     while True:
         trial = replace(setting, batch_size=2 * best.batch_size if speed else setting.batch_size)
-        (ours,) = compete(trial, folder, {"ours": sys.executable}, 3)
+        (ours,) = compete(trial, folder, {"ours": sys.executable}, 3, 1)
         now = 0 if ours.problem else ours.last_steps * trial.step_tokens / statistics.median(ours.column("seconds"))
         print(f"{setting.model}: batch {trial.batch_size}, {now:,.0f} tokens/s", file=sys.stderr)
         if now < 1.01 * speed or ours.problem:
@@ -343,16 +342,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="litgpt too, in an environment of its own")
     parser.add_argument("--models", nargs="+", choices=PRESETS, help="others than these")
     parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each, 0 for none (default 24)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each on a GPU (default 3)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="on a GPU: this one alone, without 4 and the best")
     parser.add_argument("--starts", type=int, default=5, metavar="N", help="rounds of start-up, 0 for none (default 5)")
     parser.add_argument("--corpus", type=corpus_file, metavar="JSONL", help="for start-up (default: generated text)")
     parser.add_argument("--no-record", action="store_true", help="append nothing to RESULTS.md")
-    args = parser.parse_args()
-    if args.gpu and not torch.cuda.is_available():
+    args, gpus = parser.parse_args(), torch.cuda.device_count()
+    if args.gpu and not gpus:
         parser.error("--gpu: PyTorch sees no GPU here; without --gpu the CPU is measured")
     names = args.models or (["125m", "350m", "1.3b"] if args.gpu else ["tiny"] if args.quick else ["tiny", "30m"])
     small = {"tiny": (8192, 4)}  # vocabulary and batch; others less
     if args.gpu:
-        args.settings = [Setting(name, 65536, 4, 2048, "cuda", torch.cuda.device_count()) for name in names]
+        args.settings = [Setting(name, 65536, args.batch_size or 4, 2048, "cuda", gpus) for name in names]
     else:
         args.settings = [Setting(name, *small.get(name, (16384, 2)), 256, "cpu", 2) for name in names]
     return args
@@ -369,9 +370,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         folder = Path(name)
         for setting in args.settings if args.blocks else ():
-            best = best_batch(setting, folder) if args.gpu else setting
+            best = best_batch(setting, folder) if args.gpu and not args.batch_size else setting
             for variant in dict.fromkeys((setting, best)):
-                contestants = compete(variant, folder, pythons, args.blocks)
+                contestants = compete(variant, folder, pythons, args.blocks, args.rounds)
                 if contestants[0].problem:
                     sys.exit("ours failed: nothing to compare with")
                 parts.append(speed_table(contestants))

@@ -29,7 +29,7 @@ ensure_litgpt() { # an environment of its own, since litgpt pins other versions;
 }
 
 main_bench() {
-  find_python
+  find_python never
   if [[ -z $python ]]; then
     install_packages "$ROOT/requirements.txt"
     python="$VENV_DIR/bin/python"
