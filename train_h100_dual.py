@@ -67,8 +67,7 @@ SCRIPT_DIR = Path(__file__).resolve().parent
 MINIMUM_PYTHON = (3, 11)  # the least versions stand here only; requirements.txt pins what is installed
 if sys.version_info < MINIMUM_PYTHON:  # before anything below that an older one can't do
     sys.exit(f"❌ Python {MINIMUM_PYTHON[0]}.{MINIMUM_PYTHON[1]} 이상이 필요합니다 (지금 {sys.version.split()[0]})")
-MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10"}
-MINIMUM_VERSIONS |= {"numpy": "2.0"}
+MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10", "numpy": "2.0"}
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 SMALL_CORPUS_BYTES = 16 << 20
@@ -1809,17 +1808,14 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -> Any:
-    """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128.
-
-    It splits as that of a model with ``config`` does where such a model's checkpoint splits in its own way.
-    """
+    """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
-    if config:
+    if config:  # some models' checkpoints split in a way of their own, whatever was saved
         opened = reopen_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), config).backend_tokenizer
         backend.normalizer, backend.pre_tokenizer = opened.normalizer, opened.pre_tokenizer
     options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
@@ -1845,7 +1841,7 @@ def reopen_tokenizer(tokenizer: Any, config: Any) -> Any:
 
 
 def check_reopened(tokenizer: Any, config: Any, texts: list[str]) -> None:
-    """RuntimeError where a checkpoint's tokenizer would give other ids than ours: some model types have their own."""
+    """RuntimeError where such a checkpoint's tokenizer would give other ids than ours."""
     opened = reopen_tokenizer(tokenizer, config)
     for text in [*texts, "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
         if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
@@ -1855,11 +1851,8 @@ def check_reopened(tokenizer: Any, config: Any, texts: list[str]) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed.
-
-    A ``tokenizer.json`` is taken as it stands, of which AutoTokenizer may make another by its class or a model's type.
-    """
-    try:
+    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
+    try:  # a tokenizer.json is taken as it stands: by class or model type AutoTokenizer may make another of it
         as_it_stands = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
         tokenizer = kind.from_pretrained(source, trust_remote_code=False)
@@ -1872,9 +1865,7 @@ def load_tokenizer(source: str | Path) -> Any:
         logger.warning(f"⚠️  tokenizer.json에 켜진 자르기(truncation)와 채우기(padding)를 끄고 씁니다: {source}")
         backend.no_truncation()
         backend.no_padding()
-    tokenizer.split_special_tokens = backend.encode_special_tokens = (
-        True  # their names in a text are text like any other
-    )
+    tokenizer.split_special_tokens = backend.encode_special_tokens = True  # their names in a text are text
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(document_start(tokenizer)[-1])  # for all who open it later
     return tokenizer
 
@@ -1900,38 +1891,53 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     from tokenizers import models
 
     model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": None}
-    split = {"type": "Split", "behavior": "Isolated", "invert": False, "trim_offsets": None}
-    known = [[{**split, "pattern": {"Regex": pattern}}, to_bytes] for pattern in FAST_PATTERNS]
-    odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
-    added = [token["content"] for token in spec["added_tokens"] if not token["special"]]
-    if [{**step, "trim_offsets": None} for step in steps] not in known or model["type"] != "BPE" or odd or added:
+    splitting = [value for step in steps for name, value in step.items() if name != "trim_offsets"]
+    known = [["Split", {"Regex": pattern}, "Isolated", False, "ByteLevel", False, False] for pattern in FAST_PATTERNS]
+    odd = [model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
+    odd += [not token["special"] for token in spec["added_tokens"]]
+    if (
+        model["type"] != "BPE"
+        or splitting not in known
+        or spec["normalizer"] not in (None, {"type": "NFC"})
+        or any(odd)
+    ):
         return None
-    vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
-    order = [vocabulary["".join(pair)] for pair in merges]
-    if spec["normalizer"] not in (None, {"type": "NFC"}) or order != sorted(order):
-        return None
-    by_merges, ranks = models.BPE(vocabulary, merges), {}
+    merges, ranks = [tuple(pair) for pair in model["merges"]], {}
+    order, by_merges = [model["vocab"]["".join(pair)] for pair in merges], models.BPE(model["vocab"], merges)
     to_byte = {char: byte for byte, char in bytes_to_unicode().items()}  # as ByteLevel writes each byte
-    for word, number in vocabulary.items():
+    for word, number in model["vocab"].items():
         if to_byte.keys() >= set(word) and [token.id for token in by_merges.tokenize(word)] == [number]:
             ranks[bytes(map(to_byte.__getitem__, word))] = number
         elif model["ignore_merges"]:  # a text that is this word has it all the same
             return None
-    return ranks if all(bytes([byte]) in ranks for byte in range(256)) else None
+    return ranks if order == sorted(order) and all(bytes([byte]) in ranks for byte in range(256)) else None
 
 
-def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[bytes]], str]:
-    """From NFC texts to their ids as bytes; by tiktoken's engine, thrice as fast, where it can't but do the same."""
-    backend, size = tokenizer.backend_tokenizer, vocabulary_size(tokenizer)
-    dtype = np.min_scalar_type(size - 1)
+def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.ndarray, str]]], str]:
+    """From NFC texts to their ids, and to the characters, blanks apart, that became none of them or an unknown one.
 
-    def encode_ordinary(texts: list[str]) -> list[bytes]:
-        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(item.ids, dtype).tobytes() for item in encoded]
+    By tiktoken's engine, thrice as fast, where it can't but do as the tokenizer does.
+    """
+    backend, words, size = tokenizer.backend_tokenizer, tokenizer.get_vocab(), vocabulary_size(tokenizer)
+    spec, dtype = json.loads(backend.to_str()), np.min_scalar_type(size - 1)
+    unknown = words.get(spec["model"].get("unk_token"), spec["model"].get("unk_id"))
+    of_bytes = (set(bytes_to_unicode().values()), set(map("<0x{:02X}>".format, range(256))))
+    writes_all = any(words.keys() >= names for names in of_bytes)
+
+    def find_lost(text: str, item: Any) -> str:
+        left = list(text)
+        for number, (begin, end) in zip(item.ids, item.offsets, strict=True):  # a mark may share a character's place
+            left[begin:end] = text[begin:end] if number == unknown else [""] * (end - begin)
+        return "".join("".join(left).split())
+
+    def encode_ordinary(texts: list[str]) -> list[tuple[np.ndarray, str]]:
+        if writes_all:
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [(np.array(item.ids, dtype), "") for item in encoded]
+        encoded = zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True)
+        return [(np.array(item.ids, dtype), find_lost(text, item)) for text, item in encoded]
 
     version = next((item.version for item in importlib.metadata.distributions(name="tiktoken")), "0.0")
-    spec = json.loads(backend.to_str())
     ranks = tiktoken_ranks(spec)
     if ranks is None or tuple(map(int, version.split(".")[:2])) < (0, 13):  # which takes long for a run of one letter
         return encode_ordinary, "tokenizers"
@@ -1943,37 +1949,16 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[bytes]], st
     never = {"\0": size}  # without a special token to look for, it stops at every byte: half as fast
     engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
-    def encode_fast(texts: list[str]) -> list[bytes]:
+    def encode_fast(texts: list[str]) -> list[tuple[np.ndarray, str]]:
         encoded = []
         for text in texts:
             try:
-                encoded.append(engine.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes())
+                encoded.append((engine.encode_to_numpy(text, disallowed_special=()).astype(dtype), ""))
             except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
                 encoded += encode_ordinary([text])
         return encoded
 
     return encode_fast, "tiktoken"
-
-
-def lost_text_finder(tokenizer: Any) -> Callable[[list[str]], list[str]]:
-    """To tell of each text which characters, blanks apart, become no token or an unknown one."""
-    words, backend = tokenizer.get_vocab(), tokenizer.backend_tokenizer
-    if any(words.keys() >= set(names) for names in (bytes_to_unicode().values(), map("<0x{:02X}>".format, range(256)))):
-        return lambda texts: [""] * len(texts)  # there is a token for every byte
-    unknown = words.get(tokenizer.unk_token or getattr(backend.model, "unk_token", None))
-
-    def find_lost_text(texts: list[str]) -> list[str]:
-        found = []
-        for text, item in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            left = list(text)
-            for number, (begin, end) in zip(
-                item.ids, item.offsets, strict=True
-            ):  # a mark may share a character's place
-                left[begin:end] = text[begin:end] if number == unknown else [""] * (end - begin)
-            found.append("".join("".join(left).split()))
-        return found
-
-    return find_lost_text
 
 
 def check_lost_text(cfg: TrainConfig, report: dict[str, Any]) -> None:
@@ -2016,21 +2001,17 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     return texts
 
 
-def encode_chunk(
-    text_column: str, encode: Callable, find_lost: Callable, opening: np.ndarray, chunk: Chunk
-) -> tuple[Documents, bytes, np.ndarray]:
+def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk: Chunk) -> tuple:
     """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
-    documents = parse_chunk(chunk, text_column)
-    ids, texts, lost = encode(documents.texts), [text.encode() for text in documents.texts], find_lost(documents.texts)
-    index = np.zeros(len(ids), DOCUMENT)
-    index["hash"] = [content_hash(text) for text in texts]
-    index["bytes"] = [len(text) for text in texts]
-    words = [text.split() for text in documents.texts]
-    index["eojeols"], index["characters"] = list(map(len, words)), [sum(map(len, parts)) for parts in words]
-    index["lost"] = [len(text) for text in lost]
-    index["offset"] = [len(part) // opening.itemsize + len(opening) for part in ids]
-    documents.texts, documents.lost_example, before = [], max(lost, key=len, default="")[:20], opening.tobytes()
-    return documents, b"".join(part for document in ids for part in (before, document)), index
+    documents, rows, tokens = parse_chunk(chunk, text_column), [], []
+    for text, (ids, lost) in zip(documents.texts, encode(documents.texts), strict=True):
+        data, words = text.encode(), text.split()
+        figures = len(data), len(words), sum(map(len, words)), len(lost)
+        rows.append((content_hash(data), len(opening) + len(ids), *figures, 0, 0))
+        tokens += (opening, ids)
+        documents.lost_example = documents.lost_example or lost[:20]
+    documents.texts = []
+    return documents, b"".join(tokens), np.array(rows, DOCUMENT)
 
 
 def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: Any) -> dict[str, Any]:
@@ -2042,7 +2023,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
     bad, bad_count, line_count, offset, example = [], 0, 0, 0, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
-    encoding = functools.partial(encode_chunk, cfg.text_column, encode, lost_text_finder(tokenizer), opening)
+    encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
@@ -2083,12 +2064,9 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
         with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
             logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
-            train = functools.partial(train_tokenizer, texts)  # in a process of its own, which gives all memory back
-            list(
-                parallel_map(
-                    lambda size: save_tokenizer(train(size, config), folder / "tokenizer"), [cfg.vocab_size], 1
-                )
-            )
+            train = functools.partial(train_tokenizer, texts, cfg.vocab_size, config)
+            # In a process of its own, which gives all memory back.
+            list(parallel_map(lambda path: save_tokenizer(train(), path), [folder / "tokenizer"], 1))
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_reopened(tokenizer, config, texts[:200])
     figures = write_stream(folder, cfg, files, tokenizer)
@@ -3305,8 +3283,7 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
 def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
     """Cut a document into rows of at most ``length`` + 1 tokens, each with how many of its last ones are scored.
 
-    All are, once, but for the ``start`` tokens that it begins with; the last row reaches back: as
-    lm-evaluation-harness's loglikelihood_rolling.
+    All but its ``start`` first ones are, once; the last row reaches back, as in lm-evaluation-harness.
     """
     for first in range(start - 1, len(tokens) - 1, length):
         end = min(first + length, len(tokens) - 1)
@@ -3448,20 +3425,19 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     files = corpus_files(cfg)
     if not files:
         cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    backend, loss_module, totals, bad, line_count = tokenizer.backend_tokenizer, LMWithLoss(model), {}, [], 0
-    start, find_lost = document_start(tokenizer), lost_text_finder(tokenizer)
+    loss_module, totals, bad, line_count = LMWithLoss(model), {}, [], 0
+    start, (encode, _) = document_start(tokenizer), make_encoder(tokenizer)
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
             bad += documents.bad
             line_count += documents.line_count
-            encoded = backend.encode_batch_fast(documents.texts, add_special_tokens=False)
-            lost = find_lost(documents.texts)
-            for text, language, item, left in zip(documents.texts, documents.languages, encoded, lost, strict=True):
+            encoded = zip(documents.texts, documents.languages, encode(documents.texts), strict=True)
+            for text, language, (ids, lost) in encoded:
                 total = totals.setdefault(language, np.zeros(6))
-                total += (1, len(item.ids), len(text.encode()), 0, len("".join(text.split())), len(left))
-                ids = np.array([*start, *item.ids])
-                windows += [(row, count, total) for row, count in rolling_windows(ids, length, len(start))]
+                total += (1, len(ids), len(text.encode()), 0, len("".join(text.split())), len(lost))
+                tokens = np.concatenate([start, ids])
+                windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
             progress.done = sum(total[2] for total in totals.values())
     check_corpus(cfg, bool(totals), bad, len(bad), line_count)

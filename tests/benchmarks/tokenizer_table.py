@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import tokenizers
 from common import ROOT, config, corpus_file, document_batches, provenance, table
 
@@ -69,8 +68,7 @@ def measure(
     seconds = time.perf_counter() - start
     encode, engine = t.make_encoder(tokenizer)
     print(f"{splitting}, {size:,}: {seconds:.0f} s to train", file=sys.stderr)
-    width = np.min_scalar_type(t.vocabulary_size(tokenizer) - 1).itemsize
-    tokens = {name: sum(map(len, encode(texts))) // width for name, texts in held.items()}
+    tokens = {name: sum(len(ids) for ids, _ in encode(texts)) for name, texts in held.items()}
     return tokens, [f"{len(tokenizer):,}", splitting, engine]
 
 
