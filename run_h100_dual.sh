@@ -9,13 +9,14 @@
 
 set -euo pipefail
 
-SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+SCRIPT_DIR="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 readonly SCRIPT_DIR
 readonly SCRIPT_PATH="$SCRIPT_DIR/run_h100_dual.sh"
 readonly TRAIN_SCRIPT="$SCRIPT_DIR/train_h100_dual.py"
 readonly VENV_DIR="$SCRIPT_DIR/.venv"
 readonly FIRST_LOG_WAIT=60 # seconds to wait for the run's first line
 readonly FIRST_LOG_SHOW=5  # seconds of it to show
+readonly QUIET_START=120   # seconds without one that are told
 readonly OWN_OPTIONS="--foreground --dry-run --help --status --json --follow --stop --notify --python --no-install"
 
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
@@ -24,22 +25,23 @@ export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 action=run foreground=false dry_run=false as_json=false may_install=true
 notify="" wanted_python=""
 script_args=()
+foreign=()      # variables that a run is started without
 python=""       # has the packages
 plain_python="" # recent enough, may lack them
 missing=""      # packages that plain_python lacks
 declare -A plan=()
 plan_text=""
 
-# A full disk, which may be why a run failed, keeps the supervisor from no duty.
-log() { printf '%s\n' "$@" || true; } # log LINE...
-warn() { printf '⚠️  %s\n' "$*" >&2 || true; }
+# A full disk, which may be why a run failed, or a reader who has gone keeps the supervisor from no duty.
+log() { printf '%s\n' "$@" 2>/dev/null || true; } # log LINE...
+warn() { printf '⚠️  %s\n' "$*" 2>/dev/null >&2 || true; }
 die() { # die MESSAGE [EXIT_CODE]
   printf '❌ %s\n' "$1" >&2
   exit "${2:-1}"
 }
 
 banner() {
-  cat <<'TEXT'
+  cat 2>/dev/null <<'TEXT' || true
 ========================================================
      한국어 sLLM H100 듀얼 GPU 학습 실행기
      Korean sLLM H100 Dual GPU Training Launcher
@@ -106,6 +108,15 @@ parse_args() { # the script parses all options that are its own, where it is ask
 }
 
 # --- environment ---
+
+drop_foreign_variables() { # what a pod, srun or another project's accelerate and torchrun left behind: each would count
+  local name
+  for name in "${!ACCELERATE_@}" "${!PET_@}" "${!TORCHELASTIC_@}" PYTHONIOENCODING MASTER_{ADDR,PORT} \
+    {,LOCAL_,GROUP_,ROLE_}{RANK,WORLD_SIZE}; do
+    [[ ! -v $name ]] || foreign+=("$name")
+  done
+  unset "${foreign[@]}" H100_STORE_DIR # or a run's that we are the --notify of
+}
 
 find_python() { # find_python WHEN: sets plain_python, recent enough, and python, which has the packages; asks as ask does
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
@@ -198,6 +209,13 @@ explain_pip_failure() { # explain_pip_failure OUTPUT
 
 build_command() {
   local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
+  if [[ -n ${H100_STORE_DIR-} ]]; then
+    # A server of torch's listens on every interface; nobody else can connect to a file, which grows with each heartbeat.
+    rendezvous=(
+      --nnodes 1 --rdzv-backend c10d --rdzv-conf "store_type=file,keep_alive_interval=3600"
+      --rdzv-endpoint "$H100_STORE_DIR/torchrun" --local-addr 127.0.0.1
+    )
+  fi
   if ((plan[nnodes] > 1)); then
     # torchrun numbers the machines in the alphabetical order of their names; only the first one's is an address too.
     local name=${plan[rdzv_endpoint]%:*}
@@ -208,7 +226,7 @@ build_command() {
     )
   fi
   command=(
-    env "OMP_NUM_THREADS=${plan[threads]}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
+    env "${foreign[@]/#/--unset=}" "OMP_NUM_THREADS=${OMP_NUM_THREADS:-${plan[threads]}}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT=86400 # a save may take as long as it takes, also where all processes are signalled
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a shared one keeps dead ranks' addresses: restarts would hang on them
     "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${plan[processes]}"
@@ -263,12 +281,13 @@ rotate_console_log() {
 }
 
 supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
-  local agent ranks="" signals=0 heard=false code=0 outcome=finished state logged guard=() pause
-  RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
-  export RUN_ID
+  # Called where set -e doesn't count: whatever fails in here, its duties at the end are done, one after the other.
+  local agent ranks="" signals=0 heard=false code=0 outcome=finished state="" logged guard=() pause
+  H100_RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
+  export H100_RUN_ID
   trap 'signals=$((signals + 1))' TERM INT # no more: one that comes while a trap runs may be lost
   trap '' HUP
-  printf '%s\n' "$$" >"$pid_file"
+  printf '%s\n' "$$" >"$pid_file" || die "PID 파일을 쓰지 못해 시작하지 않습니다: $pid_file (디스크 공간과 권한을 확인하세요)"
   # What torchrun itself says goes to the detail log; the run's own state file says how it ended.
   # A session of its own keeps the terminal's Ctrl-C away from it; should this shell be killed, it hears of it.
   logged=$(stat -c %s "$detail_log" 2>/dev/null || printf 0)
@@ -276,6 +295,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   setsid "${guard[@]}" "${command[@]}" 2>>"$detail_log" </dev/null &
   agent=$!
   exec {pause}<> <(:)
+  SECONDS=0
   # A killed torchrun leaves ranks that save before they go: rank 0 holds the output's lock so long.
   while kill -0 "$agent" 2>/dev/null || { [[ $(read_pid "$output_lock") == "$$" ]] && ! flock -n "$output_lock" true; }; do
     if ((signals > 1)); then
@@ -289,18 +309,22 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
         "$python" "$TRAIN_SCRIPT" internal:stopping "${plan[output_dir]}" "$agent" || true
       heard=true
     fi
+    if ((SECONDS > QUIET_START)) && [[ ! -s $console_log ]]; then
+      warn "$SECONDS초가 지나도록 시작하지 못했습니다. $detail_log 의 마지막 줄: $(tail -c "+$((logged + 1))" "$detail_log" | tail -n 1)"
+      SECONDS=0
+    fi
     read -rt 0.5 -u "$pause" || true # a sleep without a process
   done
   wait "$agent" 2>/dev/null || code=$?
   ((code == 0)) || outcome=failed
   ((signals == 0)) || outcome=stopped
-  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log" "$logged") ||
-    state=failed
+  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log" "$logged")
+  state=${state:-$outcome}
   if [[ $state == failed ]]; then
     [[ -s $console_log ]] || tail -n 15 "$detail_log" || true
     log "❌ 학습이 실패로 끝났습니다. 자세한 내용: $detail_log"
   fi
-  rm -f "$pid_file"
+  rm -rf "$pid_file" "${H100_STORE_DIR-}"
   exec 9>&- # --notify may start the next run
   if [[ -n $notify ]]; then
     bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
@@ -318,7 +342,7 @@ signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun 
   ranks=${children:-$ranks}
   for pid in ${ranks:-$agent}; do
     # By the run's name in its environment: the number may be another process's by now.
-    ! grep -qsz "^RUN_ID=$RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
+    ! grep -qsz "^H100_RUN_ID=$H100_RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
   done
 }
 
@@ -345,12 +369,12 @@ start_background() {
   exec 9>&-
   log "✅ 백그라운드 학습 시작됨!" "🔢 프로세스 ID: $pid" "📄 PID 파일: $(shown_path "$pid_file")" ""
   log "🔍 학습 상태 확인 명령어:"
-  printf '  %-*s     # %s\n' "${#look}" "$look" "실시간 로그" "${#look}" "ps -p $pid" "프로세스 상태" \
-    "${#look}" "kill $pid" "학습 중단"
+  log "$(printf '  %-*s     # %s\n' "${#look}" "$look" "실시간 로그" "${#look}" "ps -p $pid" "프로세스 상태" \
+    "${#look}" "kill $pid" "학습 중단")"
   log "" "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):" "----------------------------------------"
   for ((i = 0; i < FIRST_LOG_WAIT * 5; i++)); do
     if [[ -s $console_log ]]; then
-      timeout "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" || true
+      timeout "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" 2>/dev/null || true
       break
     fi
     kill -0 "$pid" 2>/dev/null || break
@@ -383,18 +407,25 @@ shown_path() { # shown_path PATH: as it can be typed here
 }
 
 start_run() {
+  trap '' PIPE # a reader who has seen enough, as head, ends no run
   banner
   log "🔍 H100 학습 환경 확인 중..."
   ensure_environment
   log "$plan_text"
-  build_command
   if [[ $dry_run == true ]]; then
+    build_command
     print_command
     return
   fi
   set_log_paths
   acquire_lock
   rotate_console_log
+  if ((plan[nnodes] == 1)); then
+    H100_STORE_DIR=$(mktemp -dt h100_dual.XXXXXX) || die "임시 디렉토리를 만들지 못했습니다. 다른 경로를 주세요: TMPDIR=경로"
+    export H100_STORE_DIR
+  fi
+  build_command
+  ((${#foreign[@]} == 0)) || log "이 실행의 것이 아니라 빼고 시작한 환경 변수: ${foreign[*]}" >>"$detail_log"
   log "🎯 학습 시작!"
   if [[ $foreground == true ]]; then
     start_foreground
@@ -436,12 +467,13 @@ main() {
     command=("${@:8}")
     plan[node_rank]=$7
     set_log_paths
-    supervise
+    supervise || exit
     return
   fi
   trap interrupted INT
   printf -v LAUNCHER_COMMAND '%s\036' "$SCRIPT_PATH" "$@"
   export LAUNCHER_COMMAND # for run_info.json
+  drop_foreign_variables
   parse_args "$@"
   if [[ $action == help ]]; then
     usage

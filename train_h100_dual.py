@@ -85,6 +85,8 @@ DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("token
 # what may change, but is told as it has an effect on what is learnt.
 FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
+SYSTEM_ERRORS = {errno.ENOSPC: "디스크 공간이 부족합니다", errno.EDQUOT: "디스크 할당량(quota)이 부족합니다"}
+SYSTEM_ERRORS |= {errno.EROFS: "읽기 전용 파일 시스템입니다", errno.EACCES: "접근 권한이 없습니다"}  # to be mended
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
 
 
@@ -117,6 +119,12 @@ PRESETS = {
     "1.3b": Preset(24, 2048, 5504, 128),
     "3b": Preset(28, 3072, 8192, 128),
 }
+
+
+def explain_system_error(error: OSError) -> str:
+    """A Korean sentence for what the system refused, with the path if it is known."""
+    text = SYSTEM_ERRORS.get(error.errno) or f"{type(error).__name__}: {error.strerror}"
+    return text + (f" ({error.filename})" if error.filename else "")
 
 
 class Refusal(Exception):
@@ -213,7 +221,8 @@ def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more:
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
-        default = parse_path(os.path.join(SCRIPT_DIR, os.path.expanduser(default)))
+        home = os.path.expanduser(default).removeprefix("~/")  # which stays where nobody knows a home directory
+        default = parse_path(os.path.join(SCRIPT_DIR, home))
     value = None if isinstance(default, dict) else default  # None: resolve_config fills it in
     return field(default=value, metadata={"group": "", "bare": None, "flags": {}, **details, **more})
 
@@ -470,8 +479,26 @@ def query_gpus(visible: str | None) -> list[Gpu]:
         index, uuid, name, *numbers = (part.strip() for part in line.split(","))
         total, used, use = (int(number) if number.isdigit() else None for number in numbers)
         gpus[index, uuid] = Gpu(name, total or 0, used or 0, use)
-    wanted = ["GPU-"] if visible is None else re.findall(r"[^,\s]+", visible)  # a UUID may be cut short
-    return [gpu for key in wanted for (index, uuid), gpu in gpus.items() if key == index or uuid.startswith(key)]
+    visible = visible and re.sub(r"(^|,)\s*(-1|NoDevFiles)\b.*", "", visible)  # for CUDA and Slurm: none from here on
+    wanted = [index for index, _ in gpus] if visible is None else re.findall(r"[^,\s]+", visible)
+    fits = [[name for name in gpus if key == name[0] or name[1].startswith(key)] for key in wanted]  # a UUID's start
+    chosen = [name for names in fits for name in names]
+    if any(len(names) != 1 for names in fits) or len({*chosen}) < len(chosen):
+        reason = "MIG 장치로는 학습할 수 없습니다" if "MIG-" in visible else "없거나 두 번 고른 GPU가 있습니다"
+        advice = "nvidia-smi -L 이 보여 주는 번호나 GPU-로 시작하는 UUID를 쓰세요"
+        raise EnvironmentProblem(f"CUDA_VISIBLE_DEVICES={visible}: {reason}. {advice}")
+    return [gpus[name] for name in chosen]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those of its affinity, and of these what a cgroup's quota gives time on."""
+    count, path = len(os.sched_getaffinity(0)), Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
+    group = Path("/sys/fs/cgroup", path)
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no limit here; a container shows its own at the top
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            count = min(count, max(1, quota // period))
+    return count
 
 
 def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[str], list[str]]:
@@ -556,16 +583,16 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
-    """What is not as the manifest says, as a Korean phrase: a file's size or, if ``thorough``, its checksum."""
+    """What is not as the manifest says, as a Korean phrase: sizes and, of small files or if ``thorough``, checksums."""
     try:
         files = read_json(checkpoint / MANIFEST).get("files") or {}
         if "training_state/state.pt" not in files:
             return f"{MANIFEST} 파일이 없거나 깨졌습니다"
         for name, entry in files.items():
-            path = checkpoint / name
-            if not path.is_file() or path.stat().st_size != entry.get("bytes"):
+            path, size = checkpoint / name, entry.get("bytes")
+            if not path.is_file() or path.stat().st_size != size:
                 return f"{name} 파일이 없거나 크기가 다릅니다"
-            if thorough and file_checksum(path) != entry.get("sha256"):
+            if (thorough or size < 1 << 20) and file_checksum(path) != entry.get("sha256"):
                 return f"{name} 파일의 내용이 저장한 것과 다릅니다"
     except OSError as error:
         return f"읽을 수 없습니다: {error}"
@@ -573,9 +600,14 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last whole one of ``checkpoints`` that still has its training state; a sentence on each damaged later one."""
+    """The last whole one of ``checkpoints`` and a sentence on each damaged later one.
+
+    Older ones than the newest two, whose training state was removed, aren't damaged.
+    """
     damaged = []
-    for path in reversed([path for path in checkpoints if (path / "training_state").is_dir()]):
+    for path in reversed(checkpoints):
+        if path not in checkpoints[-2:] and not (path / "training_state").is_dir():
+            continue
         damage = checkpoint_damage(path, thorough)
         if damage is None:
             return path, damaged
@@ -615,7 +647,8 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, notes = newest_whole(checkpoints, thorough)
     if checkpoint is None:
-        text = f"이어서 학습할 체크포인트가 없습니다: {place} (--resume auto 나 --init-from 을 쓰세요)"
+        text = f"이어서 학습할 온전한 체크포인트가 없습니다: {place}"
+        text += " (가중치 파일이 온전한 것이 있으면 --init-from 과 새 --output-dir 로 이어받을 수 있습니다)"
         raise EnvironmentProblem([text, *notes])
     info = read_json(checkpoint / "training_info.json")
     if problems := resume_problems(cfg, checkpoint, info, fingerprint):
@@ -672,10 +705,12 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     problems = []
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
+        nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
         try:  # permission bits don't tell all
-            TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())).close()
-        except OSError:
-            problems.append(f"쓸 수 없는 디렉토리입니다: {path} (다른 경로를 {as_typed(name)} 로 주세요)")
+            TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            reason = explain_system_error(error) if os.path.exists(nearest) else f"{nearest} 은(는) 대상이 없는 링크"
+            problems.append(f"쓸 수 없는 디렉토리입니다: {path} ({reason}). 다른 경로를 {as_typed(name)} 로 주세요")
     info = read_json(cfg.output_dir / "run_info.json")
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
@@ -1011,7 +1046,7 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
             check_use(typed)
         elif plans:
             plan = make_launch_plan(typed, typed.num_gpus)
-            cfg, threads = plan.cfg, max(1, len(os.sched_getaffinity(0)) // plan.processes)
+            cfg, threads = plan.cfg, max(1, usable_cpus() // plan.processes)
             values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
             values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.world_size // plan.processes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
@@ -1132,7 +1167,7 @@ def is_local_main() -> bool:
 def run_id() -> str:
     """What one start of the launcher, or of torchrun, has in common over all its restarts."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
-    return os.environ.get("RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
+    return os.environ.get("H100_RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
@@ -1162,24 +1197,27 @@ def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset
 
     ``outcome`` is finished, stopped, or failed with torchrun's ``code``; this run's detail log begins at ``offset``.
     """
-    info = read_json(Path(folder) / "run_info.json")
+    info, is_news = read_json(Path(folder) / "run_info.json"), False
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
         info = {"state": outcome}
     elif info["state"] == "running" or (info["state"] == "stopped" and outcome == "failed"):  # nobody had asked
-        info |= {"state": outcome, "ended": timestamp()}
+        info, is_news = info | {"state": outcome, "ended": timestamp()}, True
         if outcome == "failed":
             info["error"] = f"프로세스가 비정상 종료했습니다 (코드 {code})"
-            if b"\nTimeout (" in Path(detail_log).read_bytes()[int(offset) :]:  # as faulthandler begins
-                minutes = info["options"]["hang_timeout"]
-                info["error"] = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
+            with suppress(OSError), open(detail_log, "rb") as log:
+                log.seek(int(offset))
+                if any(line.startswith(b"Timeout (") for line in log):  # as faulthandler begins
+                    minutes = info["options"]["hang_timeout"]
+                    info["error"] = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
             print(f"❌ {info['error']}", file=sys.stderr)
+    print(info["state"])  # first: the disk may take no more
+    if is_news:
         update_run_info(Path(folder), **info)
-    print(info["state"])
 
 
 def is_restart(info: dict[str, Any]) -> bool:
-    """Whether torchrun started this worker anew in the run that ``info``, a ``run_info.json``, speaks of."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id") == run_id()
+    """Whether torchrun started this worker anew in the run that ``info``, a ``run_info.json``, speaks of, if of any."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id", run_id()) == run_id()
 
 
 def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
@@ -1187,9 +1225,10 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
     info = read_json(cfg.output_dir / "run_info.json")
     if not is_restart(info):
         return cfg
-    if info["state"] != "running" or "stop_requested" in info:
+    if info.get("state", "running") != "running" or "stop_requested" in info:
         sys.exit()
-    goes_on = "first_step" in info and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
+    begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
+    goes_on = begun and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
     return replace(cfg, resume="auto") if goes_on else cfg
 
 
@@ -1238,7 +1277,7 @@ def follow_agent() -> None:
         return  # a shell may well go away
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        if os.environ.get("RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
+        if os.environ.get("H100_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
             return
     os._exit(0)  # torchrun was gone before we asked
 
@@ -1277,7 +1316,7 @@ def read_metrics(output_dir: Path, most: int = 1 << 19) -> list[dict[str, Any]]:
         for line in stream:
             with suppress(ValueError):  # cut off by where we began to read, or half-written
                 records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def seconds_left(records: Iterable[dict[str, Any]], total_steps: int | None) -> float | None:
@@ -1474,6 +1513,9 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
     except Refusal as error:
         print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"❌ {explain_system_error(error)}", file=sys.stderr)
+        sys.exit(ENVIRONMENT_ERROR)
 
 
 if __name__ == "__main__":
@@ -1568,6 +1610,12 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def store_url() -> str:
+    """Where the ranks meet: on one machine a file of the launcher's, for each restart, else the store of torchrun's."""
+    folder, count = os.environ.get("H100_STORE_DIR"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return f"file://{folder}/ranks-{count}" if folder else "env://"
+
+
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
     """Create the process group and the precision policy; of accumulation, which is ``train_step``'s, it isn't told."""
     if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -1583,11 +1631,19 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     trackers = [name for name in cfg.report_to.split(",") if name != "none"]
     # The group waits longer than the hang timer, which shows where each rank is.
     patience = timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5)
+    rank, world_size = rank_and_world()
+    numbers = f"?rank={rank}&world_size={world_size}" if cfg.device == "cuda" else ""  # else accelerate adds them
+    group = InitProcessGroupKwargs(init_method=store_url() + numbers, timeout=patience)
+    if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # one machine: nobody else may connect
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:  # each would count
+        logger.debug(f"{name}={os.environ.pop(name)} is dropped")
     ddp_settings = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
         cpu=cfg.device == "cpu",
         mixed_precision={"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision),  # of what FP8 leaves
-        kwargs_handlers=[ddp_settings, InitProcessGroupKwargs(timeout=patience)],
+        kwargs_handlers=[ddp_settings, group],
         log_with=trackers or None,
         project_dir=str(cfg.logs_dir / "tensorboard"),
     )
@@ -1778,12 +1834,16 @@ def call_worker(item: Any) -> Any:
 
 def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[Any]:
     """``map`` over ``workers`` forked processes, each with at most two items under way; 0: in this one."""
-    if workers == 0:
+    try:
+        fork, start = multiprocessing.get_context("fork"), (function, os.getpid())
+        pool = ProcessPoolExecutor(workers, fork, enter_worker, start) if workers else None
+    except OSError as error:  # their locks are files in /dev/shm
+        pool = logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({explain_system_error(error)})")
+    if pool is None:
         yield from map(function, items)
         return
     try:
-        fork, start = multiprocessing.get_context("fork"), (function, os.getpid())
-        with ProcessPoolExecutor(workers, fork, enter_worker, start) as pool:
+        with pool:
             yield from map_ahead(pool, call_worker, items, 2 * workers)
     except BrokenExecutor as error:
         raise RuntimeError("데이터를 준비하던 하위 프로세스가 죽었습니다 (메모리가 부족했을 수 있습니다)") from error
@@ -2022,7 +2082,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
     bad, bad_count, line_count, offset, example = [], 0, 0, 0, ""
-    workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
+    workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
@@ -2207,7 +2267,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     # the lists, as the others wait for a store only so long, and as if it were alone: it needn't wait for them.
     name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     rank, world_size = rank_and_world()
-    store = next(dist.rendezvous("env://", rank, 1))[0] if world_size > 1 else dist.HashStore()
+    store = next(dist.rendezvous(store_url(), rank, 1))[0] if world_size > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
     store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
@@ -2677,9 +2737,8 @@ class Muon(torch.optim.AdamW):
             weight.add_(update, alpha=rate)
 
 
-def learning_rate_at(step: int, total: int, cfg: TrainConfig) -> float:
-    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: a linear rise, then the schedule."""
-    warmup = math.ceil(cfg.warmup_ratio * total)
+def learning_rate_at(step: int, total: int, cfg: TrainConfig, warmup: int) -> float:
+    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: it rises for ``warmup`` of them."""
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
@@ -2772,6 +2831,7 @@ class Run:
     batch_size: int  # rows of a micro-step on each rank: as typed, or what --find-batch-size found
     gradient_accumulation_steps: int  # as typed, or so that a step reads what it did before a resume
     total_steps: int
+    warmup_steps: int  # of the run as it began, however long it has become
     stop: StopFlag
     backend: str  # of attention, as it really runs
     saver: Saver
@@ -2915,9 +2975,10 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
     seconds, report, rows = state.elapsed_seconds, run.corpus.report, run.corpus.rows(run.cfg.max_seq_length)
     info = {"layout_version": LAYOUT_VERSION, "total_steps": run.total_steps, **state.evaluation}
+    info["warmup_steps"] = run.warmup_steps
     info |= {name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))}
     info["epoch"] = state.tokens_seen / (rows * run.cfg.max_seq_length)
-    info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg)
+    info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg, run.warmup_steps)
     info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
     info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
     info |= {"corpus": report, "data_fingerprint": report["fingerprint"]}
@@ -2934,6 +2995,7 @@ class Saver:
         self.executor = ThreadPoolExecutor(1, "saver", os.nice, (10,))  # on a CPU, training needs the same cores
         self.pending: Future | None = None  # a call of write_checkpoint, until the loop has told how it ended
         self.step = 0  # that it saves
+        self.failed = 0  # saves of this run, its restarts included
 
     def busy(self, seconds: float | None = 0.0) -> bool:
         """Whether a save is still being written after so many seconds (None: however long it takes)."""
@@ -2977,9 +3039,10 @@ def check_room(run: Run) -> None:
 def describe_error(error: Exception) -> tuple[str, bool]:
     """A Korean sentence for an error, and whether its cause is known, so that to try again would not help."""
     text = str(error).strip()
+    if match := re.search(r"\(os error (\d+)\)", text):  # of tokenizers, which are written in Rust
+        error = OSError(int(match[1]), text)
     if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
-        full, place = error.errno == errno.ENOSPC, f" ({error.filename})" if error.filename else ""
-        return ("디스크 공간이 부족합니다" if full else f"{type(error).__name__}: {error.strerror}") + place, full
+        return explain_system_error(error), error.errno in SYSTEM_ERRORS
     if is_out_of_memory(error):
         smaller = "--batch-size 나 --max-seq-length 를 줄이거나, 학습에는 --gradient-checkpointing"
         return f"GPU 메모리가 부족합니다. {smaller}, 체크포인트 사용에는 --device cpu 를 쓰세요", True
@@ -3045,25 +3108,28 @@ def report_save(run: Run, is_last: bool = False) -> None:
     if saver.pending is None or saver.busy(None if is_last else 0.0):
         return
     error, saver.pending = saver.pending.exception(), None
+    folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
+    saver.failed += error is not None
+    with suppress(OSError):  # a full disk: it is told after the next save
+        update_run_info(run.cfg.output_dir, failed_saves=saver.failed)
     if error is None:
-        folder = run.cfg.output_dir / f"checkpoint-{saver.step}"
         logger.info(f"✅ 체크포인트 저장 완료: {display_path(folder)} ({run.save_seconds:.1f}초)")
         return
-    reason, left = describe_error(error)[0], last_checkpoint(run.cfg)
+    reason, left = f"{describe_error(error)[0]}, {display_path(folder)}", last_checkpoint(run.cfg)
     if is_last:
         text = f"마지막 스텝({saver.step:,})을 저장하지 못했습니다: {reason}"
         raise RuntimeError(f"{text}. 공간을 비우고 --train --resume 으로 이어서 하세요. {left}") from error
     logging.getLogger("traceback").error("a save failed", exc_info=error)
     text = f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {reason}"
     logger.warning(f"{text}. 다음 저장 때 다시 시도합니다. {left}")
-    count = read_json(run.cfg.output_dir / "run_info.json").get("failed_saves", 0)
-    with suppress(OSError):  # a full disk
-        update_run_info(run.cfg.output_dir, failed_saves=count + 1)
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:
     """What is left after a failure, in Korean."""
-    newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
+    try:
+        newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
+    except OSError as error:
+        return f"마지막 체크포인트를 확인하지 못했습니다: {explain_system_error(error)}"
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
 
 
@@ -3177,7 +3243,7 @@ class StepLog:
         record = {
             "step": step,
             "loss": sum(losses) / len(losses),
-            "learning_rate": learning_rate_at(step - 1, run.total_steps, run.cfg),
+            "learning_rate": learning_rate_at(step - 1, run.total_steps, run.cfg, run.warmup_steps),
             "grad_norm": grad_norm,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / (self.peak * run.accelerator.num_processes) if self.peak else None,
@@ -3194,15 +3260,14 @@ class StepLog:
         logger.info(f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {memory:.1f} GB | 남은 시간 {left}")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``; what a full disk doesn't take is kept for the next line."""
+        """Append a line to ``metrics.jsonl``; one that a full disk doesn't take is kept for the next."""
         if not self.run.is_main:
             return
         record, path = known_numbers(record), self.run.cfg.output_dir / "metrics.jsonl"
         self.unwritten += json.dumps(record).encode() + b"\n"
         try:
-            with open(path, "ab", buffering=0) as stream:
-                while self.unwritten:  # a disk that fills up takes the first part of a line
-                    self.unwritten = self.unwritten[stream.write(self.unwritten) :]
+            append_whole(path, self.unwritten)
+            self.unwritten = b""
         except OSError as error:
             logger.warning(f"⚠️  metrics.jsonl에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}")
         group = "validation" if "val_loss" in record else "train"
@@ -3244,14 +3309,38 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
             logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all of ``data`` to a file or, where the disk doesn't take it, nothing."""
+    with open(path, "ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            while data:  # a disk that fills up takes the first part
+                data = data[stream.write(data) :]
+        except OSError:
+            with suppress(OSError):  # the first one tells more
+                stream.truncate(size)
+            raise
+
+
 def cut_file(path: Path, step: int) -> None:
-    """Drop from ``metrics.jsonl`` or ``samples.md`` a torn end and what is of steps after ``step``."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    headings = re.finditer(r'^(?:\{"step": |## 스텝 )([\d,]+)'.encode(), content, re.MULTILINE)
-    later = (heading.start() for heading in headings if int(heading[1].replace(b",", b"")) > step)
-    os.truncate(path, next(later, content.rfind(b"\n") + 1))
+    """Drop from ``metrics.jsonl`` or ``samples.md`` what is of steps after ``step`` and, saying so, what is torn."""
+    is_metrics, kept, size = path.suffix == ".jsonl", [], 0
+    pattern = r'^\{"step": (\d+).*\n' if is_metrics else r"^## 스텝 ([\d,]+)\n(?:(?!## 스텝 ).*\n)*"
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        for part in re.finditer(pattern.encode(), content, re.MULTILINE):
+            with suppress(ValueError):  # a torn line, or bytes that no text has
+                json.loads(part[0] if is_metrics else json.dumps(part[0].decode()))
+                size += len(part[0])
+                kept += [part[0]] if int(part[1].replace(b",", b"")) <= step else []
+        if b"".join(kept) != content:
+            with open(path, "r+b") as stream:  # no copy aside: the disk may be full
+                stream.write(b"".join(kept))
+                stream.truncate()
+        if size < len(content):
+            logger.warning(f"⚠️  {path.name} 에서 읽을 수 없는 {len(content) - size:,}바이트를 뺐습니다")
+    except OSError as error:  # no reason not to go on
+        logger.warning(f"⚠️  {path.name} 을(를) 정리하지 못했습니다: {explain_system_error(error)}")
 
 
 def start_profile(run: Run, log: StepLog, left: int) -> Any:
@@ -3402,8 +3491,8 @@ def generate_samples(run: Run, state: TrainState) -> None:
             for prompt, text in texts.items():
                 logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
             quoted = [f"**{prompt}**\n\n> " + text.replace("\n", "\n> ") + "\n" for prompt, text in texts.items()]
-            with open(cfg.output_dir / "samples.md", "a", encoding="utf-8") as stream:
-                stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
+            section = "\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""])
+            append_whole(cfg.output_dir / "samples.md", section.encode())
             with tracking(run):
                 run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
     except Exception as error:  # a model that can be trained but not generate, a full disk: no reason to end
@@ -3576,7 +3665,7 @@ def train(run: Run, state: TrainState) -> str:
     while state.step < run.total_steps and not stopping:
         begun, is_first = time.monotonic(), state.step == start
         with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and is_first else nullcontext():
-            stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg))
+            stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg, run.warmup_steps))
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
@@ -3618,7 +3707,7 @@ def train(run: Run, state: TrainState) -> str:
 
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Complete the options; returns also what to show where no launcher has made the plan and shown it."""
-    if "RUN_ID" in os.environ:
+    if "H100_RUN_ID" in os.environ:
         return resolve_config(typed, typed.device)[0], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if rank_and_world()[0]:  # the first one makes the plan
@@ -3643,7 +3732,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
                 raise
         time.sleep(0.2)
     lock.truncate(0)
-    lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
+    lock.write(os.environ.get("H100_RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
     for torn in (*cfg.output_dir.glob(".*.tmp"), *cfg.output_dir.glob("checkpoint-*/.*.tmp")):
         shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink(missing_ok=True)
@@ -3654,7 +3743,8 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
             (cfg.output_dir / name).unlink(missing_ok=True)
     link = cfg.output_dir / "training.log"
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(cfg.logs_dir / "training_console.log", cfg.output_dir))
+    target = os.path.realpath(cfg.logs_dir / "training_console.log")  # either may be a link to another disk
+    link.symlink_to(os.path.relpath(target, os.path.realpath(cfg.output_dir)))
     begin_run_info(cfg, world_size)
     return lock
 
@@ -3693,11 +3783,14 @@ def build_run(
     for name, domain in zip(cfg.mix_counts, corpus.domains, strict=False):
         if not domain.rows(length):
             raise RuntimeError(f"--mix: '{name}' 문서가 한 행({length:,} 토큰)보다 적습니다. 빼거나 더하세요")
+    before = point.info if point.info.get("options", {}).get("warmup_ratio") == cfg.warmup_ratio else {}
+    warmup = before.get("warmup_steps", math.ceil(cfg.warmup_ratio * before.get("total_steps", steps)))
     size = find_batch_size(cfg, rows, corpus.tokenizer, accelerator) if cfg.find_batch_size else cfg.batch_size
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
     ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
-    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, size, rows // size, steps, stop, backend, Saver())
+    counts = size, rows // size, steps, warmup
+    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver())
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
@@ -3749,6 +3842,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
 def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
     cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step}
+    run.saver.failed = read_json(cfg.output_dir / "run_info.json").get("failed_saves", 0)
     for name in ("metrics.jsonl", "samples.md"):
         cut_file(cfg.output_dir / name, state.step)
     for path in list_checkpoints(cfg.output_dir):
@@ -3764,7 +3858,9 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
         before, now = point.info["total_steps"], run.total_steps
         if before != now:
-            logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. 학습률을 새 길이에 맞춰 다시 계산합니다")
+            rates = (learning_rate_at(min(state.step, n - 1), n, cfg, run.warmup_steps) for n in (before, now))
+            change = "다음 스텝의 학습률: {:.2e} → {:.2e}".format(*rates)
+            logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. {change} (워밍업은 처음처럼 {run.warmup_steps:,}스텝)")
 
 
 def train_quietly(run: Run, state: TrainState) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ import train_h100_dual as t
 
 
 def rates(cfg: t.TrainConfig, total: int = 200) -> list[float]:
-    return [t.learning_rate_at(step, total, cfg) / cfg.learning_rate for step in range(total)]
+    warmup = math.ceil(cfg.warmup_ratio * total)
+    return [t.learning_rate_at(step, total, cfg, warmup) / cfg.learning_rate for step in range(total)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,7 +130,8 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(alone, 
     shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     shown = forked_run(tmp_path, *TWENTY, "--resume", "--max-steps", "24")
     assert "20 → 24" in shown
-    assert "학습률을 새 길이에 맞춰" in shown
+    rates = re.search(r"다음 스텝의 학습률: (\S+) → (\S+)", shown)
+    assert 0 < float(rates[1]) < float(rates[2]) <= 1e-3
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert lines[20]["learning_rate"] > 0

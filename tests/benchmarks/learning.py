@@ -130,7 +130,7 @@ def learn(corpus: Path, trial: Trial) -> dict[str, Any]:
         run, batches = build(corpus, Path(folder), trial)
         curve, losses, figures = [], [], {}
         for step in range(1, trial.steps + 1):
-            rate = t.learning_rate_at(step - 1, trial.steps, run.cfg)
+            rate = t.learning_rate_at(step - 1, trial.steps, run.cfg, run.warmup_steps)
             losses.append(t.train_step(run, batches, rate)[0].item())
             if step % EVALUATE_EVERY == 0 or step == trial.steps:
                 figures = t.evaluate(run)
