@@ -2187,12 +2187,8 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     known = [["Split", {"Regex": pattern}, "Isolated", False, "ByteLevel", False, False] for pattern in FAST_PATTERNS]
     odd = [model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
     odd += [not token["special"] for token in spec["added_tokens"]]
-    if (
-        model["type"] != "BPE"
-        or splitting not in known
-        or spec["normalizer"] not in (None, {"type": "NFC"})
-        or any(odd)
-    ):
+    odd += [model["type"] != "BPE", splitting not in known, spec["normalizer"] not in (None, {"type": "NFC"})]
+    if any(odd):
         return None
     merges, ranks = [tuple(pair) for pair in model["merges"]], {}
     order, by_merges = [model["vocab"]["".join(pair)] for pair in merges], models.BPE(model["vocab"], merges)
