@@ -38,6 +38,7 @@ import errno
 import faulthandler
 import fcntl
 import gc
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -59,7 +60,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
 
@@ -71,8 +72,20 @@ MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "datasets": "4.0", 
 USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 SMALL_CORPUS_BYTES = 16 << 20
+HEAD_BYTES = 1 << 20  # of a file, by which its encoding and format are told
+MOST_SHOWN = 10  # files that are listed on the console
 CACHE_VERSION = 8  # of the token cache's format and of how texts are read and split
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", ".tsv": "\t", ".txt": "text"}
+FORMATS |= {".parquet": "table", ".arrow": "table"}
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # behind any of them but a table's
+LEFT_OUT = {  # what isn't read of a directory unless it is named: the reason, and names in lower case
+    "안내문": r"(readme|licen[cs]e).*|requirements.*\.txt",
+    "도구가 남긴 파일": r"(state|dataset_(dict|info.*)|(generation_)?config|tokenizer.*|special_tokens_map|vocab)\.json"
+    r"|merges\.txt|cache-.*\.arrow",
+    "이 프로젝트가 쓴 파일": r"(run|model|training)_info\.json|(metrics|bad_lines)\.jsonl",
+}
+OWN_FILES = ("run_info.json", "training_info.json", "model_info.json", "training_console.log", "documents.bin")
+HELD_OUT = re.compile("validation|valid|val|test|dev|heldout")
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
@@ -186,10 +199,11 @@ def parse_source(text: str) -> Path | str:
     return text if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) and not os.path.exists(path) else path
 
 
-def parse_dataset(text: str) -> Path:
+def parse_dataset(text: str) -> tuple[Path, ...]:
+    """One path, a pattern of paths, or a name on the hub; an option that is typed again adds its own."""
     if text.startswith("hf:") and not HUB_NAME.fullmatch(text):
         raise ValueError(f"'{text}' 값을 읽을 수 없습니다. hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]] 처럼 쓰세요")
-    return Path(text) if text.startswith("hf:") else parse_path(text)
+    return (Path(text) if text.startswith("hf:") else parse_path(text),)
 
 
 def parse_trackers(text: str) -> str:
@@ -222,7 +236,7 @@ def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more:
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
         home = os.path.expanduser(default).removeprefix("~/")  # which stays where nobody knows a home directory
-        default = parse_path(os.path.join(SCRIPT_DIR, home))
+        default = kind(os.path.join(SCRIPT_DIR, home))
     value = None if isinstance(default, dict) else default  # None: resolve_config fills it in
     return field(default=value, metadata={"group": "", "bare": None, "flags": {}, **details, **more})
 
@@ -256,12 +270,13 @@ class TrainConfig:
     device: str = option("", ("auto", "cuda", "cpu"), "연산 장치", default="auto")
     seed: int = option("N", (int, 0, 2**31 - 1), "난수 시드", default=42)
     logging_steps: int | None = option("N", POSITIVE, "로그 간격 (스텝)", {"base": 10, "test": 1})
-    dataset_path: Path = option("PATH", parse_dataset,
-        "데이터셋: 디렉토리, 파일, 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
+    dataset_path: tuple[Path, ...] = option("PATH", parse_dataset,
+        "데이터셋: 디렉토리, 파일, '*.jsonl' (여러 번 쓸 수 있음), 또는 hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]",
         default="../../../../datasets", group="데이터")
     tokenizer: Path | str | None = option("PATH|ID", parse_source, "사용할 토크나이저 (없으면 말뭉치로 학습)")
     vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", {"base": 65536, "cpu_test": 2048})
-    text_column: str = option("NAME", parse_text, "본문이 든 열의 이름", default="text")
+    text_column: str = option("NAME|PATH", parse_text, "본문이 든 열의 이름이나 경로, 예: document[].paragraph[].form",
+        default="text")
     validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
     dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")})
@@ -360,7 +375,8 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
         try:
             if text is None and value is None:
                 raise ValueError(f"값이 없습니다. 이렇게 쓰세요: {name} {details['metavar']}")
-            values[field_name] = value if text is None else parse_value(details["kind"], text)
+            value = value if text is None else parse_value(details["kind"], text)
+            values[field_name] = values.get(field_name, ()) + value if isinstance(value, tuple) else value
         except ValueError as error:
             problems.append(f"{name}: {error}")
     exclusive = [{"--dummy-data", "--dataset-path"}, {"--model-config", "--init-from"}]
@@ -399,6 +415,8 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
         problems.append("--evaluate: 평가할 데이터가 없습니다. 예: --dataset-path corpus.jsonl")
+    if len(cfg.dataset_path) > 1 and any(str(path).startswith("hf:") for path in cfg.dataset_path):
+        problems.append("--dataset-path: 허브 데이터셋은 하나만, 파일 없이 쓸 수 있습니다")
     machines = [cfg.nnodes, cfg.node_rank, cfg.rdzv_endpoint]
     complete = None not in machines and cfg.node_rank < cfg.nnodes and re.fullmatch(r".+:\d+", cfg.rdzv_endpoint)
     if not complete and machines not in ([None, None, None], [1, None, None]):
@@ -620,6 +638,7 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
     values = asdict(cfg)
     if cfg.model_config or cfg.init_from:
         values["model_size"] = None  # the preset that would have been taken
+    values["dataset_path"] = corpus_name(cfg)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
@@ -738,30 +757,117 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
 # --- the corpus and the length of a run ---
 
 
+def corpus_name(cfg: TrainConfig) -> str:
+    """What --dataset-path names; "hf:..." is on the hub."""
+    return ", ".join(map(str, cfg.dataset_path))
+
+
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
-    path = cfg.dataset_path
-    return cfg.dummy_data or (cfg.is_test and path == TrainConfig.dataset_path and not path.exists())
+    default = cfg.dataset_path == TrainConfig.dataset_path and not cfg.dataset_path[0].exists()
+    return cfg.dummy_data or (cfg.is_test and default)
 
 
-def corpus_files(cfg: TrainConfig) -> list[Path]:
-    """The files of the corpus in a stable order; none where dummy text or a hub data set stands in for them."""
-    path = cfg.dataset_path
-    if uses_dummy_data(cfg) or str(path).startswith("hf:"):
-        return []
+def split_name(path: Path) -> tuple[str, str, str]:
+    """Of a file's name in lower case the stem, the suffix that tells the format, and that of a packed file."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    return *os.path.splitext(name.removesuffix(packed)), packed
+
+
+def is_json_object(line: bytes | str) -> bool:
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), dict)
+    return False
+
+
+def file_format(path: Path) -> str:
+    """How a file is read, by its name, or where that has no suffix by its first line; "" if it isn't."""
+    _, suffix, packed = split_name(path)
+    kind = FORMATS.get(suffix, "")
+    if not suffix and not packed and path.is_file():
+        with open(path, "rb") as file:
+            kind = "lines" if is_json_object(file.readline(HEAD_BYTES)) else ""
+    return "" if packed and kind == "table" else kind
+
+
+def why_left_out(path: Path, own: set[str]) -> str:
+    """Why what lies in a directory is no part of the corpus, in Korean; "" for a file or directory to be read."""
+    if path.name.startswith("."):
+        return "숨은 파일"
+    if not path.is_symlink() and not os.access(path, os.R_OK):
+        return "읽을 권한이 없음"
+    if path.is_dir():
+        ours = os.path.realpath(path) in own or any((path / name).exists() for name in OWN_FILES)
+        return "이 프로젝트의 출력, 로그, 캐시" if ours else ""
+    for reason, names in LEFT_OUT.items():
+        if re.fullmatch(names, path.name.lower()):
+            return reason
+    if not file_format(path):
+        return "읽지 않는 형식"
     if not path.exists():
-        raise MissingPath(f"데이터셋이 없습니다: {path} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [item for item in files if item.name.endswith(DATA_SUFFIXES) and item.is_file()]
-    files = [item for item in files if item.name == "mixed_pretraining.jsonl"] or files
-    if not any(item.stat().st_size for item in files):
-        raise MissingPath(f"데이터가 든 파일이 없습니다: {path} (읽는 것: {', '.join(DATA_SUFFIXES)})")
-    return files
+        raise MissingPath(f"링크가 가리키는 파일이 없습니다: {path} (다시 받거나 링크를 지우세요)")
+    return ""
+
+
+def walk(folder: Path, own: set[str], seen: set[str]) -> Iterator[tuple[Path, str]]:
+    """The files below a directory in the order of paths, each with ``why_left_out``; a directory left out as one."""
+    reasons = {path: why_left_out(path, own) for path in sorted(folder.iterdir())}
+    # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
+    stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in reasons}
+    siblings, unpacked = {stems[path] for path, reason in reasons.items() if not reason}, set()
+    for path, reason in reasons.items():
+        stem, name, real = stems[path], split_name(path)[:2], os.path.realpath(path)
+        twins = {f"{stem[: word.start()]}train{stem[word.end() :]}" for word in HELD_OUT.finditer(stem)}
+        if not reason and not twins.isdisjoint(siblings):
+            reason = "train과 나란히 있는 검증·시험 데이터"
+        elif not reason and (name in unpacked if path.is_file() else real in seen):
+            reason = "이미 읽는 것"
+        if reason or path.is_file():
+            yield path, reason
+            unpacked |= set() if reason else {name}
+        else:
+            seen.add(real)
+            yield from walk(path, own, seen)
+
+
+def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files of the corpus in a stable order, and what is left out of its directories, by reason.
+
+    None where dummy text or a hub data set stands in for them.
+    """
+    files, left_out, seen = [], {}, set()  # seen: by real path, as links may lead to the same place
+    own = {os.path.realpath(path) for path in (cfg.output_dir, cfg.logs_dir, cfg.cache_dir)}
+    if uses_dummy_data(cfg) or corpus_name(cfg).startswith("hf:"):
+        return files, left_out
+    for typed in cfg.dataset_path:
+        paths = [typed] if typed.exists() else map(Path, sorted(glob.glob(str(typed), recursive=True)))
+        if not (paths := [path for path in paths if path.exists()]):
+            raise MissingPath(f"데이터셋이 없습니다: {typed} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
+        for path in paths:  # named ones are read whatever they are called
+            mixed, pairs = path / "mixed_pretraining.jsonl", [(path, "")]
+            if not path.is_dir() and not file_format(path):
+                raise MissingPath(f"읽는 형식이 아닙니다: {path} (읽는 것: {', '.join(FORMATS)})")
+            if mixed.is_file():
+                pairs = [(item, "" if item == mixed else f"{mixed.name}만 읽음") for item in sorted(path.iterdir())]
+            elif path.is_dir():
+                seen.add(os.path.realpath(path))
+                pairs = walk(path, own, seen)
+            for item, reason in pairs:
+                real = os.path.realpath(item)
+                if reason or real in seen:
+                    left_out.setdefault(reason or "이미 읽는 것", []).append(item)
+                else:
+                    files.append(item)
+                    seen.add(real)
+    if not any(path.stat().st_size for path in files):
+        raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)})")
+    return files, left_out
 
 
 def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
     """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
-    parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else str(cfg.dataset_path)]
+    parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else corpus_name(cfg)]
     parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``check_reopened``
     parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
@@ -776,8 +882,8 @@ def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
 
 def estimated_bytes(files: list[Path]) -> int:
     """Bytes of text in the files, roughly: compressed ones hold 2.5 times their size, as measured."""
-    packed = (".gz", ".zst", ".parquet")
-    return int(sum(path.stat().st_size * (2.5 if path.suffix in packed else 1) for path in files))
+    packed = (*PACKED, ".parquet")
+    return int(sum(path.stat().st_size * (2.5 if path.suffix.lower() in packed else 1) for path in files))
 
 
 def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) -> int:
@@ -984,6 +1090,7 @@ class LaunchPlan:
     """What a run would start with on this machine."""
 
     cfg: TrainConfig  # complete
+    files: list[Path]  # of the corpus
     gpus: list[Gpu]  # that it uses
     processes: int  # here
     world_size: int  # and on all machines
@@ -1004,7 +1111,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     problems += source_problems(cfg)
     try:
         problems += output_problems(cfg)
-        files = corpus_files(cfg)
+        files, left_out = corpus_files(cfg)
         corpus, lists = corpus_folders(cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
@@ -1027,9 +1134,12 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     notes += [*adapted, *point.notes, *short]
     if (own := read_config(cfg.model_config).get("vocab_size", cfg.vocab_size)) != cfg.vocab_size:
         notes.append(f"--model-config의 vocab_size {own:,} 대신 토크나이저의 크기를 씁니다 (최대 {cfg.vocab_size:,})")
+    for reason, paths in left_out.items():
+        names = ", ".join(display_path(path) for path in paths[:3]) + (" …" if len(paths) > 3 else "")
+        notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
+    return LaunchPlan(cfg, files, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
@@ -1081,11 +1191,13 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
         lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
     lines += [f"⚠️  {note}" for note in plan.notes]
     if uses_dummy_data(cfg):
-        reason = "--dummy-data" if cfg.dummy_data else f"데이터셋 없음 ({cfg.dataset_path})"
+        reason = "--dummy-data" if cfg.dummy_data else f"데이터셋 없음 ({corpus_name(cfg)})"
         lines.append(f"⚠️  {reason}: 더미 한국어/영어 데이터를 만들어 씁니다")
     else:
-        count = len(corpus_files(cfg))
-        lines.append(f"✅ 데이터셋 확인 완료: {f'{count}개 파일' if count else f'허브의 {cfg.dataset_path}'}")
+        count = len(plan.files)
+        lines.append(f"✅ 데이터셋 확인 완료: {f'{count:,}개 파일' if count else f'허브의 {corpus_name(cfg)}'}")
+        lines += [f"  {display_path(path)} ({path.stat().st_size / 1e6:,.1f} MB)" for path in plan.files[:MOST_SHOWN]]
+        lines += [f"  … 외 {count - MOST_SHOWN:,}개"] if count > MOST_SHOWN else []
     return [*lines, "✅ 모든 요구사항 충족"]
 
 
@@ -1107,7 +1219,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
     training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters, "스텝당 토큰": f"{plan.step_tokens:,}"}
     training |= {"전체 학습": run if tokens else "데이터를 준비한 뒤 정해집니다"}
-    paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else display_path(cfg.dataset_path)}
+    paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else ", ".join(map(display_path, cfg.dataset_path))}
     paths |= {"출력": display_path(cfg.output_dir), "로그": display_path(cfg.logs_dir)}
     saving = {"저장 간격": f"{cfg.save_steps} 스텝", "초기 모델 저장": str(cfg.save_initial).lower()}
     saving |= {"백그라운드 실행": str(background).lower()}
@@ -1522,9 +1634,12 @@ if __name__ == "__main__":
     typed_config, stop_flag = standalone_main(sys.argv[1:])
     gc.disable()  # importing makes much and frees nothing: the collector would take a fifth of the time
 
+import codecs
+import csv
 import functools
 import io
 import logging
+import lzma
 import multiprocessing
 import pickle
 import random
@@ -1565,6 +1680,8 @@ SPLIT_PATTERN = (
 )
 FAST_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("{1,3}", ""))  # which both engines read alike: this, and Qwen2's
 CHUNK_BYTES = 4 << 20
+LONGEST_RECORD = 128 << 20  # of a file: more isn't meant to be one document
+TITLE = rb" ?= (?!= ).*\S =\s*$"  # of a wikitext article; "= =" stands around a section's
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
 TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
@@ -1661,7 +1778,14 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u4, <u4, <u2, <u2")
 DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "characters", "lost", "language", "source")
 
-Chunk = tuple[str, int, Any]  # file, where the content starts (line, from 1), whole lines (bytes) or pyarrow's table
+
+class Chunk(NamedTuple):
+    """Records of a file, each with the number of its line or row, from 1."""
+
+    file: str
+    records: list[tuple[int, Any]]  # lines (bytes), JSON text (str), or rows (pyarrow's table), a number each
+    is_text: bool = False  # whether the lines are documents, not JSON
+    encoding: str = ""  # of the file
 
 
 @dataclass
@@ -1674,28 +1798,90 @@ class Documents:
     bad: list[dict[str, Any]] = field(default_factory=list)
     line_count: int = 0
     lost_example: str = ""  # of what the tokenizer can't write
+    empty: int = 0  # documents without text, which are left out
+    file: str = ""
+    encoding: str = ""
 
 
-def read_line_chunks(path: Path, size: int) -> Iterator[Chunk]:
-    """Cut a file into chunks of ``size`` bytes and what completes the last line; in a .txt file, the paragraph."""
-    import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
-
-    first_line = 1
-    with io.BufferedReader(pyarrow.input_stream(path)) as stream:  # by its suffix also .gz and .zst
-        while block := stream.read(size):
-            parts = [block, stream.readline()]
-            # Up to the next empty line; the first part may look like one, where the block ended at a line's end.
-            while path.suffix == ".txt" and (line := stream.readline()):
-                parts.append(line)
-                if not line.strip():
-                    break
-            block = b"".join(parts)
-            yield str(path), first_line, block.removeprefix(b"\xef\xbb\xbf" * (first_line == 1))
-            first_line += block.count(b"\n")
+def detect_encoding(head: bytes) -> str:
+    """UTF-16 by its BOM; CP949 where ``head`` is that, no UTF-8, and mostly KS X 1001's 2,350 syllables; or UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    for encoding in ("utf-8", "cp949"):
+        with suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD_BYTES)
+            pairs = re.findall(rb"(?s)[\x81-\xfe].", head) if encoding == "cp949" else []
+            common = sum(0xB0 <= first <= 0xC8 and second > 0xA0 for first, second in pairs)
+            return encoding if common >= 0.8 * len(pairs) else "utf-8"
+    return "utf-8"
 
 
-def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
-    """Read a parquet file, or stream a data set of the hub, of which nothing is executed; a row stands for a line."""
+def csv_records(text: Any, head: str, delimiter: str) -> Iterator[tuple[int, str]]:
+    """The rows of a table, by its header; behind a tab quotes are text unless as many of them open fields as close."""
+    csv.field_size_limit(LONGEST_RECORD)
+    opening, closing = (len(re.findall(quote, head)) for quote in (r'(?m)(^|\t)"', r'(?m)"\r?(\t|$)'))
+    is_text = delimiter == "\t" and opening != closing
+    rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE if is_text else csv.QUOTE_MINIMAL)
+    header = next(rows, [])
+    for number, row in enumerate(rows, 2):
+        record = dict(zip(header, row, strict=True)) if len(row) == len(header) else row
+        yield number, json.dumps(record, ensure_ascii=False) if row else ""
+
+
+def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
+    """The elements of a JSON file's array, or of the first one that the path names, as if alone; or its one object.
+
+    Python's own parser finds their ends.  ijson's (yajl) makes another character of a lone surrogate, in silence, and
+    ends a file at NaN.
+    """
+    names, bracket, _ = text_column.partition("[]")
+    keys = names.split(".") if bracket and not head.startswith("[") else []
+    before, after = "".join(f'{{"{key}":' for key in keys) + "[" * bool(keys), "]" * bool(keys) + "}" * len(keys)
+    opening = "".join(rf'.*?"{re.escape(key)}"\s*:' for key in keys) + r"\s*\[" * (head.startswith("[") or bool(keys))
+    buffer, at, match, separator, decoder = "", 0, None, re.compile(r"[\s,]*"), json.JSONDecoder(strict=False)
+    while block := text.read(max(HEAD_BYTES, len(buffer) - at)):
+        buffer, at = buffer[at:] + block, 0
+        if match is None and (match := re.match(opening, buffer, re.DOTALL)):
+            at = match.end()
+        while match:
+            at = separator.match(buffer, at).end()
+            if buffer.startswith("]", at):
+                return
+            try:
+                end = decoder.raw_decode(buffer, at)[1]
+            except json.JSONDecodeError:  # the rest of it is to come
+                break
+            yield f"{before}{buffer[at:end]}{after}"
+            at = end
+        if len(buffer) - at > LONGEST_RECORD:
+            raise ValueError("한 문서가 128 MiB를 넘습니다. --text-column 을 document[].paragraph[].form 처럼 주세요")
+    if match is None:
+        yield buffer  # nothing is where the path leads: a bad record, which tells what there is
+    elif opening or buffer[at:].strip():
+        raise ValueError("JSON이 끝나지 않았습니다")
+
+
+def text_records(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Paragraphs, that is, lines up to an empty one; of a file that begins with a title, as wikitext does, articles."""
+    first, text, gap, is_wikitext = 0, [], [], None
+    for number, line in enumerate(lines, 1):
+        blank, title = not line.strip(), re.match(TITLE, line)
+        if text and (title if is_wikitext else blank):
+            yield first, b"".join(text)
+            text = []
+        if blank:
+            gap.append(line)
+            continue
+        if not text:
+            first, gap, is_wikitext = number, [], bool(title) if is_wikitext is None else is_wikitext
+        text += [*gap, line]
+        gap = []
+    if text:
+        yield first, b"".join(text)
+
+
+def table_records(source: str, text_column: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, or of a data set of the hub, of which nothing is executed."""
     if name := HUB_NAME.fullmatch(source):
         import datasets
 
@@ -1705,34 +1891,68 @@ def read_table_chunks(source: str, text_column: str) -> Iterator[Chunk]:
     else:
         import pyarrow.parquet
 
-        file = pyarrow.parquet.ParquetFile(source)
-        columns = [column for column in (text_column, "lang", "source") if column in file.schema_arrow.names]
-        batches = file.iter_batches(1024, columns=columns)
-    first_line = 1
+        is_stream = source.lower().endswith(".arrow")  # as save_to_disk leaves it
+        file = pyarrow.ipc.open_stream(pyarrow.memory_map(source)) if is_stream else pyarrow.parquet.ParquetFile(source)
+        names = (file.schema if is_stream else file.schema_arrow).names
+        own = {text_column, re.split(r"[.\[]", text_column)[0]}.intersection(names)
+        # Without one of them every row is bad, and tells what else there is.
+        columns = [name for name in names if name in own | {"lang", "source"} or not own]
+        batches = (batch.select(columns) for batch in file) if is_stream else file.iter_batches(1024, columns=columns)
+    number = 1
     for batch in batches:
-        yield source, first_line, batch
-        first_line += batch.num_rows
+        yield number, batch
+        number += batch.num_rows
+
+
+def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any]], bool, str]:
+    """The records of a file by its format, or of a data set of the hub; whether they are text; the file's encoding."""
+    import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
+
+    kind, packed = "table" if HUB_NAME.fullmatch(source) else file_format(Path(source)), split_name(Path(source))[2]
+    if kind == "table":
+        return table_records(source, text_column), False, ""
+    unpack = lzma.open if packed == ".xz" else functools.partial(pyarrow.input_stream, compression=PACKED.get(packed))
+    stream = io.BufferedReader(unpack(source), HEAD_BYTES)
+    encoding = detect_encoding(stream.peek())
+    stream.read(len(codecs.BOM_UTF8) * stream.peek().startswith(codecs.BOM_UTF8))
+    head = stream.peek().decode(encoding, "replace").lstrip()
+    # What can't be decoded becomes what is no UTF-8 either: a bad line.
+    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+    open_text = functools.partial(io.TextIOWrapper, stream, encoding, errors, newline="\n")
+    if kind in (",", "\t"):
+        return csv_records(open_text(), head, kind), False, encoding
+    if kind == "json" and head and not is_json_object(head.partition("\n")[0]):
+        return enumerate(json_records(open_text(), head, text_column), 1), False, encoding
+    lines = stream if encoding == "utf-8" else (line.encode("utf-8", errors) for line in open_text())
+    return (text_records(lines), True, encoding) if kind == "text" else (enumerate(lines, 1), False, encoding)
 
 
 def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
-    """Read the corpus in a stable order; tables have chunks of their own size.  RuntimeError: a file is damaged."""
-    for path in files or [cfg.dataset_path]:
+    """Read the corpus in a stable order, about ``size`` bytes at a time.  RuntimeError: a file is damaged."""
+    for source in map(str, files or cfg.dataset_path):
+        batch, total = [], 0
         try:
-            if not files or path.suffix == ".parquet":
-                yield from read_table_chunks(str(path), cfg.text_column)
-            else:
-                yield from read_line_chunks(path, size or CHUNK_BYTES)
-        except (OSError, ValueError) as error:
+            records, *more = open_records(source, cfg.text_column)
+            for number, record in records:
+                batch.append((number, record))
+                total += getattr(record, "nbytes", 0) or len(record)
+                if total >= (size or CHUNK_BYTES):
+                    yield Chunk(source, batch, *more)
+                    batch, total = [], 0
+            yield Chunk(source, batch, *more)
+        except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, csv.Error) as error:
             if not files or getattr(error, "errno", None):  # the hub's, or the system's: no permission, for instance
                 raise
-            raise RuntimeError(f"파일이 손상되었습니다: {path} ({error}). 다시 받으세요") from error
+            long_window = "too much memory" in str(error)
+            advice = "zstd -d --long=31 로 풀어서 쓰세요" if long_window else "손상되었으면 다시 받으세요"
+            raise RuntimeError(f"파일을 읽지 못했습니다: {source} ({error}). {advice}") from error
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
     """The hub's data set with its commit: the newest, or of a run that goes on (restarted, --resume) its own."""
     import huggingface_hub
 
-    asked, known = str(cfg.dataset_path), read_json(cfg.output_dir / "run_info.json").get("dataset", {})
+    asked, known = corpus_name(cfg), read_json(cfg.output_dir / "run_info.json").get("dataset", {})
     if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
         known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
     goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -1746,23 +1966,63 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
+def text_paths(value: Any, path: str = "") -> list[str]:
+    """What --text-column could be to find text in a record."""
+    if isinstance(value, dict):
+        return [way for name in value for way in text_paths(value[name], f"{path}.{name}".lstrip("."))]
+    if isinstance(value, list):
+        return text_paths(value[0], f"{path}[]") if value else []
+    return [path] if isinstance(value, str) else []
+
+
+def follow_path(value: Any, steps: list[str]) -> Iterator[Any]:
+    """What a path leads to, in order: None for null, ``...`` where it leads nowhere."""
+    if not steps or value is None:
+        yield value
+    elif steps[0] == "[]" and isinstance(value, list):
+        for item in value:
+            yield from follow_path(item, steps[1:])
+    else:
+        yield from follow_path(value.get(steps[0], ...), steps[1:]) if isinstance(value, dict) else [...]
+
+
 def parse_record(record: Any, text_column: str, documents: Documents) -> None:
-    """Add the document of a JSON line or a table's row; ValueError: the reason in Korean why there is none."""
-    if isinstance(record, bytes):
+    """Add the documents of a JSON line or a table's row; ValueError: the reason in Korean why one isn't there."""
+    record = record.decode("utf-8") if isinstance(record, bytes) else record
+    if isinstance(record, str):
         with suppress(json.JSONDecodeError, RecursionError):
-            record = json.loads(record.decode("utf-8"))
+            record = json.loads(record)
     if not isinstance(record, dict):
-        raise ValueError("JSON 객체가 아닙니다")
-    text, language, source = record.get(text_column), record.get("lang"), record.get("source")
-    if not isinstance(text, str):
-        raise ValueError(f"'{text_column}' 열에 문자열이 없습니다")
-    text = unicodedata.normalize("NFC", text)
-    text.encode("utf-8")  # which a lone surrogate doesn't let itself
-    if text:
-        documents.texts.append(text)
-        named = isinstance(language, str) and language
-        documents.languages.append(language.lower() if named else detect_language(text))
-        documents.sources.append(source if isinstance(source, str) and source else None)
+        raise ValueError("JSON 객체가 아닙니다 (표라면 열의 수가 머리글과 다릅니다)")
+    parts, problems = [(record, [record.get(text_column)])], []
+    if text_column not in record:  # what a path finds in an element of its first "[]" is a document
+        steps = re.findall(r"\[\]|[^.\[\]]+", text_column)
+        split = steps.index("[]") + 1 if "[]" in steps else 0
+        parts = [(part, list(follow_path(part, steps[split:]))) for part in follow_path(record, steps[:split])]
+    for part, found in parts:
+        labels = (
+            (part if isinstance(part, dict) and name in part else record).get(name) for name in ("lang", "source")
+        )
+        language, source = (label if isinstance(label, str) else "" for label in labels)
+        try:
+            texts = [item.decode("utf-8") if isinstance(item, bytes) else item for item in found if item is not None]
+            if not all(isinstance(text, str) for text in texts):
+                columns = ", ".join(text_paths(record)[:MOST_SHOWN])
+                raise ValueError(
+                    f"'{text_column}' 열에 문자열이 없습니다" + (f" (글이 든 열: {columns})" if columns else "")
+                )
+            text = unicodedata.normalize("NFC", "\n".join(texts))
+            f"{text}{language}{source}".encode()  # which a lone surrogate doesn't let itself
+            if text.strip():
+                documents.texts.append(text)
+                documents.languages.append(language.lower() or detect_language(text))
+                documents.sources.append(source or None)
+            else:
+                documents.empty += 1
+        except ValueError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
 
 
 def detect_language(text: str) -> str:
@@ -1775,24 +2035,25 @@ def detect_language(text: str) -> str:
 
 
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
-    """Read the documents of a chunk; those of a .txt file are its paragraphs, that is, lines up to an empty one."""
-    (file, first_line, content), documents, paragraph = chunk, Documents(), []
-    # The last line is empty and ends a paragraph.  Tables become rows here: helpers do it, not the process that reads.
-    records = (content + b"\n").split(b"\n") if isinstance(content, bytes) else content.to_pylist()
-    for number, record in enumerate(records, first_line):
-        blank = isinstance(record, bytes) and not record.strip()
-        documents.line_count += not blank
-        try:
-            if not blank and file.endswith(".txt"):
-                paragraph.append(record.decode("utf-8").rstrip("\r"))
-            elif not blank:
-                parse_record(record, text_column, documents)
-            elif paragraph:
-                parse_record({text_column: "\n".join(paragraph)}, text_column, documents)
-                paragraph = []
-        except ValueError as error:
-            reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
-            documents.bad.append({"file": file, "line": number, "reason": reason})
+    """Read the documents of a chunk, and where its bad lines are."""
+    documents = Documents(file=chunk.file, encoding=chunk.encoding)
+    for first, rows in chunk.records:
+        if isinstance(rows, (bytes, str)):
+            rows = [rows] if rows.strip() else []
+        else:
+            try:  # here, as helpers do it, not the process that reads
+                rows = rows.to_pylist()
+            except ValueError:  # one is no UTF-8
+                rows = [rows.slice(row, 1) for row in range(rows.num_rows)]
+        documents.line_count += len(rows)
+        for number, row in enumerate(rows, first):
+            try:
+                if chunk.is_text:
+                    row = {text_column: row.decode("utf-8").replace("\r\n", "\n").strip("\n")}
+                parse_record(row if isinstance(row, (bytes, str, dict)) else row.to_pylist()[0], text_column, documents)
+            except ValueError as error:
+                reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
+                documents.bad.append({"file": chunk.file, "line": number, "reason": reason})
     return documents
 
 
@@ -1801,13 +2062,44 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def check_corpus(cfg: TrainConfig, has_documents: bool, bad: list[dict], bad_count: int, line_count: int) -> None:
-    """Raise RuntimeError where more than 1 % of the lines are bad, showing the first, or there is no document."""
-    if bad_count > 0.01 * line_count:
-        text = f"전체 {line_count:,}줄 가운데 {bad_count:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        raise RuntimeError("\n   ".join([text, *("{file}:{line}: {reason}".format(**line) for line in bad[:5])]))
-    if not has_documents:
-        raise RuntimeError(f"문서가 하나도 없습니다: {cfg.dataset_path}")
+class Tally:
+    """What was read of each file, and the bad lines."""
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.files, self.bad = path, {}, []  # of a file for the bad lines; the counts; the first 100,000
+
+    def total(self, name: str) -> int:
+        return sum(counts[name] for counts in self.files.values())
+
+    def add(self, documents: Documents, count: int, size: int) -> None:
+        """Add a chunk with so many documents and bytes."""
+        if documents.file not in self.files:
+            self.check()  # the one before is read
+        counts = self.files.setdefault(documents.file, {"encoding": documents.encoding})
+        numbers = {"documents": count, "bytes": size, "lines": documents.line_count, "empty": documents.empty}
+        for name, number in {**numbers, "bad": len(documents.bad)}.items():
+            counts[name] = counts.get(name, 0) + number
+        self.bad += documents.bad[: max(0, 100_000 - len(self.bad))]
+        if counts["lines"] > 10_000:  # enough to tell
+            self.check()
+
+    def check(self, corpus: str = "") -> None:
+        """RuntimeError where half of the last file is bad; of a whole corpus more than 1 %, or where it is empty."""
+        file, counts = next(reversed(self.files.items()), ("", {"bad": 0}))
+        problem, shown, (lines, bad) = "", self.bad, map(self.total, ("lines", "bad"))
+        if counts["bad"] and 2 * counts["bad"] >= counts["lines"]:
+            problem = f"{file}: {counts['lines']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다. 처음 몇 줄:"
+            shown = [line for line in self.bad if line["file"] == file]
+        elif corpus and bad > 0.01 * lines:
+            problem = f"전체 {lines:,}줄 가운데 {bad:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
+        elif corpus and not self.total("documents"):
+            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {self.total('empty'):,}개)"
+        if self.path and self.bad and (corpus or problem):
+            self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.bad), "utf-8")
+        if problem:
+            raise RuntimeError(
+                "\n   ".join([problem, *("{file}:{line}: {reason}".format(**line) for line in shown[:5])])
+            )
 
 
 def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
@@ -1955,12 +2247,8 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     known = [["Split", {"Regex": pattern}, "Isolated", False, "ByteLevel", False, False] for pattern in FAST_PATTERNS]
     odd = [model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
     odd += [not token["special"] for token in spec["added_tokens"]]
-    if (
-        model["type"] != "BPE"
-        or splitting not in known
-        or spec["normalizer"] not in (None, {"type": "NFC"})
-        or any(odd)
-    ):
+    odd += [model["type"] != "BPE", splitting not in known, spec["normalizer"] not in (None, {"type": "NFC"})]
+    if any(odd):
         return None
     merges, ranks = [tuple(pair) for pair in model["merges"]], {}
     order, by_merges = [model["vocab"]["".join(pair)] for pair in merges], models.BPE(model["vocab"], merges)
@@ -2081,12 +2369,14 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
-    bad, bad_count, line_count, offset, example = [], 0, 0, 0, ""
+    tally, offset, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), 0, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
+            size = int(index["bytes"].sum(dtype=np.int64))
+            tally.add(documents, len(index), size)
             ends = offset + np.cumsum(index["offset"])  # it holds lengths so far
             index["offset"] = ends - index["offset"]
             offset = int(ends[-1]) if len(ends) else offset
@@ -2097,20 +2387,17 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
                 index[column] = [numbers.get(name, 0) for name in own]
             stream.write(tokens)
             records.write(index.tobytes())
-            bad += documents.bad[: max(0, 100_000 - len(bad))]
-            bad_count += len(documents.bad)
             example = example or documents.lost_example
-            line_count += documents.line_count
-            state.done += int(index["bytes"].sum(dtype=np.int64))
+            state.done += size
         stream.write(opening[:1].tobytes())  # the end of text
         records.write(np.array((0, offset, *[0] * 6), DOCUMENT).tobytes())
-    if bad:
-        path = cfg.logs_dir / "bad_lines.jsonl"
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
-        shutil.copy(path, folder)  # for the runs that find the corpus prepared
-    check_corpus(cfg, offset > 0, bad, bad_count, line_count)
-    figures = {"bad_lines": bad_count, "languages": list(names["language"]), "sources": list(names["source"])}
-    return figures | {"lost_example": example, "engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
+    tally.check(corpus_name(cfg))
+    write_json(folder / "files.json", tally.files)
+    if tally.bad:
+        shutil.copy(tally.path, folder)  # for the runs that find the corpus prepared
+    figures = {"bad_lines": tally.total("bad"), "empty": tally.total("empty"), "lost_example": example}
+    figures |= {"languages": list(names["language"]), "sources": list(names["source"])}
+    return figures | {"engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
@@ -2119,7 +2406,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     config = read_model_config(cfg)
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
-        texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
+        texts = parse_chunk(next(read_chunks(cfg, files), Chunk("", [])), cfg.text_column).texts
     else:
         with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
@@ -2139,7 +2426,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
     report = dict(zip(columns, map(sum, counts), strict=True)) | figures
     report |= {"by_language": dict(zip(figures["languages"], rows, strict=True))}
-    report |= {"vocab_size": vocabulary_size(tokenizer)} | ({} if files else {"dataset": str(cfg.dataset_path)})
+    report |= {"vocab_size": vocabulary_size(tokenizer)} | ({} if files else {"dataset": corpus_name(cfg)})
     report["fingerprint"] = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     write_json(folder / "corpus.json", report)
 
@@ -2242,9 +2529,9 @@ class Corpus:
 def prepare_lists(cfg: TrainConfig) -> Path:
     """Write what the token cache lacks; return the folder of the lists, which stands in the prepared corpus's."""
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
-    files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)
+    files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)[0]
     if not files:
-        cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
+        cfg = replace(cfg, dataset_path=(Path(pinned_dataset(cfg)),))
     folder, lists = corpus_folders(cfg, files)
     if lists.exists():
         return lists
@@ -2274,6 +2561,8 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     lists = Path(store.get(name).decode())
     folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
+    if is_local_main():
+        log_files(read_json(folder / "files.json"))
     if report["bad_lines"] and is_local_main():
         path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
         logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
@@ -2282,6 +2571,18 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     *domains, val = (DocumentList(tokens, part) for part in pieces)
     documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
     return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report, store)
+
+
+def log_files(files: dict[str, dict[str, Any]]) -> None:
+    """Tell what was read of each file: of the first ones on the console, of all in the detail log."""
+    for number, (file, counts) in enumerate(files.items()):
+        text = f"   • {display_path(Path(file))}: 문서 {counts['documents']:,}개, {counts['bytes'] / 1e6:,.1f} MB"
+        text += f", 빈 글 {counts['empty']:,}개" * bool(counts["empty"])
+        text += f", 읽지 못한 줄 {counts['bad']:,}개" * bool(counts["bad"])
+        text += f" ({counts['encoding'].upper()}로 읽음)" * (counts["encoding"] in ("cp949", "utf-16"))
+        logger.log(logging.INFO if number < MOST_SHOWN else logging.DEBUG, text)
+    if len(files) > MOST_SHOWN:
+        logger.info(f"   • 외 {len(files) - MOST_SHOWN:,}개 파일 (모두 상세 로그에 있습니다)")
 
 
 def log_report(report: dict[str, Any]) -> None:
@@ -3511,16 +3812,15 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     most, length = context_length(model), cfg.max_seq_length or context_length(model)
     if length > most:
         raise ValueError(f"--max-seq-length {length}: 이 모델의 최대 길이는 {most:,} 토큰입니다")
-    files = corpus_files(cfg)
+    files, _ = corpus_files(cfg)
     if not files:
-        cfg = replace(cfg, dataset_path=Path(pinned_dataset(cfg)))
-    loss_module, totals, bad, line_count = LMWithLoss(model), {}, [], 0
+        cfg = replace(cfg, dataset_path=(Path(pinned_dataset(cfg)),))
+    loss_module, totals, tally = LMWithLoss(model), {}, Tally()
     start, (encode, _) = document_start(tokenizer), make_encoder(tokenizer)
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
-            bad += documents.bad
-            line_count += documents.line_count
+            tally.add(documents, len(documents.texts), sum(len(text.encode()) for text in documents.texts))
             encoded = zip(documents.texts, documents.languages, encode(documents.texts), strict=True)
             for text, language, (ids, lost) in encoded:
                 total = totals.setdefault(language, np.zeros(6))
@@ -3528,10 +3828,11 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 tokens = np.concatenate([start, ids])
                 windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
-            progress.done = sum(total[2] for total in totals.values())
-    check_corpus(cfg, bool(totals), bad, len(bad), line_count)
-    if bad:
-        logger.warning(f"⚠️  읽지 못한 줄 {len(bad):,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
+            progress.done = tally.total("bytes")
+    tally.check(corpus_name(cfg))
+    if bad := tally.bad:
+        count = tally.total("bad")
+        logger.warning(f"⚠️  읽지 못한 줄 {count:,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
     return totals
 
 
@@ -3849,8 +4150,8 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         if checkpoint_step(path) > state.step:  # the run will write its own
             aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
             logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
-    if str(cfg.dataset_path).startswith("hf:"):
-        begun["dataset"] = {"asked": str(cfg.dataset_path), "pinned": run.corpus.report["dataset"]}
+    if corpus_name(cfg).startswith("hf:"):
+        begun["dataset"] = {"asked": corpus_name(cfg), "pinned": run.corpus.report["dataset"]}
     if cfg.device == "cuda":
         begun["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)
@@ -3904,7 +4205,7 @@ def use_checkpoint(cfg: TrainConfig) -> None:
         totals = score_corpus(model, tokenizer, cfg)
     length = cfg.max_seq_length or context_length(model)
     settings = f"구간 {length:,} 토큰, {device.upper()} {cfg.precision}"
-    print(f"📈 평가: {display_path(source)} ({display_path(cfg.dataset_path)}, {settings})")
+    print(f"📈 평가: {display_path(source)} ({', '.join(map(display_path, cfg.dataset_path))}, {settings})")
     print("\n".join(evaluation_table(totals)))
 
 

@@ -182,7 +182,7 @@ def model_options(folder: Path, **shape: Any) -> list[str]:
 
 def document_batches(t: Any, cfg: Any) -> Iterator[Any]:
     """The documents of a corpus (``texts``, ``languages``) a few MB at a time, as the preparation reads them."""
-    for chunk in t.read_chunks(cfg, t.corpus_files(cfg)):
+    for chunk in t.read_chunks(cfg, t.corpus_files(cfg)[0]):
         yield t.parse_chunk(chunk, cfg.text_column)
 
 

@@ -1,0 +1,433 @@
+"""Every layout in which corpora are published comes back document for document, whatever else lies beside it."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import tempfile
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import config
+
+import train_h100_dual as t
+
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+
+
+def read(*options: str, size: int | None = None) -> t.Documents:
+    """Everything that a run with these options would read."""
+    cfg, found = config(Path("/nowhere"), *options), t.Documents()
+    for chunk in t.read_chunks(cfg, t.corpus_files(cfg)[0], size):
+        part = t.parse_chunk(chunk, cfg.text_column)
+        for name in ("texts", "languages", "sources", "bad"):
+            getattr(found, name).extend(getattr(part, name))
+        found.line_count += part.line_count
+        found.empty += part.empty
+    return found
+
+
+def to_json(record: Any, ascii: bool = False) -> bytes:
+    return json.dumps(record, ensure_ascii=ascii).encode()
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return b"".join(to_json({"text": text, "id": n}, n % 2 == 0) + b"\n" for n, text in enumerate(texts))
+
+
+def pretty_array(texts: list[str]) -> bytes:
+    """As namuwiki comes."""
+    items = [{"title": "]", "text": text, "contributors": ["a", {"b": "}"}], "score": float("nan")} for text in texts]
+    return json.dumps(items, ensure_ascii=False, indent=2).encode()
+
+
+def modu_written(texts: list[str], indent: int | None = 4) -> bytes:
+    """As the written corpus of Modu comes: a document's paragraphs, two lines of it here."""
+    documents = [
+        {
+            "id": f"W{n}",
+            "metadata": {"title": '"document": ['},
+            "paragraph": [{"id": f"{n}.1", "form": line} for line in text.split("\n")],
+        }
+        for n, text in enumerate(texts)
+    ]
+    corpus = {"id": "WB1", "metadata": {"title": "국립국어원 신문 말뭉치", "keys": ["a", "]"]}, "document": documents}
+    return json.dumps(corpus, ensure_ascii=False, indent=indent).encode()
+
+
+def table(texts: list[str], delimiter: str) -> bytes:
+    stream = io.StringIO(newline="")
+    rows = csv.writer(stream, delimiter=delimiter)
+    rows.writerows([["id", "text", "label"], *([n, text, 1] for n, text in enumerate(texts))])
+    return stream.getvalue().encode()
+
+
+def parquet(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())}), stream)
+    return stream.getvalue()
+
+
+def arrow(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    rows = pa.table({"text": pa.array(texts, pa.string()), "id": range(len(texts))})
+    with pa.ipc.new_stream(stream, rows.schema) as writer:
+        writer.write_table(rows, 10)
+    return stream.getvalue()
+
+
+def articles(texts: list[str]) -> bytes:
+    return "".join(f" = 제목 {n} = \n \n = = 소제목 = = \n{text}\n \n" for n, text in enumerate(texts)).encode()
+
+
+MODU = ["--text-column", "document[].paragraph[].form"]
+LAYOUTS: dict[str, tuple[str, Callable[[list[str]], bytes], list[str]]] = {  # a name, what writes it, options
+    "JSON lines": ("a.jsonl", json_lines, []),
+    "ndjson": ("a.NDJSON", json_lines, []),
+    "JSON lines called .json": ("c4-ko.tfrecord-00000-of-01024.json", json_lines, []),
+    "no suffix": ("wiki_00", json_lines, []),
+    "array": ("namuwiki.json", pretty_array, []),
+    "array on a line": ("a.json", lambda texts: to_json([{"text": text} for text in texts]), []),
+    "object": ("modu.json", modu_written, MODU),
+    "object on a line": ("modu.json", lambda texts: modu_written(texts, None), MODU),
+    "csv": ("a.csv", lambda texts: table(texts, ","), []),
+    "parquet": ("a.parquet", parquet, []),
+    "arrow": ("data-00000-of-00001.arrow", arrow, []),
+}
+WILD = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+
+
+def clean(text: str) -> bool:
+    return bool(text.strip()) and unicodedata.is_normalized("NFC", text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(WILD.filter(clean), min_size=1, max_size=30),
+    layout=st.sampled_from(list(LAYOUTS)),
+    pack=st.sampled_from(list(PACK)),
+    size=st.integers(1, 200),
+    head=st.integers(1, 300),
+)
+def test_any_list_of_documents_comes_back_the_same_from_any_layout(texts, layout, pack, size, head):
+    name, write, options = LAYOUTS[layout]
+    pack = "" if name.endswith((".parquet", ".arrow")) or name == "wiki_00" else pack
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder, name + pack)
+        path.write_bytes(PACK[pack](write(texts)))
+        if "line" not in layout and name != "wiki_00":  # a first line is told from the head
+            patch.setattr(t, "HEAD_BYTES", head)
+        found = read("--dataset-path", str(path), *options, size=size)
+    assert (found.texts, found.bad) == (texts, [])
+
+
+LINES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=40).filter(clean)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(LINES, min_size=1, max_size=4).map("\n".join), min_size=1, max_size=20), st.integers(1, 80))
+def test_any_paragraphs_articles_and_rows_without_quoting_come_back_the_same(texts, size):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.txt")
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
+            bom = "\ufeff" * (encoding == "utf-16-le")
+            path.write_bytes(
+                (bom + "\r\n\r\n".join(texts).replace("\n", "\r\n").replace("\r\r", "\r")).encode(encoding)
+            )
+            assert read("--dataset-path", str(path), size=size).texts == texts, encoding
+        path.write_bytes(articles(texts))
+        expected = [f" = 제목 {n} = \n \n = = 소제목 = = \n{text}" for n, text in enumerate(texts)]
+        assert read("--dataset-path", str(path), size=size).texts == expected
+
+
+# --- as corpora are published ---
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+TEXTS = ["첫 글입니다.\n둘째 줄.", "second text", "ㅋㅋ 셋째 😀 글"]
+
+
+def modu_spoken(texts: list[str]) -> bytes:
+    documents = [
+        {"id": f"S{n}", "utterance": [{"form": line} for line in text.split("\n")]} for n, text in enumerate(texts)
+    ]
+    return to_json({"id": "SD1", "metadata": {"title": "일상 대화"}, "document": documents})
+
+
+def aihub(texts: list[str]) -> bytes:
+    """A file of AI-Hub: with a BOM, names and texts escaped in one half of them."""
+    items = [{"content": text, "subject": "본문"} for text in texts]
+    return b"\xef\xbb\xbf" + json.dumps({"SJML": {"header": {"name": "x"}, "text": items}}, indent=1).encode()
+
+
+def publish(folder: Path, kind: str) -> list[str]:
+    """Write TEXTS as a corpus of this kind is published; returns the options that read it."""
+    named = ["--dataset-path", str(folder)]
+    if kind == "Modu, written":
+        put(folder / "NXRW1.json", modu_written(TEXTS))
+        return [*named, *MODU]
+    if kind == "Modu, spoken":
+        put(folder / "SDRW1.json", modu_spoken(TEXTS))
+        return [*named, "--text-column", "document[].utterance[].form"]
+    if kind == "AI-Hub":
+        put(folder / "라벨링데이터" / "a.json", aihub(TEXTS))
+        return [*named, "--text-column", "SJML.text[].content"]
+    if kind == "AI-Hub, a file a document":
+        for number, text in enumerate(TEXTS):
+            put(
+                folder / f"{number % 2}" / f"{number}.json",
+                json.dumps({"data": {"body": text}, "lang": "ko"}, indent=2),
+            )
+        return [*named, "--text-column", "data.body"]
+    if kind == "namuwiki":
+        put(folder / "namuwiki_20210301.json", pretty_array(TEXTS))
+    if kind == "WikiExtractor":
+        put(folder / "AA" / "wiki_00", json_lines(TEXTS[:2]))
+        put(folder / "AB" / "wiki_00", json_lines(TEXTS[2:]))
+    if kind == "C4":
+        put(folder / "c4-ko.tfrecord-00000-of-01024.json.gz", gzip.compress(json_lines(TEXTS)))
+    if kind == "FineWeb-2":
+        put(folder / "train" / "000_00000.parquet", parquet(TEXTS))
+        put(folder / "test" / "000_00000.parquet", parquet(["held out"]))
+    if kind == "HPLT":
+        put(folder / "1.jsonl.zst", PACK[".zst"](json_lines(TEXTS)))
+    if kind == "save_to_disk":
+        import datasets
+
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(folder)
+    if kind == "NSMC":
+        rows = [
+            ["id", "document", "label"],
+            ["1", '"따옴표로 시작해 닫지 않은 글', "1"],
+            ["2", '그는 "좋다"고 했다', "0"],
+        ]
+        put(folder / "ratings.tsv", "".join("\t".join(row) + "\n" for row in rows))
+        return [*named, "--text-column", "document"]
+    if kind == "CP949":
+        put(
+            folder / "소설.txt",
+            "\r\n\r\n".join(text for text in TEXTS if "😀" not in text).replace("\n둘", "\r\n둘").encode("cp949"),
+        )
+    return named
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        *((kind, TEXTS) for kind in ("Modu, written", "Modu, spoken", "AI-Hub", "namuwiki", "WikiExtractor", "C4")),
+        *((kind, TEXTS) for kind in ("FineWeb-2", "HPLT", "save_to_disk")),
+        ("AI-Hub, a file a document", [TEXTS[0], TEXTS[2], TEXTS[1]]),  # in the order of paths
+        ("NSMC", ['"따옴표로 시작해 닫지 않은 글', '그는 "좋다"고 했다']),
+        ("CP949", TEXTS[:2]),
+    ],
+)
+def test_a_published_corpus_is_read_as_it_comes(folder, kind, expected):
+    found = read(*publish(folder, kind))
+    assert (found.texts, found.bad) == (expected, [])
+
+
+def test_a_language_beside_the_text_or_in_the_record_is_used(folder):
+    put(folder / "a.json", json.dumps({"lang": "ko", "data": {"body": "abc"}}, indent=1))
+    put(folder / "b.jsonl", to_json({"lang": "fr", "data": {"body": "abc"}, "source": {"no": "name"}}))
+    assert read("--dataset-path", str(folder), "--text-column", "data.body").languages == ["ko", "fr"]
+
+
+# --- bad records ---
+
+
+def bad_parquet() -> bytes:
+    stream, column = io.BytesIO(), pa.array([b"1", "깨진 글".encode("cp949"), b"3"] * 1).view(pa.string())
+    pq.write_table(pa.table({"text": column}), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.jsonl", b'{"text": "1"}\n{"text": "\\udc00"}\n{"text": "3"}', 2),
+        ("a.jsonl", b'{"text": "1"}\n{"text": "2", "lang": "\\ud800"}\n{"text": "3"}', 2),
+        ("a.json", b'[{"text": "1"},\n {"text": 2},\n {"text": "3"}]', 2),
+        ("a.json", b'[{"text": "1"}, {"text": "\\ud800A"}, {"text": "3"}]', 2),
+        ("a.json", b'[{"text": "1"}, {"text": "\xff\xfe"}, {"text": "3"}]', 2),
+        ("a.json", b'[{"text": "1"}, {"body": "2"}, {"text": "3"}]', 2),
+        ("a.csv", b"id,text\n1,1\n2,\xb1\xfa\xff\n3,3\n", 3),  # the header is line 1, as an editor shows it
+        ("a.csv", b"id,text\n1,1\n2,2,more\n3,3\n", 3),
+        ("a.tsv", b"id\ttext\n1\t1\n2\n3\t3\n", 3),
+        ("a.parquet", bad_parquet(), 2),
+        ("a.txt", b"1\n\n\xff\xff\xff\n\n3", 3),
+        ("a.txt", "1\n\n".encode("utf-16") + b"\x00\xd8" + "\n\n3".encode("utf-16-le"), 3),
+    ],
+)
+def test_a_bad_record_of_any_layout_is_located_and_costs_no_other(folder, name, content, line):
+    path = put(folder / name, content)
+    found = read("--dataset-path", str(path))
+    assert found.texts == ["1", "3"]
+    assert [(bad["file"], bad["line"]) for bad in found.bad] == [(str(path), line)]
+
+
+@pytest.mark.parametrize("null", ["null", '""', '"  \\n "'])
+def test_null_and_blank_texts_are_counted_apart_and_are_not_bad(folder, null):
+    path = put(folder / "a.jsonl", f'{{"text": {null}}}\n' * 5 + '{"text": "글"}\n')
+    found = read("--dataset-path", str(path))
+    assert (found.texts, found.bad, found.empty, found.line_count) == (["글"], [], 5, 6)
+
+
+def prepare(cfg: t.TrainConfig) -> t.Corpus:
+    cfg.logs_dir.mkdir(exist_ok=True)
+    return t.prepare_corpus(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("b.jsonl", b'{"body": "x", "meta": {"title": "y"}}\n' * 3, "body, meta.title"),
+        ("b.parquet", parquet(["x"] * 3).replace(b"text", b"tekt"), "tekt"),
+        ("b.csv", b"id,content\n1,x\n", "id, content"),
+        (
+            "b.json",
+            modu_written(["x"]),
+            r"id, metadata.title, metadata.keys\[\], document\[\].id, .*paragraph\[\].form",
+        ),
+    ],
+)
+def test_a_file_of_which_half_is_bad_is_refused_with_the_columns_that_hold_text(folder, name, content, columns):
+    put(folder / "a.jsonl", json_lines([f"글 {number}" for number in range(5000)]))
+    path = put(folder / name, content)
+    cfg = config(folder.parent, "--dataset-path", str(folder))
+    with pytest.raises(RuntimeError, match=rf"(?s){path}: .*읽지 못했습니다.*{path}:\d+: .*글이 든 열: .*{columns}"):
+        prepare(cfg)
+    assert str(path) in (cfg.logs_dir / "bad_lines.jsonl").read_text()
+
+
+def test_a_broken_json_file_and_one_without_end_are_named_with_what_to_do(folder, monkeypatch):
+    path = put(folder / "a.json", b'[{"text": "1"}, {"text": "2"')
+    with pytest.raises(RuntimeError, match=rf"{path} \(JSON이 끝나지 않았습니다\)"):
+        read("--dataset-path", str(path))
+    monkeypatch.setattr(t, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(t, "HEAD_BYTES", 100)
+    put(path, b'{"text":\n "' + b"x" * 3000 + b'"}')
+    with pytest.raises(RuntimeError, match="--text-column"):
+        read("--dataset-path", str(path))
+
+
+# --- what a directory stands for ---
+
+
+def listed(folder: Path, *options: str) -> tuple[list[str], dict[str, list[str]]]:
+    """What would be read of a directory and what not, by the reason."""
+    files, left_out = t.corpus_files(config(folder.parent, "--dataset-path", str(folder), *options))
+    names = {reason: sorted(str(path.relative_to(folder)) for path in paths) for reason, paths in left_out.items()}
+    return [str(path.relative_to(folder)) for path in files], names
+
+
+def test_everything_that_can_be_read_is_in_the_order_of_paths_and_the_rest_is_told(folder):
+    read_too = ["a.jsonl", "b/c/d.JSON.GZ", "b/x.txt", "dev-forum.jsonl", "part-0.csv", "test_prep.jsonl"]
+    reasons = {
+        "숨은 파일": [".cache", "._a.jsonl"],
+        "안내문": ["LICENSE", "README.md", "Readme.txt", "b/requirements-dev.txt"],
+        "도구가 남긴 파일": ["config.json", "dataset_info.json", "state.json", "tokenizer.json", "vocab.json"],
+        "읽지 않는 형식": ["a.pdf", "b.parquet.gz", "notes"],
+        "이미 읽는 것": ["a.jsonl.gz"],
+        "이 프로젝트의 출력, 로그, 캐시": ["old", "run2"],
+    }
+    for name in (*read_too, *(name for names in reasons.values() for name in names)):
+        if name not in (".cache", "old", "run2"):
+            put(folder / name, '{"text": "x"}' if name != "notes" else "not JSON")
+    put(folder / ".cache" / "a.jsonl", "x")
+    put(folder / "old" / "run_info.json", "{}")
+    put(folder / "old" / "metrics.jsonl", "{}")
+    put(folder / "run2" / "a.jsonl", "x")
+    files, left_out = listed(folder, "--output-dir", str(folder / "run2"))
+    assert files == read_too
+    assert left_out == {reason: sorted(names) for reason, names in reasons.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "held_out"),
+    [
+        (["train.jsonl", "test.jsonl", "validation.jsonl.gz"], ["test.jsonl", "validation.jsonl.gz"]),
+        (["train-00000-of-00009.parquet", "test-00000-of-00001.parquet"], ["test-00000-of-00001.parquet"]),
+        (["kor/train/0.parquet", "kor/test/0.parquet", "kor/dev/0.parquet"], ["kor/dev", "kor/test"]),
+        (["c4-train.00000-of-01024.json.gz", "c4-valid.0-of-8.json"], ["c4-valid.0-of-8.json"]),
+        (["test.jsonl", "dev-forum.jsonl", "latest.jsonl", "train.py"], []),
+    ],
+)
+def test_a_held_out_split_is_left_out_only_beside_its_train(folder, names, held_out):
+    for name in names:
+        put(folder / name, b'{"text": "x"}')
+    files, left_out = listed(folder)
+    assert [path for reason, paths in left_out.items() if "train" in reason for path in paths] == held_out
+    assert len(files) + len(held_out) + names.count("train.py") == len(names)
+
+
+def test_links_are_followed_once_by_real_path_and_a_dangling_one_is_an_error(folder):
+    blob = put(folder.parent / "blobs" / "sha", b'{"text": "x"}')
+    (folder / "a.jsonl").symlink_to(blob)
+    (folder / "b.jsonl").symlink_to(blob)
+    (folder / "loop").symlink_to(folder)
+    (folder / "outside").symlink_to(blob.parent)
+    assert listed(folder) == (["a.jsonl"], {"이미 읽는 것": ["b.jsonl", "loop", "outside/sha"]})
+    (folder / "z.jsonl.zst").symlink_to("/nonexistent/1234")
+    with pytest.raises(FileNotFoundError, match=r"링크.*z\.jsonl\.zst"):
+        listed(folder)
+
+
+def test_what_is_named_itself_or_by_a_pattern_is_read_whatever_it_is_called(folder):
+    for name in ("train.jsonl", "test.jsonl", "README.txt", "x/.hidden.jsonl", "x/a [1].jsonl"):
+        put(folder / name, b'{"text": "x"}')
+    names = ["test.jsonl", "README.txt", "x/.hidden.jsonl", "x/a [1].jsonl"]
+    typed = [word for name in names for word in ("--dataset-path", str(folder / name))]
+    files, left_out = t.corpus_files(config(folder.parent, *typed))
+    assert (files, left_out) == ([folder / name for name in names], {})
+    files, _ = t.corpus_files(config(folder.parent, "--dataset-path", str(folder / "*.jsonl")))
+    assert [path.name for path in files] == ["test.jsonl", "train.jsonl"]
+    with pytest.raises(FileNotFoundError, match=r"데이터셋이 없습니다: .*\*\.csv"):
+        t.corpus_files(config(folder.parent, "--dataset-path", str(folder / "*.csv")))
+    with pytest.raises(ValueError, match="허브 데이터셋은 하나만"):
+        config(folder.parent, "--dataset-path", "hf:org/name", *typed)
+
+
+def test_what_was_read_is_told_by_file_also_where_it_was_prepared_before(folder, caplog):
+    for number in range(12):
+        put(
+            folder / f"{number:02}.jsonl",
+            json_lines([f"글 {number} {line}" for line in range(20)]) + b'{"text": null}\n',
+        )
+    put(folder / "00.txt", "한글 문단입니다".encode("cp949"))
+    t.logger.propagate = True
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("INFO", "h100_dual"):
+            prepare(config(folder.parent, "--dataset-path", str(folder)))
+        told = [line for line in caplog.messages if line.startswith("   • ")]
+        assert "00.jsonl: 문서 20개, 0.0 MB, 빈 글 1개" in told[0]
+        assert "00.txt: 문서 1개, 0.0 MB (CP949로 읽음)" in told[1]
+        assert "외 3개 파일" in told[10]
