@@ -1,0 +1,395 @@
+"""Where people run it: foreign variables, containers, torn files, disks that refuse, readers that go, Slurm."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from conftest import H100, LAUNCHER, LONG_RUN, ROOT, Place, wait_for, write_program
+from faults import SMALL, assert_same_run, broken, undisturbed  # noqa: F401
+from samples import config
+from test_readme import code_blocks, section
+
+import train_h100_dual as t
+
+FOREIGN = (
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8 ACCELERATE_MIXED_PRECISION=bf16 ACCELERATE_USE_FSDP=true "
+    "ACCELERATE_TORCH_DEVICE=meta PET_NNODES=2 PET_MAX_RESTARTS=7 RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 GROUP_RANK=2 "
+    "MASTER_ADDR=10.9.9.9 MASTER_PORT=1 PYTHONIOENCODING=ascii TORCHELASTIC_RESTART_COUNT=2 RUN_ID=7"
+)
+root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="namespaces need root and unshare")
+
+
+def unshared(command: dict, script: str, *kinds: str) -> dict:
+    """The same command in namespaces of its own, after a script."""
+    shell = ["bash", "-euc", f'{script}\nexec "$@"', "unshared"]
+    return {**command, "args": ["unshare", *(f"--{kind}" for kind in kinds), *shell, *command["args"]]}
+
+
+# --- the environment ---
+
+
+def test_what_is_not_meant_for_a_run_changes_nothing_and_is_told(broken, undisturbed: Place) -> None:
+    place = broken("")
+    place.environment |= dict(pair.split("=") for pair in FOREIGN.split())
+    command = place.command(*SMALL)
+    command["env"] |= {"RANK": "3", "WORLD_SIZE": "8"}
+    answer = place.execute(command)
+    assert answer.code == 0, answer.text
+    assert_same_run(place, undisturbed, 12)
+    told = (place.logs / "training_detail_rank_0.log").read_text(encoding="utf-8").splitlines()[0]
+    assert {pair.partition("=")[0] for pair in FOREIGN.split()} - {"RUN_ID"} <= {*told.split()}
+
+
+def test_the_script_by_hand_takes_no_variable_of_accelerate(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    from samples import tiny_run
+
+    assert tiny_run(tmp_path).accelerator.gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("", None), ("taskset", 1), ("cgroup", 1), ("OMP_NUM_THREADS", 5)])
+def test_threads_come_from_what_the_process_may_use(place: Place, limit: str, threads: int | None) -> None:
+    command = place.command("--test", "--dry-run", "--device", "cpu", "--num-gpus", "1")
+    if limit == "taskset":
+        command["args"] = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command["args"]]
+    elif limit == "cgroup":
+        if os.geteuid():
+            pytest.skip("a mount namespace needs root")
+        mount = "mount -t tmpfs none /sys/fs/cgroup; echo 150000 100000 >/sys/fs/cgroup/cpu.max"
+        command = unshared(command, mount, "mount")
+    elif limit:
+        command["env"][limit] = str(threads)
+    assert f"OMP_NUM_THREADS={threads or t.usable_cpus()} " in place.execute(command).out
+
+
+# --- a container: PID 1, nothing but loopback, a read-only root, a name that doesn't resolve ---
+
+CONTAINER = """
+ip link set lo up
+hostname no-such-host.invalid
+umount -l /dev/shm
+mount --bind /dev/null /etc/passwd
+mount --bind "$PWD" "$PWD"
+mount --bind / /
+mount -o remount,ro,bind /
+cd "$PWD"
+unset HOME
+mkdir real
+ln -s real outputs
+"""
+LIFE = """
+"$@" >start.txt 2>&1
+for ((i = 0; i < 900; i++)); do [[ ! -s outputs/metrics.jsonl ]] || break; sleep 0.1; done
+awk '$4 == "0A" { print $2 }' /proc/net/tcp /proc/net/tcp6 >listening.txt
+"$1" --status >status.txt
+"$1" --follow | head -n 1 >follow.txt
+"$1" --stop >stop.txt
+cp outputs/training.log console.txt
+step=$(ls outputs | sed -n 's/checkpoint-//p')
+"$@" --resume --foreground --max-steps $((step + 1)) >resume.txt 2>&1
+"""
+
+
+@root
+def test_the_whole_life_of_a_run_in_a_container(place: Place, warm_cache: Path) -> None:
+    words = f'"$1" {" ".join(place.directories)} --'
+    script = write_program(place.folder / "life", "set -eu" + LIFE.replace('"$1" --', words))
+    command = place.command(*LONG_RUN.split(), "--num-gpus", "2")
+    command["args"].insert(0, str(script))
+    command["env"] |= {"TMPDIR": str(place.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    kinds = "mount", "net", "uts", "pid", "fork", "mount-proc"
+    answer = place.execute(unshared(command, CONTAINER, *kinds), 200)
+    shown = {path.stem: path.read_text(encoding="utf-8") for path in place.folder.glob("*.txt")}
+    assert answer.code == 0, (answer.text, shown)
+    assert "실행 중" in shown["status"] and shown["follow"] and "중단됨" in shown["stop"], shown
+    assert "📚" in shown["console"] and "이어서 학습" in shown["resume"], shown
+    loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
+    assert shown["listening"], "gloo's own"
+    assert [name for name in shown["listening"].split() if not name.startswith(loopback)] == []
+
+
+@root
+def test_without_shared_memory_one_process_prepares_the_corpus(place: Place) -> None:
+    code = "import logging, train_h100_dual as t; logging.basicConfig(); print(*t.parallel_map(str, [1, 2], 2))"
+    command = {**place.command(), "args": [sys.executable, "-c", code], "cwd": ROOT}
+    answer = place.execute(unshared(command, "mount -t tmpfs -o ro none /dev/shm", "mount"))
+    assert answer.out.strip() == "1 2", answer.err
+    assert "/dev/shm" in answer.err
+
+
+# --- bookkeeping and checkpoints that are torn ---
+
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "NULs": lambda data: data[: len(data) // 2] + b"\0" * (len(data) - len(data) // 2),
+    "blank and bad lines": lambda data: b"\n\xff\xfe\n" + data + b'\n{"step": 1, "lo',
+    "missing": None,
+}
+BOOKS = ("metrics.jsonl", "samples.md", "run_info.json", "training_curves.png")
+STATES = ("pytorch_model.bin", "training_info.json", "config.json", "training_state/state.pt", t.MANIFEST)
+
+
+def damage(path: Path, kind: str) -> None:
+    if DAMAGE[kind] is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(DAMAGE[kind](path.read_bytes() if path.exists() else b"text\n"))
+
+
+@pytest.fixture
+def outputs(undisturbed: Place, tmp_path: Path) -> t.TrainConfig:
+    """A copy of a run's outputs, and the options to go on with."""
+    shutil.copytree(undisturbed.outputs, tmp_path / "outputs", symlinks=True)
+    (tmp_path / "logs").mkdir()
+    words = [word for word in SMALL if word != "--foreground"]
+    words += ["--resume", "--output-dir", str(tmp_path / "outputs"), "--logs-dir", str(tmp_path / "logs")]
+    return t.resolve_config(t.parse_args([*words, "--cache-dir", str(undisturbed.cache)]), "cpu")[0]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", BOOKS)
+def test_no_damage_to_bookkeeping_forbids_a_resume(outputs: t.TrainConfig, name: str, kind: str, caplog) -> None:
+    path = outputs.output_dir / name
+    damage(path, kind)
+    assert t.make_launch_plan(outputs, 2).left == 0
+    assert t.find_resume_point(outputs, 2, thorough=True).checkpoint.name == "checkpoint-12"
+    t.print_status(outputs)
+    if name in BOOKS[:2]:
+        t.cut_file(path, 12)
+        content = path.read_bytes() if path.exists() else b""
+        assert b"\0" not in content and content.decode() is not None
+        for line in content.splitlines() if name == "metrics.jsonl" else ():
+            assert json.loads(line)["step"] <= 12
+        assert (name in caplog.text) == (kind in ("cut", "NULs", "blank and bad lines"))
+
+
+def test_an_append_that_fails_is_cut_back(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    limit = f"ulimit -f 1; '{sys.executable}' -c 'import sys; sys.path.insert(0, \"{ROOT}\"); import signal; "
+    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import train_h100_dual as t; from pathlib import Path; "
+    done = subprocess.run(
+        ["bash", "-c", f'{limit}t.append_whole(Path("{path}"), b"x" * 5000)\''], capture_output=True, text=True
+    )
+    assert "File too large" in done.stderr
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "blank and bad lines"])
+@pytest.mark.parametrize("name", STATES)
+def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged_one(
+    outputs: t.TrainConfig, name: str, kind: str
+) -> None:
+    damage(outputs.output_dir / "checkpoint-12" / name, kind)
+    point = t.find_resume_point(outputs, 2, thorough=True)
+    assert point.checkpoint.name == "checkpoint-8"
+    assert "checkpoint-12" in point.notes[0]
+    damage(outputs.output_dir / "checkpoint-8" / name, kind)
+    with pytest.raises(t.EnvironmentProblem) as refused:
+        t.find_resume_point(outputs, 2, thorough=True)
+    assert "checkpoint-12" in str(refused.value) and "checkpoint-8" in str(refused.value)
+    assert "--resume 없이" not in str(refused.value)
+
+
+# --- no room, and the supervisor's end ---
+
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t write(int fd, const void *data, size_t size) {
+  char link[64], path[4096];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t length = readlink(link, path, sizeof path - 1);
+  path[length < 0 ? 0 : length] = 0;
+  if (strstr(path, "/.checkpoint-4.tmp/pytorch_model")) { errno = EDQUOT; return -1; }
+  return ((ssize_t(*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(fd, data, size);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the shim")
+def test_a_quota_that_is_used_up_costs_one_save(broken, tmp_path) -> None:
+    source, library = tmp_path / "shim.c", tmp_path / "shim.so"
+    source.write_text(SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    place = broken("")
+    place.environment["LD_PRELOAD"] = str(library)
+    answer = place.run(*SMALL, "--max-steps", "8")
+    assert answer.code == 0, answer.text
+    assert "할당량(quota)이 부족합니다, " in answer.out and "checkpoint-4. 다음 저장 때" in answer.out
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-8"]
+    assert place.info()["failed_saves"] == 1
+
+
+@pytest.mark.parametrize("number", ["EROFS", "EACCES", "ESTALE", "EIO", "EDQUOT", "ENOSPC"])
+def test_a_disk_that_refuses_is_told_with_the_path_and_counted_once_it_can_be(
+    tmp_path, trained, number, caplog
+) -> None:
+    run, failed = trained[0], Future()
+    failed.set_exception(OSError(getattr(errno, number), os.strerror(getattr(errno, number)), "/data/x"))
+    run.saver.pending, run.saver.step, run.saver.failed = failed, 7, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "update_run_info", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        t.report_save(run)
+    assert "checkpoint-7" in caplog.text and "/data/x" in caplog.text and "예상하지" not in caplog.text
+    done: Future = Future()
+    done.set_result(None)
+    run.saver.pending = done
+    t.report_save(run)
+    assert t.read_json(run.cfg.output_dir / "run_info.json")["failed_saves"] == 1
+
+
+def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = None) -> tuple[int, Path]:
+    """Run the supervisor over a stub of Python, with stubs of programs that fail; returns its code and its folder."""
+    python = write_program(tmp_path / "bin" / "python", body)
+    for name in faults.split():
+        write_program(tmp_path / "faults" / name, "exit 1")
+    for name in ("outputs", "logs"):
+        (tmp_path / name).mkdir()
+    launcher = tmp_path / LAUNCHER.name
+    launcher.write_text(text or LAUNCHER.read_text(encoding="utf-8"), encoding="utf-8")
+    notify = f"echo >'{tmp_path}/notified'"
+    words = [tmp_path / "outputs", tmp_path / "logs", notify, python, "1", "0", python, "-m", "torch.distributed.run"]
+    with open(tmp_path / "logs" / "training_console.log", "w") as log:
+        path = f"{tmp_path / 'faults'}:{os.environ['PATH']}"
+        code = subprocess.call(
+            ["bash", launcher, "internal:supervise", *words], env={**os.environ, "PATH": path}, stdout=log, stderr=log
+        )
+    return code, tmp_path
+
+
+@pytest.mark.parametrize("faults", ["", "tail stat flock", "rm"])
+@pytest.mark.parametrize(("agent", "finalize", "state", "code"), [
+    ("exit 0", "echo finished", "finished", 0),
+    ("exit 0", "exit 1", "finished", 0),
+    ("exit 1", "exit 1", "failed", 1),
+    ("exit 1", "echo failed; exit 1", "failed", 1),
+    ("exit 0", "echo failed", "failed", 1),
+])  # fmt: skip
+def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
+    tmp_path: Path, faults: str, agent: str, finalize: str, state: str, code: int
+) -> None:
+    body = f'case "$*" in *torch.distributed.run*) {agent} ;; *finalize*) {finalize} ;; esac'
+    assert supervised(tmp_path, body, faults)[0] == code
+    assert (tmp_path / "notified").read_text().strip() == state
+    assert (tmp_path / "logs" / "training.pid").exists() == (faults == "rm")
+
+
+def test_a_start_that_does_not_come_on_says_so_with_the_last_line_of_the_detail_log(tmp_path: Path) -> None:
+    text = LAUNCHER.read_text(encoding="utf-8").replace("QUIET_START=120", "QUIET_START=1")
+    body = 'case "$*" in *torch.distributed.run*) echo "waiting for a host" >&2; sleep 4 ;; *) echo finished ;; esac'
+    supervised(tmp_path, body, text=text)
+    console = (tmp_path / "logs" / "training_console.log").read_text(encoding="utf-8")
+    assert "시작하지 못했습니다" in console and "waiting for a host" in console
+
+
+# --- links and readers that go ---
+
+
+def test_a_link_to_nowhere_and_no_home_are_answered_in_a_sentence(place: Place) -> None:
+    place.outputs.symlink_to(place.folder / "gone")
+    command = place.command("--test", "--dry-run", "--device", "cpu")
+    command["env"] = {"PATH": command["env"]["PATH"]}
+    answer = place.execute(command)
+    assert answer.code == 1
+    assert [line for line in answer.complaints if "대상이 없는 링크" in line] == answer.complaints, answer.text
+    place.outputs.unlink()
+    command["args"] = command["args"][:-2]  # its default place for the cache
+    assert "~" not in place.execute(command).text
+
+
+def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Path) -> None:
+    place.cache = warm_cache
+    notified = place.folder / "notified"
+    command = place.command(*LONG_RUN.split(), "--foreground", "--notify", f"echo >'{notified}'")
+    command["args"] = ["bash", "-c", '"$@" 2>&1 | head -n 1', "pipe", *command["args"]]
+    pipe = subprocess.Popen(**command, stdout=subprocess.DEVNULL)
+    place.wait_for_step()
+    assert place.run("--status").code == 0
+    assert place.run("--stop").code == 0
+    pipe.wait(60)
+    assert notified.read_text().strip() == "stopped"
+    assert not place.pid_file.exists()
+    assert "🛑 학습을 중단했습니다" in place.console()
+
+
+# --- GPUs by name ---
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ["0", "1", "2"]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("2, 0", ["2", "0"]),
+        ("1,-1,0", ["1"]),
+        ("GPU-2b", ["2"]),
+        ("0,0", "두 번"),
+        ("0,GPU-0b", "두 번"),
+        ("0,7", "없거나"),
+        ("GPU-", "없거나"),
+        ("MIG-6a7b", "MIG 장치"),
+        ("MIG-GPU-0b/1/0", "MIG 장치"),
+    ],
+)
+def test_gpus_are_understood_by_name_or_refused(tmp_path, monkeypatch, visible, expected) -> None:
+    lines = [f"'{index}, GPU-{index}b1c, {H100} {index}, 81559, 4, [N/A]'" for index in range(3)]
+    write_program(tmp_path / "nvidia-smi", f"printf '%s\\n' {' '.join(lines)}")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if isinstance(expected, str):
+        with pytest.raises(t.EnvironmentProblem, match=expected):
+            t.query_gpus(visible)
+    else:
+        assert [gpu.name[-1] for gpu in t.query_gpus(visible)] == expected
+
+
+# --- a longer run ---
+
+
+def test_a_longer_run_does_not_warm_up_again(tmp_path) -> None:
+    cfg = config(tmp_path)
+    rates = [t.learning_rate_at(step, 1000, cfg, 1) for step in range(20, 800)]  # 20 steps' warm-up of 0.05
+    assert {*rates} == {cfg.learning_rate}
+
+
+# --- Slurm ---
+
+
+def test_the_job_script_saves_goes_back_to_the_queue_and_goes_on(place: Place, warm_cache: Path) -> None:
+    place.cache, log = warm_cache, place.folder / "scontrol"
+    job = code_blocks(section("Slurm"), "bash")[0]
+    assert "--signal=B:TERM@" in job and "exec ./run_h100_dual.sh" in job
+    options = " ".join(word for word in LONG_RUN.split() if word != "--train")
+    job = job.replace("--dataset-path /path/to/datasets", f"{options} {' '.join(place.directories)}")
+    script = write_program(place.folder / "job", job.replace("./run_h100_dual.sh", str(LAUNCHER)))
+    write_program(place.folder / "bin" / "scontrol", f'echo "$*" >>"{log}"')
+    lines = place.outputs / "metrics.jsonl"
+    for number in range(2):
+        command = place.command()
+        command["args"] = [str(script)]
+        command["env"] |= {"SLURM_JOB_ID": "42", "PATH": f"{place.folder / 'bin'}:{os.environ['PATH']}"}
+        batch = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        known = lines.read_text().count("\n") if lines.exists() else 0
+        place.wait("a step", lambda n=known: lines.exists() and lines.read_text().count("\n") > n)
+        os.kill(batch.pid, signal.SIGTERM)  # to the batch shell alone, which the launcher took the place of
+        shown = place.finish(batch)[0]
+        assert batch.returncode == 130, shown
+        assert ("이어서 학습" in shown) == (number == 1), shown
+    assert log.read_text() == "requeue 42\n" * 2
+    wait_for("the end of all processes", lambda: not place.processes(), 10)
