@@ -1938,26 +1938,23 @@ def parse_record(record: Any, text_column: str, documents: Documents) -> None:
             record = json.loads(record)
     if not isinstance(record, dict):
         raise ValueError("JSON 객체가 아닙니다 (표라면 열의 수가 머리글과 다릅니다)")
-    parts, problems = [(record, [record.get(text_column)])], []
+    elements, problems = [(record, [record.get(text_column)])], []
     if text_column not in record:  # what a path finds in an element of its first "[]" is a document
         steps = re.findall(r"\[\]|[^.\[\]]+", text_column)
         split = steps.index("[]") + 1 if "[]" in steps else 0
-        parts = [(part, list(follow_path(part, steps[split:]))) for part in follow_path(record, steps[:split])]
-    for part, found in parts:
-        labels = (
-            (part if isinstance(part, dict) and name in part else record).get(name) for name in ("lang", "source")
-        )
-        language, source = (label if isinstance(label, str) else "" for label in labels)
+        elements = [(item, list(follow_path(item, steps[split:]))) for item in follow_path(record, steps[:split])]
+    for element, texts in elements:
+        names = {**record, **element} if isinstance(element, dict) else record
+        language, source = (names[key] if isinstance(names.get(key), str) else "" for key in ("lang", "source"))
         try:
-            texts = [item.decode("utf-8") if isinstance(item, bytes) else item for item in found if item is not None]
+            texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in texts if text is not None]
             if not all(isinstance(text, str) for text in texts):
-                columns = ", ".join(text_paths(record)[:MOST_SHOWN])
-                raise ValueError(
-                    f"'{text_column}' 열에 문자열이 없습니다" + (f" (글이 든 열: {columns})" if columns else "")
-                )
+                columns = ", ".join(text_paths(record)[:MOST_SHOWN]) or "없음"
+                raise ValueError(f"'{text_column}' 열에 문자열이 없습니다 (글이 든 열: {columns})")
             text = unicodedata.normalize("NFC", "\n".join(texts))
-            f"{text}{language}{source}".encode()  # which a lone surrogate doesn't let itself
-            if text.strip():
+            for part in (text, language, source):
+                part.encode("utf-8")  # which a lone surrogate doesn't let itself
+            if text and not text.isspace():
                 documents.texts.append(text)
                 documents.languages.append(language.lower() or detect_language(text))
                 documents.sources.append(source or None)
@@ -1983,7 +1980,7 @@ def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
     documents = Documents(file=chunk.file, encoding=chunk.encoding)
     for first, rows in chunk.records:
         if isinstance(rows, (bytes, str)):
-            rows = [rows] if rows.strip() else []
+            rows = [rows] if rows and not rows.isspace() else []
         else:
             try:  # here, as helpers do it, not the process that reads
                 rows = rows.to_pylist()
