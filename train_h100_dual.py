@@ -53,7 +53,7 @@ import subprocess
 import threading
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -74,7 +74,7 @@ USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 SMALL_CORPUS_BYTES = 16 << 20
 HEAD_BYTES = 1 << 20  # of a file, by which its encoding and format are told
 MOST_SHOWN = 10  # files that are listed on the console
-CACHE_VERSION = 8  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 9  # of the token cache's format and of how texts are read and split
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", ".tsv": "\t", ".txt": "text"}
 FORMATS |= {".parquet": "table", ".arrow": "table"}
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # behind any of them but a table's
@@ -2007,40 +2007,39 @@ class Tally:
     """What was read of each file, and the bad lines."""
 
     def __init__(self, path: Path | None = None):
-        self.path, self.files, self.bad = path, {}, []  # of a file for the bad lines; the counts; the first 100,000
-
-    def total(self, name: str) -> int:
-        return sum(counts[name] for counts in self.files.values())
+        self.path = path  # of a file for the bad lines
+        self.bad: list[dict[str, Any]] = []  # the first 100,000
+        self.files: dict[str, Counter] = {}
+        self.total: Counter = Counter()
 
     def add(self, documents: Documents, count: int, size: int) -> None:
         """Add a chunk with so many documents and bytes."""
         if documents.file not in self.files:
             self.check()  # the one before is read
-        counts = self.files.setdefault(documents.file, {"encoding": documents.encoding})
+        counts = self.files.setdefault(documents.file, Counter(encoding=documents.encoding))
         numbers = {"documents": count, "bytes": size, "lines": documents.line_count, "empty": documents.empty}
-        for name, number in {**numbers, "bad": len(documents.bad)}.items():
-            counts[name] = counts.get(name, 0) + number
+        for counter in (counts, self.total):
+            counter.update(numbers, bad=len(documents.bad))
         self.bad += documents.bad[: max(0, 100_000 - len(self.bad))]
         if counts["lines"] > 10_000:  # enough to tell
             self.check()
 
     def check(self, corpus: str = "") -> None:
         """RuntimeError where half of the last file is bad; of a whole corpus more than 1 %, or where it is empty."""
-        file, counts = next(reversed(self.files.items()), ("", {"bad": 0}))
-        problem, shown, (lines, bad) = "", self.bad, map(self.total, ("lines", "bad"))
+        file, counts = next(reversed(self.files.items()), ("", self.total))
+        total, problem, shown = self.total, "", self.bad
         if counts["bad"] and 2 * counts["bad"] >= counts["lines"]:
             problem = f"{file}: {counts['lines']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다. 처음 몇 줄:"
             shown = [line for line in self.bad if line["file"] == file]
-        elif corpus and bad > 0.01 * lines:
-            problem = f"전체 {lines:,}줄 가운데 {bad:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        elif corpus and not self.total("documents"):
-            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {self.total('empty'):,}개)"
+        elif corpus and total["bad"] > 0.01 * total["lines"]:
+            problem = f"전체 {total['lines']:,}줄 가운데 {total['bad']:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
+        elif corpus and not total["documents"]:
+            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {total['empty']:,}개)"
         if self.path and self.bad and (corpus or problem):
             self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.bad), "utf-8")
         if problem:
-            raise RuntimeError(
-                "\n   ".join([problem, *("{file}:{line}: {reason}".format(**line) for line in shown[:5])])
-            )
+            places = ("{file}:{line}: {reason}".format(**line) for line in shown[:5])
+            raise RuntimeError("\n   ".join([problem, *places]))
 
 
 def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
@@ -2326,7 +2325,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     write_json(folder / "files.json", tally.files)
     if tally.bad:
         shutil.copy(tally.path, folder)  # for the runs that find the corpus prepared
-    figures = {"bad_lines": tally.total("bad"), "empty": tally.total("empty"), "lost_example": example}
+    figures = {"bad_lines": tally.total["bad"], "empty": tally.total["empty"], "lost_example": example}
     figures |= {"languages": list(names["language"]), "sources": list(names["source"])}
     return figures | {"engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
 
@@ -2518,7 +2517,8 @@ def log_files(files: dict[str, dict[str, Any]]) -> None:
 
 def log_report(report: dict[str, Any]) -> None:
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
-    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
+    empty = f", 빈 글 {report['empty']:,}개" if report["empty"] else ""
+    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
     for name, row in report["by_language"].items():
         held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
@@ -3730,11 +3730,11 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 tokens = np.concatenate([start, ids])
                 windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
-            progress.done = tally.total("bytes")
+            progress.done = tally.total["bytes"]
     tally.check(corpus_name(cfg))
     if bad := tally.bad:
-        count = tally.total("bad")
-        logger.warning(f"⚠️  읽지 못한 줄 {count:,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
+        first = "{file}:{line}".format(**bad[0])
+        logger.warning(f"⚠️  읽지 못한 줄 {tally.total['bad']:,}개를 건너뛰었습니다 (처음: {first})")
     return totals
 
 
