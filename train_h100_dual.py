@@ -3617,8 +3617,7 @@ def evaluate(run: Run) -> dict[str, float | None]:
         total += (1, len(tokens) - len(start), corpus.documents["bytes"][number], 0)
         windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
     run.loss_module.eval()
-    most = max(run.batch_size * length, LEAST_EVALUATION_BATCH)
-    score_windows(run.loss_module, windows, most, run.stop.heartbeat)
+    score_windows(run.loss_module, windows, max(run.batch_size * length, LEAST_EVALUATION_BATCH), run.stop.heartbeat)
     run.loss_module.train()
     sums = torch.from_numpy(totals).to(run.accelerator.device)
     if dist.is_initialized():
