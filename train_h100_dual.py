@@ -53,7 +53,7 @@ import subprocess
 import threading
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -74,7 +74,7 @@ USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 SMALL_CORPUS_BYTES = 16 << 20
 HEAD_BYTES = 1 << 20  # of a file, by which its encoding and format are told
 MOST_SHOWN = 10  # files that are listed on the console
-CACHE_VERSION = 8  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 9  # of the token cache's format and of how texts are read and split
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", ".tsv": "\t", ".txt": "text"}
 FORMATS |= {".parquet": "table", ".arrow": "table"}
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # behind any of them but a table's
@@ -1994,26 +1994,23 @@ def parse_record(record: Any, text_column: str, documents: Documents) -> None:
             record = json.loads(record)
     if not isinstance(record, dict):
         raise ValueError("JSON 객체가 아닙니다 (표라면 열의 수가 머리글과 다릅니다)")
-    parts, problems = [(record, [record.get(text_column)])], []
+    elements, problems = [(record, [record.get(text_column)])], []
     if text_column not in record:  # what a path finds in an element of its first "[]" is a document
         steps = re.findall(r"\[\]|[^.\[\]]+", text_column)
         split = steps.index("[]") + 1 if "[]" in steps else 0
-        parts = [(part, list(follow_path(part, steps[split:]))) for part in follow_path(record, steps[:split])]
-    for part, found in parts:
-        labels = (
-            (part if isinstance(part, dict) and name in part else record).get(name) for name in ("lang", "source")
-        )
-        language, source = (label if isinstance(label, str) else "" for label in labels)
+        elements = [(item, list(follow_path(item, steps[split:]))) for item in follow_path(record, steps[:split])]
+    for element, texts in elements:
+        names = {**record, **element} if isinstance(element, dict) else record
+        language, source = (names[key] if isinstance(names.get(key), str) else "" for key in ("lang", "source"))
         try:
-            texts = [item.decode("utf-8") if isinstance(item, bytes) else item for item in found if item is not None]
+            texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in texts if text is not None]
             if not all(isinstance(text, str) for text in texts):
-                columns = ", ".join(text_paths(record)[:MOST_SHOWN])
-                raise ValueError(
-                    f"'{text_column}' 열에 문자열이 없습니다" + (f" (글이 든 열: {columns})" if columns else "")
-                )
+                columns = ", ".join(text_paths(record)[:MOST_SHOWN]) or "없음"
+                raise ValueError(f"'{text_column}' 열에 문자열이 없습니다 (글이 든 열: {columns})")
             text = unicodedata.normalize("NFC", "\n".join(texts))
-            f"{text}{language}{source}".encode()  # which a lone surrogate doesn't let itself
-            if text.strip():
+            for part in (text, language, source):
+                part.encode("utf-8")  # which a lone surrogate doesn't let itself
+            if text and not text.isspace():
                 documents.texts.append(text)
                 documents.languages.append(language.lower() or detect_language(text))
                 documents.sources.append(source or None)
@@ -2039,7 +2036,7 @@ def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
     documents = Documents(file=chunk.file, encoding=chunk.encoding)
     for first, rows in chunk.records:
         if isinstance(rows, (bytes, str)):
-            rows = [rows] if rows.strip() else []
+            rows = [rows] if rows and not rows.isspace() else []
         else:
             try:  # here, as helpers do it, not the process that reads
                 rows = rows.to_pylist()
@@ -2066,40 +2063,39 @@ class Tally:
     """What was read of each file, and the bad lines."""
 
     def __init__(self, path: Path | None = None):
-        self.path, self.files, self.bad = path, {}, []  # of a file for the bad lines; the counts; the first 100,000
-
-    def total(self, name: str) -> int:
-        return sum(counts[name] for counts in self.files.values())
+        self.path = path  # of a file for the bad lines
+        self.bad: list[dict[str, Any]] = []  # the first 100,000
+        self.files: dict[str, Counter] = {}
+        self.total: Counter = Counter()
 
     def add(self, documents: Documents, count: int, size: int) -> None:
         """Add a chunk with so many documents and bytes."""
         if documents.file not in self.files:
             self.check()  # the one before is read
-        counts = self.files.setdefault(documents.file, {"encoding": documents.encoding})
+        counts = self.files.setdefault(documents.file, Counter(encoding=documents.encoding))
         numbers = {"documents": count, "bytes": size, "lines": documents.line_count, "empty": documents.empty}
-        for name, number in {**numbers, "bad": len(documents.bad)}.items():
-            counts[name] = counts.get(name, 0) + number
+        for counter in (counts, self.total):
+            counter.update(numbers, bad=len(documents.bad))
         self.bad += documents.bad[: max(0, 100_000 - len(self.bad))]
         if counts["lines"] > 10_000:  # enough to tell
             self.check()
 
     def check(self, corpus: str = "") -> None:
         """RuntimeError where half of the last file is bad; of a whole corpus more than 1 %, or where it is empty."""
-        file, counts = next(reversed(self.files.items()), ("", {"bad": 0}))
-        problem, shown, (lines, bad) = "", self.bad, map(self.total, ("lines", "bad"))
+        file, counts = next(reversed(self.files.items()), ("", self.total))
+        total, problem, shown = self.total, "", self.bad
         if counts["bad"] and 2 * counts["bad"] >= counts["lines"]:
             problem = f"{file}: {counts['lines']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다. 처음 몇 줄:"
             shown = [line for line in self.bad if line["file"] == file]
-        elif corpus and bad > 0.01 * lines:
-            problem = f"전체 {lines:,}줄 가운데 {bad:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        elif corpus and not self.total("documents"):
-            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {self.total('empty'):,}개)"
+        elif corpus and total["bad"] > 0.01 * total["lines"]:
+            problem = f"전체 {total['lines']:,}줄 가운데 {total['bad']:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
+        elif corpus and not total["documents"]:
+            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {total['empty']:,}개)"
         if self.path and self.bad and (corpus or problem):
             self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.bad), "utf-8")
         if problem:
-            raise RuntimeError(
-                "\n   ".join([problem, *("{file}:{line}: {reason}".format(**line) for line in shown[:5])])
-            )
+            places = ("{file}:{line}: {reason}".format(**line) for line in shown[:5])
+            raise RuntimeError("\n   ".join([problem, *places]))
 
 
 def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
@@ -2237,8 +2233,7 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     """The tokens of a ``tokenizer.json`` for tiktoken's engine where it gives the same ids for any text, else None.
 
     It joins any two neighbours that make a token, the smallest id first; ``tokenizers`` goes by its list of merges.
-    That is the same where the list is in the order of ids and makes the token of a token's bytes alone: these can't
-    stand in two other pieces at its turn.  A token that isn't made of its bytes alone is made in no text.
+    If that is in the order of ids, what makes a token of its bytes alone makes it anywhere, else nothing does.
     """
     from tokenizers import models
 
@@ -2262,10 +2257,7 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
 
 
 def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.ndarray, str]]], str]:
-    """From NFC texts to their ids, and to the characters, blanks apart, that became none of them or an unknown one.
-
-    By tiktoken's engine, thrice as fast, where it can't but do as the tokenizer does.
-    """
+    """From NFC texts to their ids and the characters that are lost, blanks apart: in no token or an unknown one."""
     backend, words, size = tokenizer.backend_tokenizer, tokenizer.get_vocab(), vocabulary_size(tokenizer)
     spec, dtype = json.loads(backend.to_str()), np.min_scalar_type(size - 1)
     unknown = words.get(spec["model"].get("unk_token"), spec["model"].get("unk_id"))
@@ -2279,17 +2271,15 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
         return "".join("".join(left).split())
 
     def encode_ordinary(texts: list[str]) -> list[tuple[np.ndarray, str]]:
-        if writes_all:
-            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [(np.array(item.ids, dtype), "") for item in encoded]
-        encoded = zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True)
-        return [(np.array(item.ids, dtype), find_lost(text, item)) for text, item in encoded]
+        encode = backend.encode_batch_fast if writes_all else backend.encode_batch  # which knows the places, too
+        encoded = zip(texts, encode(texts, add_special_tokens=False), strict=True)
+        return [(np.array(item.ids, dtype), "" if writes_all else find_lost(text, item)) for text, item in encoded]
 
     version = next((item.version for item in importlib.metadata.distributions(name="tiktoken")), "0.0")
     ranks = tiktoken_ranks(spec)
     if ranks is None or tuple(map(int, version.split(".")[:2])) < (0, 13):  # which takes long for a run of one letter
         return encode_ordinary, "tokenizers"
-    import tiktoken
+    import tiktoken  # thrice as fast
 
     pattern, tail = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], r"|\s+(?!\S)|\s+"
     # What needs no look ahead in one group is searched at once: a quarter faster.
@@ -2395,7 +2385,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     write_json(folder / "files.json", tally.files)
     if tally.bad:
         shutil.copy(tally.path, folder)  # for the runs that find the corpus prepared
-    figures = {"bad_lines": tally.total("bad"), "empty": tally.total("empty"), "lost_example": example}
+    figures = {"bad_lines": tally.total["bad"], "empty": tally.total["empty"], "lost_example": example}
     figures |= {"languages": list(names["language"]), "sources": list(names["source"])}
     return figures | {"engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
 
@@ -2587,7 +2577,8 @@ def log_files(files: dict[str, dict[str, Any]]) -> None:
 
 def log_report(report: dict[str, Any]) -> None:
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
-    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
+    empty = f", 빈 글 {report['empty']:,}개" if report["empty"] else ""
+    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
     for name, row in report["by_language"].items():
         held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
@@ -3715,8 +3706,7 @@ def evaluate(run: Run) -> dict[str, float | None]:
         total += (1, len(tokens) - len(start), corpus.documents["bytes"][number], 0)
         windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
     run.loss_module.eval()
-    most = max(run.batch_size * length, LEAST_EVALUATION_BATCH)
-    score_windows(run.loss_module, windows, most, run.stop.heartbeat)
+    score_windows(run.loss_module, windows, max(run.batch_size * length, LEAST_EVALUATION_BATCH), run.stop.heartbeat)
     run.loss_module.train()
     sums = torch.from_numpy(totals).to(run.accelerator.device)
     if dist.is_initialized():
@@ -3828,11 +3818,11 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 tokens = np.concatenate([start, ids])
                 windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
-            progress.done = tally.total("bytes")
+            progress.done = tally.total["bytes"]
     tally.check(corpus_name(cfg))
     if bad := tally.bad:
-        count = tally.total("bad")
-        logger.warning(f"⚠️  읽지 못한 줄 {count:,}개를 건너뛰었습니다 (처음: {bad[0]['file']}:{bad[0]['line']})")
+        first = "{file}:{line}".format(**bad[0])
+        logger.warning(f"⚠️  읽지 못한 줄 {tally.total['bad']:,}개를 건너뛰었습니다 (처음: {first})")
     return totals
 
 

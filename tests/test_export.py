@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import sentences, surrounded
 from samples import ROOT, WILD_TEXTS, tiny_run, write_corpus
+from test_evaluation import held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_h100_dual as t
@@ -69,7 +71,8 @@ def harness(checkpoint: Path, folder: Path, task: str, data: Path) -> tuple[dict
     (folder / "task.yaml").write_text(task % data, encoding="utf-8")
     name = re.search(r"task: (\w+)", task)[1]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    arguments = f"pretrained={checkpoint},dtype=float32"
+    # Else it puts the start of a text before the one that the tokenizer puts there itself.
+    arguments = f"pretrained={checkpoint},dtype=float32,add_bos_token=False"
     found = lm_eval.simple_evaluate("hf", arguments, tasks=[name], device="cpu", batch_size=4, task_manager=manager)
     return found["results"][name], found["samples"][name]
 
@@ -84,9 +87,24 @@ def test_bits_per_byte_equal_those_of_the_harness(checkpoint, model, tmp_path, m
     data = write_corpus(tmp_path / "data.jsonl", [{"text": text, "lang": "ko"} for text in texts])
     theirs = harness(checkpoint, tmp_path, BITS_TASK, data)[0]["bits_per_byte,none"]
     cfg = t.parse_args(["--evaluate", str(checkpoint), "--dataset-path", str(data)])
-    _, tokens, size, nats = t.score_corpus(model, t.load_tokenizer(checkpoint), cfg)["ko"]
+    _, tokens, size, nats = t.score_corpus(model, t.load_tokenizer(checkpoint), cfg)["ko"][:4]
     assert tokens > 3 * 128  # so that there are windows
     assert nats / math.log(2) / size == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A"])
+def test_the_runs_own_bits_per_byte_equal_those_of_the_harness(tmp_path, monkeypatch, template):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    surrounded(template).save_pretrained(tmp_path / "mine")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", sentences(300))
+    more = ("--dataset-path", str(corpus), "--tokenizer", str(tmp_path / "mine"), "--validation-split", "0.1")
+    run, state = tiny_run(tmp_path, *more, "--max-steps", "60", "--max-seq-length", "64"), t.TrainState()
+    assert t.train(run, state) == "finished"
+    t.report_save(run, is_last=True)
+    texts = [run.corpus.tokenizer.decode(tokens) for _, _, tokens in held_out(run.corpus)]
+    data = write_corpus(tmp_path / "held.jsonl", texts)
+    theirs = harness(run.cfg.output_dir / "checkpoint-60", tmp_path, BITS_TASK, data)[0]["bits_per_byte,none"]
+    assert state.evaluation["val_bits_per_byte"] == pytest.approx(theirs, abs=1e-3)
 
 
 def test_the_harness_chooses_as_the_model_does(checkpoint, model, tmp_path, monkeypatch):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
 import torch
-from samples import config
+from samples import config, options
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import train_h100_dual as t
@@ -108,6 +109,15 @@ def test_a_model_configuration_can_be_brought_along(tmp_path):
     assert model.config.vocab_size == 512  # the tokenizer's, up to a multiple of 128
     assert model.config.num_key_value_heads == 2
     assert t.LMWithLoss(model)(torch.randint(0, 500, (2, 17))).isfinite()
+
+
+@pytest.mark.parametrize(("own", "told"), [({}, False), ({"vocab_size": 512}, False), ({"vocab_size": 32000}, True)])
+def test_a_vocabulary_that_gives_way_to_the_tokenizers_is_told(tmp_path, own, told):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, **own}))
+    cfg = t.parse_args(options(tmp_path, "--dummy-data", "--model-config", str(path)))
+    notes = [note for note in t.make_launch_plan(cfg, 1).notes if "vocab_size" in note]
+    assert notes == ["--model-config의 vocab_size 32,000 대신 토크나이저의 크기를 씁니다 (최대 512)"] * told
 
 
 def test_the_routers_loss_is_trained_where_a_configuration_asks_for_it(tmp_path):
