@@ -24,10 +24,11 @@ SECTIONS = [
     *("특징", "파일 구조", "설치 요구사항", "빠른 시작", "주요 옵션", "사용 예시", "성능 모니터링"),
     *("체크포인트와 이어서 학습", "데이터", "트러블슈팅", "다음 단계", "도움말", "English"),
 ]
-# Options of other programs: torchrun, pip, tests/run.sh, docker, tensorboard, vLLM, llama.cpp, lm-evaluation-harness.
+# Options of other programs: torchrun, sbatch, pip, docker, tensorboard, vLLM, llama.cpp, lm-evaluation-harness.
 FOREIGN_OPTIONS = {
-    *("--standalone", "--nproc-per-node", "--shutdown-timeout", "--index-url", "--all", "--gpus", "--shm-size"),
+    *("--standalone", "--nproc-per-node", "--shutdown-timeout", "--index-url", "--all", "--gpus", "--signal"),
     *("--logdir", "--dtype", "--outfile", "--outtype", "--model", "--model_args", "--batch_size", "--tasks"),
+    "--shm-size",
 }
 
 
