@@ -775,24 +775,24 @@ def why_left_out(path: Path, own: set[str]) -> str:
     return ""
 
 
-def walk(folder: Path, own: set[str], seen: set[str]) -> Iterator[tuple[Path, str]]:
+def walk(folder: Path, own: set[str], seen: set[tuple]) -> Iterator[tuple[Path, str]]:
     """The files below a directory in the order of paths, each with ``why_left_out``; a directory left out as one."""
+    seen.add(folder.stat()[1:3])
     reasons = {path: why_left_out(path, own) for path in sorted(folder.iterdir())}
     # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
     stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in reasons}
     siblings, unpacked = {stems[path] for path, reason in reasons.items() if not reason}, set()
     for path, reason in reasons.items():
-        stem, name, real = stems[path], split_name(path)[:2], os.path.realpath(path)
+        stem, name, is_file = stems[path], split_name(path)[:2], path.is_file()
         twins = {f"{stem[: word.start()]}train{stem[word.end() :]}" for word in HELD_OUT.finditer(stem)}
         if not reason and not twins.isdisjoint(siblings):
             reason = "train과 나란히 있는 검증·시험 데이터"
-        elif not reason and (name in unpacked if path.is_file() else real in seen):
+        elif not reason and (name in unpacked if is_file else path.stat()[1:3] in seen):
             reason = "이미 읽는 것"
-        if reason or path.is_file():
+        if reason or is_file:
             yield path, reason
             unpacked |= set() if reason else {name}
         else:
-            seen.add(real)
             yield from walk(path, own, seen)
 
 
@@ -801,7 +801,7 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 
     None where dummy text or a hub data set stands in for them.
     """
-    files, left_out, seen = [], {}, set()  # seen: by real path, as links may lead to the same place
+    files, left_out, seen = [], {}, set()  # seen: inode and device, as links may lead to the same place
     own = {os.path.realpath(path) for path in (cfg.output_dir, cfg.logs_dir, cfg.cache_dir)}
     if uses_dummy_data(cfg) or corpus_name(cfg).startswith("hf:"):
         return files, left_out
@@ -816,15 +816,13 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
             if mixed.is_file():
                 pairs = [(item, "" if item == mixed else f"{mixed.name}만 읽음") for item in sorted(path.iterdir())]
             elif path.is_dir():
-                seen.add(os.path.realpath(path))
                 pairs = walk(path, own, seen)
             for item, reason in pairs:
-                real = os.path.realpath(item)
-                if reason or real in seen:
+                if reason or item.stat()[1:3] in seen:
                     left_out.setdefault(reason or "이미 읽는 것", []).append(item)
                 else:
                     files.append(item)
-                    seen.add(real)
+                    seen.add(item.stat()[1:3])
     if not any(path.stat().st_size for path in files):
         raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)})")
     return files, left_out
