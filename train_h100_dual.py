@@ -356,9 +356,10 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
         parser.add_argument(name, dest="typed", default=[], action="append", nargs="?", **pair)
     line, unknown = parser.parse_known_args(list(argv))
     known = [*OPTIONS, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
-    for word in [word for word in unknown if word.startswith("-")] or unknown:  # other words may be its value
+    for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:  # other words may be its value
         close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
         advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
+        advice = "--dataset-path 의 패턴은 따옴표로 묶으세요: '*.jsonl'" if os.path.exists(word) else advice
         problems.append(f"알 수 없는 {'옵션' if word.startswith('-') else '인자'}: {word} ({advice})")
     for name, text in line.typed:
         details, field_name = OPTIONS[name].metadata, OPTIONS[name].name
@@ -824,7 +825,8 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
                     files.append(item)
                     seen.add(item.stat()[1:3])
     if not any(path.stat().st_size for path in files):
-        raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)})")
+        others = "".join(f"; {reason} {len(paths):,}개" for reason, paths in left_out.items())
+        raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)}{others})")
     return files, left_out
 
 
@@ -2251,7 +2253,8 @@ def check_lost_text(cfg: TrainConfig, report: dict[str, Any]) -> None:
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
     small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
-    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))  # chunks at even distances
+    # Chunks at even distances, whatever the format: all are cut, which is cheap, and only these are parsed.
+    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
