@@ -365,9 +365,10 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
         parser.add_argument(name, dest="typed", default=[], action="append", nargs="?", **pair)
     line, unknown = parser.parse_known_args(list(argv))
     known = [*OPTIONS, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
-    for word in [word for word in unknown if word.startswith("-")] or unknown:  # other words may be its value
+    for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:  # other words may be its value
         close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
         advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
+        advice = "--dataset-path 의 패턴은 따옴표로 묶으세요: '*.jsonl'" if os.path.exists(word) else advice
         problems.append(f"알 수 없는 {'옵션' if word.startswith('-') else '인자'}: {word} ({advice})")
     for name, text in line.typed:
         details, field_name = OPTIONS[name].metadata, OPTIONS[name].name
@@ -810,24 +811,24 @@ def why_left_out(path: Path, own: set[str]) -> str:
     return ""
 
 
-def walk(folder: Path, own: set[str], seen: set[str]) -> Iterator[tuple[Path, str]]:
+def walk(folder: Path, own: set[str], seen: set[tuple]) -> Iterator[tuple[Path, str]]:
     """The files below a directory in the order of paths, each with ``why_left_out``; a directory left out as one."""
+    seen.add(folder.stat()[1:3])
     reasons = {path: why_left_out(path, own) for path in sorted(folder.iterdir())}
     # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
     stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in reasons}
     siblings, unpacked = {stems[path] for path, reason in reasons.items() if not reason}, set()
     for path, reason in reasons.items():
-        stem, name, real = stems[path], split_name(path)[:2], os.path.realpath(path)
+        stem, name, is_file = stems[path], split_name(path)[:2], path.is_file()
         twins = {f"{stem[: word.start()]}train{stem[word.end() :]}" for word in HELD_OUT.finditer(stem)}
         if not reason and not twins.isdisjoint(siblings):
             reason = "train과 나란히 있는 검증·시험 데이터"
-        elif not reason and (name in unpacked if path.is_file() else real in seen):
+        elif not reason and (name in unpacked if is_file else path.stat()[1:3] in seen):
             reason = "이미 읽는 것"
-        if reason or path.is_file():
+        if reason or is_file:
             yield path, reason
             unpacked |= set() if reason else {name}
         else:
-            seen.add(real)
             yield from walk(path, own, seen)
 
 
@@ -836,7 +837,7 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 
     None where dummy text or a hub data set stands in for them.
     """
-    files, left_out, seen = [], {}, set()  # seen: by real path, as links may lead to the same place
+    files, left_out, seen = [], {}, set()  # seen: inode and device, as links may lead to the same place
     own = {os.path.realpath(path) for path in (cfg.output_dir, cfg.logs_dir, cfg.cache_dir)}
     if uses_dummy_data(cfg) or corpus_name(cfg).startswith("hf:"):
         return files, left_out
@@ -851,17 +852,16 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
             if mixed.is_file():
                 pairs = [(item, "" if item == mixed else f"{mixed.name}만 읽음") for item in sorted(path.iterdir())]
             elif path.is_dir():
-                seen.add(os.path.realpath(path))
                 pairs = walk(path, own, seen)
             for item, reason in pairs:
-                real = os.path.realpath(item)
-                if reason or real in seen:
+                if reason or item.stat()[1:3] in seen:
                     left_out.setdefault(reason or "이미 읽는 것", []).append(item)
                 else:
                     files.append(item)
-                    seen.add(real)
+                    seen.add(item.stat()[1:3])
     if not any(path.stat().st_size for path in files):
-        raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)})")
+        others = "".join(f"; {reason} {len(paths):,}개" for reason, paths in left_out.items())
+        raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)}{others})")
     return files, left_out
 
 
@@ -2313,7 +2313,8 @@ def check_lost_text(cfg: TrainConfig, report: dict[str, Any]) -> None:
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
     small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
-    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))  # chunks at even distances
+    # Chunks at even distances, whatever the format: all are cut, which is cheap, and only these are parsed.
+    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):

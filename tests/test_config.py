@@ -60,6 +60,7 @@ def test_all_problems_are_told_in_one_go():
         (["--dataset-path", ""], "--dataset-path"),
         (["--dataset-path", "hf:a@b@c"], "hf:ORG/NAME[@REVISION]"),
         (["stray"], "stray"),
+        (["--dataset-path", "a.jsonl", __file__], "따옴표"),
         (["--vocab-size", "2000000"], "가장 가까운 값: 1048576"),
         (["--seed", "3000000000"], "가장 가까운 값: 2147483647"),
         (["--prompt", b"\xbf\xc0\xb4\xc3".decode(errors="surrogateescape")], "UTF-8"),  # from a terminal in CP949

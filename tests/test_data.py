@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gzip
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import random
@@ -194,10 +196,10 @@ def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, mo
     assert documents_of(path).texts == ["첫째 줄\n둘째 줄", "second paragraph", "third"]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 def test_a_damaged_archive_is_an_error_that_names_it(tmp_path, suffix):
-    pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstd}[suffix]
-    path = tmp_path / f"a{suffix}"
+    pack = {".gz": gzip.compress, ".zst": zstd, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(pack(os.urandom(100_000))[:-50_000])
     with pytest.raises(RuntimeError, match="손상"):
         documents_of(path)
