@@ -34,7 +34,7 @@ plan_text=""
 
 # A full disk, which may be why a run failed, or a reader who has gone keeps the supervisor from no duty.
 log() { printf '%s\n' "$@" 2>/dev/null || true; } # log LINE...
-warn() { printf '⚠️  %s\n' "$*" 2>/dev/null >&2 || true; }
+warn() { printf '⚠️  %s\n' "$*" >&2 2>/dev/null || true; }
 die() { # die MESSAGE [EXIT_CODE]
   printf '❌ %s\n' "$1" >&2
   exit "${2:-1}"
