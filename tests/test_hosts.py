@@ -330,33 +330,19 @@ def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Pat
 # --- GPUs by name ---
 
 
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [
-        (None, ["0", "1", "2"]),
-        ("", []),
-        ("-1", []),
-        ("NoDevFiles", []),
-        ("2, 0", ["2", "0"]),
-        ("1,-1,0", ["1"]),
-        ("GPU-2b", ["2"]),
-        ("0,0", "두 번"),
-        ("0,GPU-0b", "두 번"),
-        ("0,7", "없거나"),
-        ("GPU-", "없거나"),
-        ("MIG-6a7b", "MIG 장치"),
-        ("MIG-GPU-0b/1/0", "MIG 장치"),
-    ],
-)
+@pytest.mark.parametrize(("visible", "expected"), [
+    (None, "012"), ("", ""), ("-1", ""), ("NoDevFiles", ""), ("2, 0", "20"), ("1,-1,0", "1"), ("GPU-2b", "2"),
+    ("0,0", "두 번"), ("0,GPU-0b", "두 번"), ("0,7", "없거나"), ("GPU-", "없거나"), ("MIG-6a7b", "MIG 장치"),
+])  # fmt: skip
 def test_gpus_are_understood_by_name_or_refused(tmp_path, monkeypatch, visible, expected) -> None:
     lines = [f"'{index}, GPU-{index}b1c, {H100} {index}, 81559, 4, [N/A]'" for index in range(3)]
     write_program(tmp_path / "nvidia-smi", f"printf '%s\\n' {' '.join(lines)}")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    if isinstance(expected, str):
+    if expected.strip("012"):
         with pytest.raises(t.EnvironmentProblem, match=expected):
             t.query_gpus(visible)
     else:
-        assert [gpu.name[-1] for gpu in t.query_gpus(visible)] == expected
+        assert "".join(gpu.name[-1] for gpu in t.query_gpus(visible)) == expected
 
 
 # --- a longer run ---
