@@ -2126,7 +2126,8 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
         fork, start = multiprocessing.get_context("fork"), (function, os.getpid())
         pool = ProcessPoolExecutor(workers, fork, enter_worker, start) if workers else None
     except OSError as error:  # their locks are files in /dev/shm
-        pool = logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({explain_system_error(error)})")
+        logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({explain_system_error(error)})")
+        pool = None
     if pool is None:
         yield from map(function, items)
         return
