@@ -1484,6 +1484,7 @@ import multiprocessing
 import pickle
 import random
 import resource
+import socket
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -1498,16 +1499,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, se
 from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    TextStreamer,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END_OF_TEXT = "<|endoftext|>"
@@ -1802,6 +1794,7 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
@@ -1949,7 +1942,8 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
+    # A helper keeps one core busy, and has no threads after its fork; a small corpus needs none.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else "false"
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
         texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
@@ -2102,6 +2096,10 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     # the lists, as the others wait for a store only so long, and as if it were alone: it needn't wait for them.
     name = f"corpus/{os.environ.get('GROUP_RANK')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     rank, world_size = rank_and_world()
+    for _ in range(100 if rank else 0):  # PyTorch would try again only after half a second, and then after longer
+        with suppress(OSError), socket.create_connection((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), 1):
+            break
+        time.sleep(0.02)
     store = next(dist.rendezvous("env://", rank, 1))[0] if world_size > 1 else dist.HashStore()
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
@@ -2286,7 +2284,7 @@ def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
         preset = PRESETS[cfg.model_size]
         sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
         sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
-        config = LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+        config = AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
     text = config.get_text_config()
     text.vocab_size = -(-len(tokenizer) // 128) * 128
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -3675,6 +3673,8 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
+        from transformers import TextStreamer
+
         generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
