@@ -1658,16 +1658,8 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, se
 from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    TextStreamer,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
@@ -2394,7 +2386,8 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
+    # A helper keeps one core busy, and has no threads after its fork; a small corpus needs none.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else "false"
     config = read_model_config(cfg)
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
@@ -2759,7 +2752,7 @@ def read_model_config(cfg: TrainConfig) -> Any:
     preset = PRESETS[cfg.model_size]
     sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
     sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
-    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    return AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
 
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
@@ -4191,6 +4184,8 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
+        from transformers import TextStreamer
+
         generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):

@@ -106,8 +106,6 @@ def prepare(corpus: str, folder: str, vocab_size: int) -> None:
 
 def time_opening(cfg: ours.TrainConfig) -> dict[str, str]:
     """How long it takes to open the prepared cache, and to read its first and its last row."""
-    import transformers  # noqa: F401  (a run imports it in any case)
-
     start = time.perf_counter()
     corpus = ours.prepare_corpus(cfg)
     found = {"opening the cache": f"{time.perf_counter() - start:.2f} s"}
