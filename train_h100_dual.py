@@ -619,14 +619,11 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 
 
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
-    """The last whole one of ``checkpoints`` and a sentence on each damaged later one.
-
-    Older ones than the newest two, whose training state was removed, aren't damaged.
-    """
+    """The last whole one of ``checkpoints`` and a sentence on each damaged later one."""
     damaged = []
     for path in reversed(checkpoints):
         if path not in checkpoints[-2:] and not (path / "training_state").is_dir():
-            continue
+            continue  # it was removed, as that of all but the newest two is
         damage = checkpoint_damage(path, thorough)
         if damage is None:
             return path, damaged
@@ -654,12 +651,9 @@ class ResumePoint:
 
 
 def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", thorough: bool = False) -> ResumePoint:
-    """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did.
-
-    The plan asks, and rank 0 again, ``thorough``; other machines, which may not have the checkpoints, don't.
-    """
+    """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did."""
     typed = cfg.gradient_accumulation_steps
-    if cfg.resume is None or node_rank(cfg):
+    if cfg.resume is None or node_rank(cfg):  # other machines may not have the checkpoints
         return ResumePoint(typed)
     place = cfg.output_dir if cfg.resume == "auto" else cfg.resume
     checkpoints = list_checkpoints(place) if cfg.resume == "auto" else [place]
@@ -1143,15 +1137,13 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
-    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not.
-
-    ``when`` to plan, and not only to read the options: "always", "never", or "complete", if no package is missing.
-    """
+    """Answer the launcher: a block of ``name=value`` lines, and two that a person sees, or one that says why not."""
     values, shown = {"code": ENVIRONMENT_ERROR}, []  # of an error that nobody expects
     try:
-        typed, missing = parse_args(argv), missing_packages()
+        typed = parse_args(argv)
+        missing = [f"{name}>={least}" for name, least in MINIMUM_VERSIONS.items() if not has_package(name, least)]
         values = {"code": 0, "missing": " ".join(missing)}
-        plans = when == "always" or (when == "complete" and not missing)
+        plans = when == "always" or (when == "complete" and not missing)  # "never": the options are only read
         if plans and (typed.generate or typed.evaluate):
             check_use(typed)
         elif plans:
@@ -1239,16 +1231,12 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     return lines
 
 
-def missing_packages() -> list[str]:
-    """What MINIMUM_VERSIONS asks for and this Python lacks, as pip would name it."""
-    missing = []
-    for name, least in MINIMUM_VERSIONS.items():
-        with suppress(importlib.metadata.PackageNotFoundError):
-            have = re.findall(r"\d+", importlib.metadata.version(name))
-            if [int(part) for part in have[:2]] >= [int(part) for part in least.split(".")]:
-                continue
-        missing.append(f"{name}>={least}")
-    return missing
+def has_package(name: str, least: str) -> bool:
+    """Whether this Python has a package in the version ``least``, of two numbers, or a later one."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        have, wanted = (re.findall(r"\d+", text)[:2] for text in (importlib.metadata.version(name), least))
+        return [*map(int, have)] >= [*map(int, wanted)]
+    return False
 
 
 # --- stops and restarts: what a run tells of itself on the disk, and how it ends ---
@@ -1305,10 +1293,7 @@ def note_stop_request(output_dir: str, agent: str) -> None:
 
 
 def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset: str) -> None:
-    """Set the state of a run whose ranks had no time to, from what the supervisor knows; print the state.
-
-    ``outcome`` is finished, stopped, or failed with torchrun's ``code``; this run's detail log begins at ``offset``.
-    """
+    """Set, where the ranks had no time to, and print a run's state; its detail log begins at ``offset``."""
     info, is_news = read_json(Path(folder) / "run_info.json"), False
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
         info = {"state": outcome}
@@ -1345,10 +1330,7 @@ def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
 
 
 class StopFlag:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between two steps, and holds the timer for hangs.
-
-    A repeated signal changes nothing: Slurm, systemd and a reboot send it to all at once, and torchrun passes it on.
-    """
+    """Turns SIGTERM and SIGINT, however often they come, into a flag for the loop, and holds the timer for hangs."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -1622,12 +1604,10 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         if checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return (check_use(cfg), None) if checkpoint else (resume_after_restart(cfg), StopFlag())
-    except Refusal as error:
-        print("\n".join(f"❌ {problem}" for problem in error.problems), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"❌ {explain_system_error(error)}", file=sys.stderr)
-        sys.exit(ENVIRONMENT_ERROR)
+    except (Refusal, OSError) as error:
+        problems = error.problems if isinstance(error, Refusal) else [explain_system_error(error)]
+        print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", ENVIRONMENT_ERROR))
 
 
 if __name__ == "__main__":
@@ -1658,15 +1638,9 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, se
 from filelock import FileLock
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import cached_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -1697,6 +1671,16 @@ COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
 # ==== Runtime: logs, the accelerator ==================================================
+
+
+@contextmanager
+def refusing(problem: str, source: Any) -> Iterator[None]:
+    """Say that a library can make nothing of ``source``, in the first line of its words: each check has its own error."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EnvironmentProblem(f"{problem}: {source} ({reason})") from error
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
@@ -1957,10 +1941,8 @@ def pinned_dataset(cfg: TrainConfig) -> str:
     if goes_on and known.get("asked") == asked:
         return known["pinned"]
     repository, revision, *more = HUB_NAME.fullmatch(asked).groups()
-    try:
+    with refusing("허브에 없거나 연결할 수 없습니다", repository):
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
-    except Exception as error:  # of the hub, of its HTTP client, or of the network
-        raise RuntimeError(f"허브에 없거나 연결할 수 없습니다: {repository} ({short_error(error)})") from error
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
 
 
@@ -2199,12 +2181,11 @@ def check_reopened(tokenizer: Any, config: Any, texts: list[str]) -> None:
 
 def load_tokenizer(source: str | Path) -> Any:
     """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
-    try:  # a tokenizer.json is taken as it stands: by class or model type AutoTokenizer may make another of it
+    with refusing("토크나이저를 열 수 없습니다", source):
+        # A tokenizer.json is taken as it stands: by class or model type AutoTokenizer may make another of it.
         as_it_stands = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
         tokenizer = kind.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the libraries raise whatever a broken file leads them to
-        raise RuntimeError(f"토크나이저를 열 수 없습니다: {source} ({short_error(error)})") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise RuntimeError(f"tokenizer.json과 문서 끝 토큰(eos_token)이 있는 토크나이저를 주세요: {source}")
     backend = tokenizer.backend_tokenizer
@@ -2274,9 +2255,8 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
         encoded = zip(texts, encode(texts, add_special_tokens=False), strict=True)
         return [(np.array(item.ids, dtype), "" if writes_all else find_lost(text, item)) for text, item in encoded]
 
-    version = next((item.version for item in importlib.metadata.distributions(name="tiktoken")), "0.0")
     ranks = tiktoken_ranks(spec)
-    if ranks is None or tuple(map(int, version.split(".")[:2])) < (0, 13):  # which takes long for a run of one letter
+    if ranks is None or not has_package("tiktoken", "0.13"):  # an older one takes long for a run of one letter
         return encode_ordinary, "tokenizers"
     import tiktoken  # thrice as fast
 
@@ -2552,8 +2532,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     lists = Path(store.get(name).decode())
     folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
-    if is_local_main():
-        log_files(read_json(folder / "files.json"))
+    log_files(read_json(folder / "files.json"))
     if report["bad_lines"] and is_local_main():
         path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
         logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
@@ -2682,10 +2661,7 @@ ATTENTION_NAME = "packed_causal"
 def causal_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of packed rows through SDPA: (batch, heads, tokens, size) to (batch, tokens, heads, size).
-
-    Without the mask that transformers builds under torch.compile: it puts the flash and cuDNN kernels out of reach.
-    """
+    """Causal attention of packed rows, (batch, heads, tokens, size), without the mask that keeps flash and cuDNN out."""
     dropout, scale = options.get("dropout") or 0.0, options.get("scaling")
     grouped = query.shape[1] != key.shape[1]
     causal = query.shape[2] == key.shape[2]  # while generating, a single query sees all cached keys
@@ -2743,18 +2719,11 @@ def choose_attention(model: nn.Module) -> None:
         model.set_attn_implementation(name)
 
 
-def short_error(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def read_model_config(cfg: TrainConfig) -> Any:
     """The configuration that ``--model-config`` or ``--init-from`` names, or a preset's."""
     if source := cfg.model_config or cfg.init_from:
-        try:
+        with refusing("모델을 만들 수 없는 설정입니다", source):
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # each check of transformers has its own
-            raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {source} ({short_error(error)})") from error
     preset = PRESETS[cfg.model_size]
     sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
     sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
@@ -2783,38 +2752,25 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
-        config = model_settings(cfg, tokenizer)
-        try:
+        config, typed = model_settings(cfg, tokenizer), cfg.model_config
+        with refusing("모델을 만들 수 없는 설정입니다", typed) if typed else nullcontext():
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             choose_attention(model)
-        except Exception as error:  # each check of transformers has its own
-            if not cfg.model_config:
-                raise
-            raise RuntimeError(f"모델을 만들 수 없는 설정입니다: {cfg.model_config} ({short_error(error)})") from error
-        if not cfg.model_config:
-            shrink_residual_projections(model)
+        for name, weight in model.named_parameters() if not cfg.model_config else ():
+            # So that the stream's variance doesn't grow with depth (Radford et al., 2019).
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.data.mul_((2 * model.config.num_hidden_layers) ** -0.5)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-@torch.no_grad()
-def shrink_residual_projections(model: nn.Module) -> None:
-    """Scale by 1 / sqrt(2 * layers), so that the stream's variance doesn't grow with depth (Radford et al., 2019)."""
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.mul_((2 * model.config.num_hidden_layers) ** -0.5)
-
-
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # each format of weights, and transformers' checks, have their own
-        raise RuntimeError(f"모델을 열 수 없습니다: {source} ({short_error(error)})") from error
+    options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    with refusing("모델을 열 수 없습니다", source):
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     lacking, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if lacking:  # for which transformers takes random ones
         raise RuntimeError(f"모델의 가중치 {len(lacking)}개가 없습니다: {source} (예: {lacking[0]})")
@@ -3431,10 +3387,8 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     content: dict[str, Any] = {}
     if run.is_main:
         weights = read_tensors(folder / "pytorch_model.bin")
-        try:
+        with refusing("모델과 맞지 않는 체크포인트입니다", folder):
             run.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise EnvironmentProblem(f"모델과 맞지 않는 체크포인트입니다: {folder} ({short_error(error)})") from error
         content = read_tensors(folder / "training_state" / "state.pt")
     moments = content.pop("optimizer", {})
     shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
@@ -3461,10 +3415,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
 
 
 class DelayedStats:
-    """Adds up each step's figures over the ranks, so that all see a stop request at the same step.
-
-    They are read one step late: to read those of the step just launched the host would wait for the GPU.
-    """
+    """Adds up a step's figures over the ranks, so that all stop at the same one; read one late, without a wait."""
 
     def __init__(self, device: torch.device):
         self.waiting: tuple | None = None
@@ -3610,8 +3561,7 @@ def append_whole(path: Path, data: bytes) -> None:
             while data:  # a disk that fills up takes the first part
                 data = data[stream.write(data) :]
         except OSError:
-            with suppress(OSError):  # the first one tells more
-                stream.truncate(size)
+            stream.truncate(size)
             raise
 
 
@@ -3663,13 +3613,10 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
 
 
 def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut a document into rows of at most ``length`` + 1 tokens, each with how many of its last ones are scored.
-
-    All but its ``start`` first ones are, once; the last row reaches back, as in lm-evaluation-harness.
-    """
+    """Rows of at most ``length`` + 1 tokens, each with how many of its last are scored: all but ``start``, once."""
     for first in range(start - 1, len(tokens) - 1, length):
         end = min(first + length, len(tokens) - 1)
-        yield tokens[max(0, end - length) : end + 1], end - first
+        yield tokens[max(0, end - length) : end + 1], end - first  # the last reaches back, as in lm-evaluation-harness
 
 
 def score_windows(loss_module: LMWithLoss, windows: list[tuple], most: int, heartbeat: Callable = int) -> None:
@@ -3691,10 +3638,7 @@ def score_windows(loss_module: LMWithLoss, windows: list[tuple], most: int, hear
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float | None]:
-    """Loss and bits per byte on the held-out documents, up to 2 M tokens of whole ones: of all, of Korean, of English.
-
-    As ``--evaluate`` scores them: each by itself and from its start on, without the end of text.
-    """
+    """Loss and bits per byte of held-out documents, up to 2 M tokens, scored as ``--evaluate`` does: all, ko, en."""
     corpus, length, windows, start = run.corpus, run.cfg.max_seq_length, [], document_start(run.corpus.tokenizer)
     apart = start[0] != corpus.tokenizer.eos_token_id  # then each document's first token is the end of another
     names, offsets, chosen = corpus.report["languages"], corpus.documents["offset"], corpus.val_documents
@@ -3763,10 +3707,7 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
 
 
 def generate_samples(run: Run, state: TrainState) -> None:
-    """Complete the prompts; rank 0 shows the texts and keeps them in ``samples.md``.
-
-    Every rank does the same work, so that none waits for another in a collective, however long it takes.
-    """
+    """Complete the prompts, on every rank, so that none waits in a collective; rank 0 shows and keeps the texts."""
     cfg, tokenizer, start, texts = run.cfg, run.corpus.tokenizer, time.monotonic(), {}
     tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
     most = min(64, cfg.max_seq_length // 2)
@@ -3844,10 +3785,7 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
 
 
 def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """Give a loss that isn't finite gradients that aren't, of which every rank hears in DDP's reduction.
-
-    An infinite loss may have finite ones.  Every other loss stays as it is, bit for bit.
-    """
+    """Give a loss that isn't finite gradients that aren't either, of which every rank hears in DDP's reduction."""
     value = loss.detach()
     return loss * (value - value + 1)
 
@@ -4009,10 +3947,7 @@ def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
 
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
-    """Take the output directory for this run and clear what an earlier test left there; rank 0 only.
-
-    Returns the open lock file, which has to be kept: the kernel lets go of it however we end.
-    """
+    """Take the output directory and clear what a test left there, on rank 0; the lock that it returns is to be kept."""
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 20
     while True:  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
@@ -4086,10 +4021,7 @@ def build_run(
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
-    """The whole run on one rank, to the end of the process.
-
-    It never returns: DDP, let go of, takes gloo's group down with it and waits for its threads with the GIL held.
-    """
+    """The whole run on one rank; never returns, as DDP, let go of, waits for gloo's threads with the GIL held."""
     rank, world_size = rank_and_world()
     lock = claim_output(cfg, world_size) if rank == 0 else None
     corpus = prepare_corpus(cfg)
@@ -4251,10 +4183,7 @@ def main(typed: TrainConfig, stop: StopFlag | None) -> int:
 
 
 def hard_exit(code: int) -> NoReturn:
-    """End this process at once, with everything written.
-
-    Python's own way out takes the interpreter from under gloo's and NCCL's threads, which then end in SIGABRT.
-    """
+    """End with everything written; Python's own way would pull the interpreter from under gloo's threads: SIGABRT."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
