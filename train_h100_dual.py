@@ -134,10 +134,26 @@ PRESETS = {
 }
 
 
-def explain_system_error(error: OSError) -> str:
-    """A Korean sentence for what the system refused, with the path if it is known."""
-    text = SYSTEM_ERRORS.get(error.errno) or f"{type(error).__name__}: {error.strerror}"
-    return text + (f" ({error.filename})" if error.filename else "")
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small; NVML, which PyTorch asks before it says so, may not know the GPU."""
+    words = "OutOfMemory|out of memory|ALLOC_FAILED|NVML_SUCCESS"
+    return isinstance(error, RuntimeError) and re.search(words, repr(error)) is not None
+
+
+def describe_error(error: Exception) -> tuple[str, bool]:
+    """A Korean sentence for an error, and whether its cause is known, so that to try again would not help."""
+    text = str(error).strip()
+    if match := re.search(r"\(os error (\d+)\)", text):  # of tokenizers, which are written in Rust
+        error = OSError(int(match[1]), text)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
+        path, reason = f" ({error.filename})" if error.filename else "", f"{type(error).__name__}: {error.strerror}"
+        return SYSTEM_ERRORS.get(error.errno, reason) + path, error.errno in SYSTEM_ERRORS
+    if is_out_of_memory(error):
+        smaller = "--batch-size 나 --max-seq-length 를 줄이거나, 학습에는 --gradient-checkpointing"
+        return f"GPU 메모리가 부족합니다. {smaller}, 체크포인트 사용에는 --device cpu 를 쓰세요", True
+    if isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", text):
+        return text, True
+    return f"예상하지 못한 오류: {type(error).__name__}: {text[:300]}", False
 
 
 class Refusal(Exception):
@@ -723,7 +739,7 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         try:  # permission bits don't tell all
             TemporaryFile(dir=nearest).close()
         except OSError as error:
-            reason = explain_system_error(error) if os.path.exists(nearest) else f"{nearest} 은(는) 대상이 없는 링크"
+            reason = describe_error(error)[0] if os.path.exists(nearest) else f"{nearest} 은(는) 대상이 없는 링크"
             problems.append(f"쓸 수 없는 디렉토리입니다: {path} ({reason}). 다른 경로를 {as_typed(name)} 로 주세요")
     info = read_json(cfg.output_dir / "run_info.json")
     # In a shared directory the first machine, which judges it, may be at work already.
@@ -1605,8 +1621,7 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return (check_use(cfg), None) if checkpoint else (resume_after_restart(cfg), StopFlag())
     except (Refusal, OSError) as error:
-        problems = error.problems if isinstance(error, Refusal) else [explain_system_error(error)]
-        print("\n".join(f"❌ {problem}" for problem in problems), file=sys.stderr)
+        print("\n".join(f"❌ {problem}" for problem in describe_error(error)[0].split("\n")), file=sys.stderr)
         sys.exit(getattr(error, "exit_code", ENVIRONMENT_ERROR))
 
 
@@ -1636,10 +1651,12 @@ import transformers.utils.logging as transformers_logging
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from filelock import FileLock
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.generation import GenerationConfig, TextStreamer
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import cached_file
 
@@ -1675,7 +1692,7 @@ logger = logging.getLogger("h100_dual")
 
 @contextmanager
 def refusing(problem: str, source: Any) -> Iterator[None]:
-    """Say that a library can make nothing of ``source``, in the first line of its words: each check has its own error."""
+    """Say that a library can't use ``source``, with the first line of its reason: each of its checks has an error."""
     try:
         yield
     except Exception as error:
@@ -2106,7 +2123,7 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
         fork, start = multiprocessing.get_context("fork"), (function, os.getpid())
         pool = ProcessPoolExecutor(workers, fork, enter_worker, start) if workers else None
     except OSError as error:  # their locks are files in /dev/shm
-        logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({explain_system_error(error)})")
+        logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({describe_error(error)[0]})")
         pool = None
     if pool is None:
         yield from map(function, items)
@@ -2138,8 +2155,6 @@ def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -> Any:
     """Train a byte-level BPE tokenizer on NFC text; reserved tokens make its vocabulary a multiple of 128."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -2215,8 +2230,6 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
     It joins any two neighbours that make a token, the smallest id first; ``tokenizers`` goes by its list of merges.
     If that is in the order of ids, what makes a token of its bytes alone makes it anywhere, else nothing does.
     """
-    from tokenizers import models
-
     model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
     splitting = [value for step in steps for name, value in step.items() if name != "trim_offsets"]
     known = [["Split", {"Regex": pattern}, "Isolated", False, "ByteLevel", False, False] for pattern in FAST_PATTERNS]
@@ -2661,13 +2674,11 @@ ATTENTION_NAME = "packed_causal"
 def causal_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of packed rows, (batch, heads, tokens, size), without the mask that keeps flash and cuDNN out."""
-    dropout, scale = options.get("dropout") or 0.0, options.get("scaling")
-    grouped = query.shape[1] != key.shape[1]
+    """Causal attention of rows, (batch, heads, tokens, size), without the mask that keeps flash and cuDNN out."""
+    settings = {"dropout_p": options.get("dropout") or 0.0, "scale": options.get("scaling")}
+    settings["enable_gqa"] = query.shape[1] != key.shape[1]
     causal = query.shape[2] == key.shape[2]  # while generating, a single query sees all cached keys
-    output = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=causal, **settings)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -3041,12 +3052,6 @@ def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelera
     return True
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was too small; NVML, which PyTorch asks before it says so, may not know the GPU."""
-    words = "OutOfMemory|out of memory|ALLOC_FAILED|NVML_SUCCESS"
-    return isinstance(error, RuntimeError) and re.search(words, repr(error)) is not None
-
-
 # ==== The run and its state ===========================================================
 
 
@@ -3285,21 +3290,6 @@ def check_room(run: Run) -> None:
         raise EnvironmentProblem(problem)
 
 
-def describe_error(error: Exception) -> tuple[str, bool]:
-    """A Korean sentence for an error, and whether its cause is known, so that to try again would not help."""
-    text = str(error).strip()
-    if match := re.search(r"\(os error (\d+)\)", text):  # of tokenizers, which are written in Rust
-        error = OSError(int(match[1]), text)
-    if isinstance(error, OSError) and error.errno is not None:  # the system's, whose text may name a Korean path
-        return explain_system_error(error), error.errno in SYSTEM_ERRORS
-    if is_out_of_memory(error):
-        smaller = "--batch-size 나 --max-seq-length 를 줄이거나, 학습에는 --gradient-checkpointing"
-        return f"GPU 메모리가 부족합니다. {smaller}, 체크포인트 사용에는 --device cpu 를 쓰세요", True
-    if isinstance(error, (ValueError, FileNotFoundError, RuntimeError)) and re.search("[가-힣]", text):
-        return text, True
-    return f"예상하지 못한 오류: {type(error).__name__}: {text[:300]}", False
-
-
 def save_checkpoint(run: Run, state: TrainState) -> None:
     """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there; all ranks call it."""
     wait_for_saver(run)
@@ -3378,7 +3368,7 @@ def last_checkpoint(cfg: TrainConfig) -> str:
     try:
         newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
     except OSError as error:
-        return f"마지막 체크포인트를 확인하지 못했습니다: {explain_system_error(error)}"
+        return f"마지막 체크포인트를 확인하지 못했습니다: {describe_error(error)[0]}"
     return f"마지막 체크포인트: {display_path(newest) if newest else '없음'}"
 
 
@@ -3583,13 +3573,11 @@ def cut_file(path: Path, step: int) -> None:
         if size < len(content):
             logger.warning(f"⚠️  {path.name} 에서 읽을 수 없는 {len(content) - size:,}바이트를 뺐습니다")
     except OSError as error:  # no reason not to go on
-        logger.warning(f"⚠️  {path.name} 을(를) 정리하지 못했습니다: {explain_system_error(error)}")
+        logger.warning(f"⚠️  {path.name} 을(를) 정리하지 못했습니다: {describe_error(error)[0]}")
 
 
 def start_profile(run: Run, log: StepLog, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
-    from torch.profiler import profile, schedule
-
     if not run.cfg.profile or not run.is_main:
         return None
     if left < 8:
@@ -3604,7 +3592,8 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
         log.marked += time.monotonic() - begun  # no part of the speed
 
-    profiler = profile(schedule=schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1), on_trace_ready=report)
+    steps = torch.profiler.schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1)
+    profiler = torch.profiler.profile(schedule=steps, on_trace_ready=report)
     profiler.start()
     return profiler
 
@@ -3620,14 +3609,12 @@ def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tup
 
 
 def score_windows(loss_module: LMWithLoss, windows: list[tuple], most: int, heartbeat: Callable = int) -> None:
-    """Add the nats of each window's last tokens to its totals; a window is a row, how many tokens, and the totals.
-
-    Windows of like length share a batch of at most ``most`` inputs; attention is causal, so padding changes nothing.
-    """
+    """Add to the totals of each window (a row, how many last tokens, totals) their nats; ``most`` inputs at a time."""
     windows = sorted(windows, key=lambda window: -len(window[0]))  # what doesn't fit into memory shows at once
     while windows:
         size = max(1, most // (len(windows[0][0]) - 1))
         batch, windows = windows[:size], windows[size:]
+        # Attention is causal: what fills the shorter ones up changes nothing.
         rows = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row, _, _ in batch], batch_first=True)
         with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
             loss = loss_module(rows.to(loss_module.model.device), reduction="none")
@@ -4122,8 +4109,6 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype if cfg.generate else torch.float32).to(device).eval()
     if cfg.generate:
-        from transformers import TextStreamer
-
         generate_text(model, tokenizer, cfg, TextStreamer(tokenizer, skip_special_tokens=True))
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
