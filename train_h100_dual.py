@@ -244,16 +244,14 @@ def parse_mix(text: str) -> str:
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
-    """Declare an option, its ``kind`` as ``parse_value`` reads it; of several defaults the last that applies counts.
-
-    ``more``: ``group`` is the title over it and those below in --help, ``bare`` its value where none is typed.
-    """
+    """Declare an option, its ``kind`` as ``parse_value`` reads it; of several defaults the last that applies counts."""
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
         home = os.path.expanduser(default).removeprefix("~/")  # which stays where nobody knows a home directory
         default = kind(os.path.join(SCRIPT_DIR, home))
     value = None if isinstance(default, dict) else default  # None: resolve_config fills it in
+    # group: the title over it and those below in --help; bare: its value where none is typed.
     return field(default=value, metadata={"group": "", "bare": None, "flags": {}, **details, **more})
 
 
@@ -1317,9 +1315,8 @@ def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset
         info, is_news = info | {"state": outcome, "ended": timestamp()}, True
         if outcome == "failed":
             info["error"] = f"프로세스가 비정상 종료했습니다 (코드 {code})"
-            with suppress(OSError), open(detail_log, "rb") as log:
-                log.seek(int(offset))
-                if any(line.startswith(b"Timeout (") for line in log):  # as faulthandler begins
+            with suppress(OSError):
+                if re.search(rb"(?m)^Timeout \(", Path(detail_log).read_bytes()[int(offset) :]):  # faulthandler's
                     minutes = info["options"]["hang_timeout"]
                     info["error"] = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
             print(f"❌ {info['error']}", file=sys.stderr)
@@ -1709,7 +1706,6 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
     logging.basicConfig(handlers=[detail], level=logging.INFO, format=form, force=True)
     own.setFormatter(detail.formatter)
     own.setLevel(logging.INFO)
-    logging.captureWarnings(True)
     quiet_libraries()
     logger.setLevel(logging.DEBUG)
     logger.handlers[:] = [own]
@@ -1720,7 +1716,8 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' messages and bars off the console."""
+    """Keep warnings, and transformers' messages and bars, off the console."""
+    logging.captureWarnings(True)
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.disable_progress_bar()
@@ -3598,7 +3595,7 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
     return profiler
 
 
-# ==== Evaluation ======================================================================
+# ==== Evaluation, samples =============================================================
 
 
 def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -3667,9 +3664,6 @@ def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
             logger.info(f"   • {name}: 손실 {loss:.4f}, bits/byte {bits:.4f}")
 
 
-# --- samples ---
-
-
 @torch.no_grad()
 def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: Any = None) -> str:
     """Continue ``cfg.prompt`` as from a document's beginning; the same for a seed, and no generator's state changes."""
@@ -3720,9 +3714,6 @@ def generate_samples(run: Run, state: TrainState) -> None:
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
     run.loss_module.train()
     run.sample_seconds = time.monotonic() - start
-
-
-# --- a checkpoint in use: --evaluate ---
 
 
 @torch.inference_mode()
@@ -4099,7 +4090,6 @@ def train_quietly(run: Run, state: TrainState) -> str:
 def use_checkpoint(cfg: TrainConfig) -> None:
     """Do what --generate or --evaluate asks for: the result goes to the output, everything else beside it."""
     logging.getLogger().addHandler(logging.NullHandler())
-    logging.captureWarnings(True)
     logging.getLogger("torch").setLevel(logging.ERROR)  # it has a handler of its own
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
