@@ -2796,9 +2796,8 @@ def context_length(model: nn.Module, default: int = 2048) -> int:
 class HeadLoss(torch.autograd.Function):
     """Mean cross entropy of a linear output head, with its gradients worked out beside it.
 
-    While the logits of some rows are at hand, their gradient takes their place, so nothing of the
-    size of all logits is kept for the backward pass and no row is computed twice (as in Hsu et al.,
-    "Liger Kernel", 2024).  Gradients are summed up unscaled, which keeps them in FP16's range.
+    While the logits of some rows are at hand, their gradient takes their place: nothing of the size of all logits is
+    kept and no row computed twice (Hsu et al., "Liger Kernel", 2024).  Unscaled sums keep gradients in FP16's range.
     """
 
     @staticmethod
@@ -2937,11 +2936,10 @@ def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
 class Muon(torch.optim.AdamW):
     """Muon for the first group's matrices; the other groups are fused AdamW's.
 
-    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates, so that its
-    learning rate and decay carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank
-    keeps all of the momentum, so rank 0's checkpoint is complete; each orthogonalises its share of the
-    matrices of a shape and gathers the others', so that all apply the same and weights can't drift apart.
-    Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing, and no host waits to hear of it.
+    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates: learning rate and decay
+    carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank keeps all of the momentum, so rank
+    0's checkpoint is complete; each orthogonalises its share of a shape's matrices and gathers the others', so that
+    weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing, without a wait.
     """
 
     momentum = 0.95
@@ -3081,6 +3079,7 @@ class Run:
     optimizer: Any
     batch_size: int  # rows of a micro-step on each rank: as typed, or what --find-batch-size found
     gradient_accumulation_steps: int  # as typed, or so that a step reads what it did before a resume
+    step_tokens: int  # of all ranks
     total_steps: int
     warmup_steps: int  # of the run as it began, however long it has become
     stop: StopFlag
@@ -3098,11 +3097,6 @@ class Run:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
-
-    @property
-    def step_tokens(self) -> int:  # of all ranks
-        rows = self.batch_size * self.gradient_accumulation_steps * self.accelerator.num_processes
-        return rows * self.cfg.max_seq_length
 
 
 # --- checkpoints: Hugging Face models with a training state beside them ---
@@ -3226,13 +3220,12 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     """Content of ``training_info.json``."""
     seconds, report, rows = state.elapsed_seconds, run.corpus.report, run.corpus.rows(run.cfg.max_seq_length)
     info = {"layout_version": LAYOUT_VERSION, "total_steps": run.total_steps, **state.evaluation}
-    info["warmup_steps"] = run.warmup_steps
     info |= {name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))}
     info["epoch"] = state.tokens_seen / (rows * run.cfg.max_seq_length)
     info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg, run.warmup_steps)
     info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
     info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
-    info |= {"corpus": report, "data_fingerprint": report["fingerprint"]}
+    info |= {"corpus": report, "data_fingerprint": report["fingerprint"], "warmup_steps": run.warmup_steps}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
     return info | {"options": options_of(run.cfg) | batch, **provenance()}
@@ -3994,7 +3987,7 @@ def build_run(
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
     ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
-    counts = size, rows // size, steps, warmup
+    counts = size, rows // size, step_tokens, steps, warmup
     return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver())
 
 
