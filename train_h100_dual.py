@@ -1737,8 +1737,8 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
             ctypes.CDLL(None).mallopt(parameter, value)
     if cfg.device == "cuda":
         # No holes in the GPU's memory; pinned buffers as large as asked, not rounded up to a power of two.
-        exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # 2.11 refuses words that it doesn't know
-        words = "expandable_segments:True" + (",pinned_max_round_threshold_mb:1" if exact else "")
+        exact = ",pinned_max_round_threshold_mb:1" if has_package("torch", "2.13") else ""  # 2.11 refuses unknown words
+        words = "expandable_segments:True" + exact
         os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", words))
         torch.set_float32_matmul_precision("high")
     trackers = [name for name in cfg.report_to.split(",") if name != "none"]
@@ -3521,10 +3521,8 @@ def start_trackers(run: Run, state: TrainState) -> None:
 
 def draw_curves_beside(run: Run, wait: bool = False) -> None:
     """Have ``training_curves.png`` drawn by a process, one at a time: a thread would hold the loop's GIL."""
-    if run.painter is not None:
-        code = run.painter.wait() if wait else run.painter.poll()
-        if code is None:  # it still draws
-            return
+    if run.painter and (run.painter.wait() if wait else run.painter.poll()) is None:  # it still draws
+        return
     command = [sys.executable, str(Path(__file__).resolve()), "internal:curves", str(run.cfg.output_dir)]
     detail_log = run.cfg.logs_dir / "training_detail_rank_0.log"
     with suppress(OSError), open(detail_log, "a", encoding="utf-8") as log:  # training doesn't depend on it
@@ -3764,9 +3762,8 @@ def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
     """One optimizer step: accumulate, clip, step; the host never waits for the device.
 
-    A gradient that isn't finite skips the update on the device: fused AdamW reads ``found_inf`` itself, and under FP16
-    the scaler sees to it.  Returns four float32 on the device, to be added up over the ranks: loss, gradient norm and
-    whether the step was skipped, each divided by the number of ranks, and the requests to stop.
+    Returns four float32 there, to be added up over the ranks: loss, gradient norm and whether the step was skipped,
+    each divided by the number of ranks, and the requests to stop.
     """
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
@@ -3782,7 +3779,7 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     skipped = ~torch.isfinite(grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    if accelerator.scaler is None:
+    if accelerator.scaler is None:  # which, under FP16, skips such a step; else the optimizer reads this on the device
         run.optimizer.optimizer.found_inf = skipped.float()
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import random
 import tempfile
 import unicodedata
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,8 +146,11 @@ def test_the_fast_engine_is_not_used_where_it_may_give_other_ids(change):
 
 
 def test_an_older_tiktoken_or_none_leaves_it_to_the_tokenizers_own_engine(tokenizer, monkeypatch):
-    for found in ([SimpleNamespace(version="0.9.0")], []):
-        monkeypatch.setattr("importlib.metadata.distributions", lambda found=found, **_: iter(found))
+    def lacking(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for version in (lambda name: "0.9.0", lacking):
+        monkeypatch.setattr("importlib.metadata.version", version)
         assert t.make_encoder(tokenizer)[1] == "tokenizers"
 
 
