@@ -638,8 +638,7 @@ def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path 
     for path in reversed(checkpoints):
         if path not in checkpoints[-2:] and not (path / "training_state").is_dir():
             continue  # it was removed, as that of all but the newest two is
-        damage = checkpoint_damage(path, thorough)
-        if damage is None:
+        if (damage := checkpoint_damage(path, thorough)) is None:
             return path, damaged
         damaged.append(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
     return None, damaged
@@ -1526,15 +1525,12 @@ def set_bar(bar: Any, status: dict[str, Any]) -> None:
 
 
 def follow_run(cfg: TrainConfig, mode: str) -> int:
-    """Follow a run's log to the run's end; returns the exit code of how it stood then.
-
-    ``mode``: "follow" begins with the last lines, and Ctrl-C leaves the run alone; "stop" asks the run to stop first
-    and shows at the end how it stands; else the PID of a launcher in the foreground, for which the signals are meant.
-    """
+    """Follow a run's log to its end: to "follow" or "stop" it, or for a launcher of this PID; returns the exit code."""
     pid = mode if mode.isdigit() else find_supervisor(cfg)
     if not pid:
         print("실행 중인 학습이 없습니다")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
+    # For a launcher in the foreground signals are meant; of the others Ctrl-C ends only this, not the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == pid else signal.SIG_DFL)
     path = log_path(cfg, "training_console.log")
