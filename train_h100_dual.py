@@ -60,7 +60,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 # ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
 
@@ -79,13 +79,13 @@ FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", 
 FORMATS |= {".parquet": "table", ".arrow": "table"}
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # behind any of them but a table's
 LEFT_OUT = {  # what isn't read of a directory unless it is named: the reason, and names in lower case
+    "숨은 파일": r"\..*",
     "안내문": r"(readme|licen[cs]e).*|requirements.*\.txt",
     "도구가 남긴 파일": r"(state|dataset_(dict|info.*)|(generation_)?config|tokenizer.*|special_tokens_map|vocab)\.json"
-    r"|merges\.txt|cache-.*\.arrow",
-    "이 프로젝트가 쓴 파일": r"(run|model|training)_info\.json|(metrics|bad_lines)\.jsonl",
+    r"|merges\.txt|cache-.*\.arrow|(run|model|training)_info\.json|(metrics|bad_lines)\.jsonl",
 }
 OWN_FILES = ("run_info.json", "training_info.json", "model_info.json", "training_console.log", "documents.bin")
-HELD_OUT = re.compile("validation|valid|val|test|dev|heldout")
+HELD_OUT = ("test", "valid", "validation", "dev", "heldout")  # splits, in names that have "train" elsewhere
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
@@ -801,16 +801,14 @@ def file_format(path: Path) -> str:
 
 def why_left_out(path: Path, own: set[str]) -> str:
     """Why what lies in a directory is no part of the corpus, in Korean; "" for a file or directory to be read."""
-    if path.name.startswith("."):
-        return "숨은 파일"
-    if not path.is_symlink() and not os.access(path, os.R_OK):
+    for reason, names in LEFT_OUT.items():
+        if re.fullmatch(names, path.name.lower()):
+            return reason
+    if path.exists() and not os.access(path, os.R_OK):
         return "읽을 권한이 없음"
     if path.is_dir():
         ours = os.path.realpath(path) in own or any((path / name).exists() for name in OWN_FILES)
         return "이 프로젝트의 출력, 로그, 캐시" if ours else ""
-    for reason, names in LEFT_OUT.items():
-        if re.fullmatch(names, path.name.lower()):
-            return reason
     if not file_format(path):
         return "읽지 않는 형식"
     if not path.exists():
@@ -818,25 +816,22 @@ def why_left_out(path: Path, own: set[str]) -> str:
     return ""
 
 
-def walk(folder: Path, own: set[str], seen: set[tuple]) -> Iterator[tuple[Path, str]]:
-    """The files below a directory in the order of paths, each with ``why_left_out``; a directory left out as one."""
-    seen.add(folder.stat()[1:3])
-    reasons = {path: why_left_out(path, own) for path in sorted(folder.iterdir())}
+def list_directory(folder: Path, own: set[str]) -> dict[Path, str]:
+    """What lies in a directory, in order, each with why it is left out, by itself or for what lies beside it."""
+    paths, mixed = sorted(folder.iterdir()), folder / "mixed_pretraining.jsonl"
+    if mixed in paths:
+        return {path: "" if path == mixed else f"{mixed.name}만 읽음" for path in paths}
+    reasons = {path: why_left_out(path, own) for path in paths}
     # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
-    stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in reasons}
-    siblings, unpacked = {stems[path] for path, reason in reasons.items() if not reason}, set()
-    for path, reason in reasons.items():
-        stem, name, is_file = stems[path], split_name(path)[:2], path.is_file()
-        twins = {f"{stem[: word.start()]}train{stem[word.end() :]}" for word in HELD_OUT.finditer(stem)}
-        if not reason and not twins.isdisjoint(siblings):
-            reason = "train과 나란히 있는 검증·시험 데이터"
-        elif not reason and (name in unpacked if is_file else path.stat()[1:3] in seen):
-            reason = "이미 읽는 것"
-        if reason or is_file:
-            yield path, reason
-            unpacked |= set() if reason else {name}
-        else:
-            yield from walk(path, own, seen)
+    stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in paths if not reasons[path]}
+    held_out = {stem.replace("train", word) for stem in stems.values() if "train" in stem for word in HELD_OUT}
+    unpacked: dict[tuple, Path] = {}
+    for path, stem in stems.items():
+        if stem in held_out:
+            reasons[path] = "train과 나란히 있는 검증·시험 데이터"
+        elif unpacked.setdefault(split_name(path)[:2], path) != path and path.is_file():
+            reasons[path] = "이미 읽는 것"
+    return reasons
 
 
 def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -844,28 +839,31 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 
     None where dummy text or a hub data set stands in for them.
     """
-    files, left_out, seen = [], {}, set()  # seen: inode and device, as links may lead to the same place
+    files, left_out, seen = [], {}, set()
     own = {os.path.realpath(path) for path in (cfg.output_dir, cfg.logs_dir, cfg.cache_dir)}
+
+    def add(path: Path, reason: str = "") -> None:
+        place = reason or path.stat()[1:3]  # inode and device, as links may lead to the same
+        reason = reason or "이미 읽는 것" * (place in seen)
+        seen.add(place)
+        if reason:
+            left_out.setdefault(reason, []).append(path)
+        elif path.is_dir():
+            for item in list_directory(path, own).items():
+                add(*item)
+        else:
+            files.append(path)
+
     if uses_dummy_data(cfg) or corpus_name(cfg).startswith("hf:"):
         return files, left_out
     for typed in cfg.dataset_path:
         paths = [typed] if typed.exists() else map(Path, sorted(glob.glob(str(typed), recursive=True)))
         if not (paths := [path for path in paths if path.exists()]):
             raise MissingPath(f"데이터셋이 없습니다: {typed} (--dataset-path 로 주거나 --dummy-data 를 쓰세요)")
-        for path in paths:  # named ones are read whatever they are called
-            mixed, pairs = path / "mixed_pretraining.jsonl", [(path, "")]
+        for path in paths:  # read whatever they are called
             if not path.is_dir() and not file_format(path):
                 raise MissingPath(f"읽는 형식이 아닙니다: {path} (읽는 것: {', '.join(FORMATS)})")
-            if mixed.is_file():
-                pairs = [(item, "" if item == mixed else f"{mixed.name}만 읽음") for item in sorted(path.iterdir())]
-            elif path.is_dir():
-                pairs = walk(path, own, seen)
-            for item, reason in pairs:
-                if reason or item.stat()[1:3] in seen:
-                    left_out.setdefault(reason or "이미 읽는 것", []).append(item)
-                else:
-                    files.append(item)
-                    seen.add(item.stat()[1:3])
+            add(path)
     if not any(path.stat().st_size for path in files):
         others = "".join(f"; {reason} {len(paths):,}개" for reason, paths in left_out.items())
         raise MissingPath(f"데이터가 든 파일이 없습니다: {corpus_name(cfg)} (읽는 것: {', '.join(FORMATS)}{others})")
@@ -1663,7 +1661,7 @@ SPLIT_PATTERN = (
 FAST_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("{1,3}", ""))  # which both engines read alike: this, and Qwen2's
 CHUNK_BYTES = 4 << 20
 LONGEST_RECORD = 128 << 20  # of a file: more isn't meant to be one document
-TITLE = rb" ?= (?!= ).*\S =\s*$"  # of a wikitext article; "= =" stands around a section's
+TITLE = r" ?= (?!= ).*\S =\s*$"  # of a wikitext article; "= =" stands around a section's
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
 TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
@@ -1771,28 +1769,22 @@ DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u4, <u4, <u2, <u2")
 DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "characters", "lost", "language", "source")
 
 
-class Chunk(NamedTuple):
-    """Records of a file, each with the number of its line or row, from 1."""
-
-    file: str
-    records: list[tuple[int, Any]]  # lines (bytes), JSON text (str), or rows (pyarrow's table), a number each
-    is_text: bool = False  # whether the lines are documents, not JSON
-    encoding: str = ""  # of the file
+# A file, its encoding, and records, each with the number of its line or row, from 1: JSON, or rows (pyarrow's table).
+Chunk = tuple[str, str, list[tuple[int, Any]]]
 
 
 @dataclass
 class Documents:
-    """The documents of a chunk, in order: NFC texts, languages, sources; its bad lines, and how many aren't blank."""
+    """The documents of a chunk, in order: NFC texts, languages, sources; and its bad records."""
 
+    file: str = ""
+    encoding: str = ""
     texts: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     sources: list[str | None] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
-    line_count: int = 0
+    counts: Counter = field(default_factory=Counter)  # records that aren't blank, documents, bytes, empty, bad
     lost_example: str = ""  # of what the tokenizer can't write
-    empty: int = 0  # documents without text, which are left out
-    file: str = ""
-    encoding: str = ""
 
 
 def detect_encoding(head: bytes) -> str:
@@ -1808,16 +1800,13 @@ def detect_encoding(head: bytes) -> str:
     return "utf-8"
 
 
-def csv_records(text: Any, head: str, delimiter: str) -> Iterator[tuple[int, str]]:
-    """The rows of a table, by its header; behind a tab quotes are text unless as many of them open fields as close."""
+def csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a table, by its header; behind a tab quotes are text, as in NSMC.  A list: its length is another."""
     csv.field_size_limit(LONGEST_RECORD)
-    opening, closing = (len(re.findall(quote, head)) for quote in (r'(?m)(^|\t)"', r'(?m)"\r?(\t|$)'))
-    is_text = delimiter == "\t" and opening != closing
-    rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE if is_text else csv.QUOTE_MINIMAL)
-    header = next(rows, [])
-    for number, row in enumerate(rows, 2):
-        record = dict(zip(header, row, strict=True)) if len(row) == len(header) else row
-        yield number, json.dumps(record, ensure_ascii=False) if row else ""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    rows = csv.DictReader(text, delimiter=delimiter, quoting=quoting)
+    for row in rows:
+        yield rows.line_num, list(row.values()) if None in row or None in row.values() else row
 
 
 def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
@@ -1853,70 +1842,64 @@ def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
         raise ValueError("JSON이 끝나지 않았습니다")
 
 
-def text_records(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Paragraphs, that is, lines up to an empty one; of a file that begins with a title, as wikitext does, articles."""
-    first, text, gap, is_wikitext = 0, [], [], None
-    for number, line in enumerate(lines, 1):
-        blank, title = not line.strip(), re.match(TITLE, line)
-        if text and (title if is_wikitext else blank):
-            yield first, b"".join(text)
-            text = []
-        if blank:
-            gap.append(line)
-            continue
-        if not text:
-            first, gap, is_wikitext = number, [], bool(title) if is_wikitext is None else is_wikitext
-        text += [*gap, line]
-        gap = []
-    if text:
-        yield first, b"".join(text)
+    first, parts, is_wikitext = 0, [], None
+    for number, line in enumerate(itertools.chain(lines, [None]), 1):  # None: the end
+        title, blank = re.match(TITLE, line or ""), not (line or "").strip()
+        if parts and (line is None or (title if is_wikitext else blank)):
+            yield first, {text_column: re.sub(r"\n\s*\Z", "", "".join(parts).replace("\r\n", "\n"))}
+            parts = []
+        if parts or not blank:
+            first = first if parts else number
+            is_wikitext = bool(title) if is_wikitext is None else is_wikitext
+            parts.append(line)
 
 
 def table_records(source: str, text_column: str) -> Iterator[tuple[int, Any]]:
     """The rows of a file, or of a data set of the hub, of which nothing is executed."""
+    import pyarrow.parquet
+
     if name := HUB_NAME.fullmatch(source):
         import datasets
 
         repository, revision, config, split = (part or None for part in name.groups())
         rows = datasets.load_dataset(repository, config, split=split or "train", revision=revision, streaming=True)
         batches = rows.with_format("arrow").iter(1024)
+    elif source.lower().endswith(".arrow"):  # as save_to_disk leaves it
+        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(source))
     else:
-        import pyarrow.parquet
-
-        is_stream = source.lower().endswith(".arrow")  # as save_to_disk leaves it
-        file = pyarrow.ipc.open_stream(pyarrow.memory_map(source)) if is_stream else pyarrow.parquet.ParquetFile(source)
-        names = (file.schema if is_stream else file.schema_arrow).names
-        own = {text_column, re.split(r"[.\[]", text_column)[0]}.intersection(names)
+        file = pyarrow.parquet.ParquetFile(source)
+        own = {text_column, re.split(r"[.\[]", text_column)[0]}.intersection(file.schema_arrow.names)
         # Without one of them every row is bad, and tells what else there is.
-        columns = [name for name in names if name in own | {"lang", "source"} or not own]
-        batches = (batch.select(columns) for batch in file) if is_stream else file.iter_batches(1024, columns=columns)
+        batches = file.iter_batches(1024, columns=list(own | {"lang", "source"}) if own else None)
     number = 1
     for batch in batches:
         yield number, batch
         number += batch.num_rows
 
 
-def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any]], bool, str]:
-    """The records of a file by its format, or of a data set of the hub; whether they are text; the file's encoding."""
+def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any]], str]:
+    """The numbered records of a file by its format, or of a data set of the hub; and the file's encoding."""
     import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
 
     kind, packed = "table" if HUB_NAME.fullmatch(source) else file_format(Path(source)), split_name(Path(source))[2]
     if kind == "table":
-        return table_records(source, text_column), False, ""
+        return table_records(source, text_column), "utf-8"
     unpack = lzma.open if packed == ".xz" else functools.partial(pyarrow.input_stream, compression=PACKED.get(packed))
     stream = io.BufferedReader(unpack(source), HEAD_BYTES)
     encoding = detect_encoding(stream.peek())
     stream.read(len(codecs.BOM_UTF8) * stream.peek().startswith(codecs.BOM_UTF8))
     head = stream.peek().decode(encoding, "replace").lstrip()
-    # What can't be decoded becomes what is no UTF-8 either: a bad line.
+    # What can't be decoded becomes what is no UTF-8 either: a bad record.
     errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
     open_text = functools.partial(io.TextIOWrapper, stream, encoding, errors, newline="\n")
-    if kind in (",", "\t"):
-        return csv_records(open_text(), head, kind), False, encoding
-    if kind == "json" and head and not is_json_object(head.partition("\n")[0]):
-        return enumerate(json_records(open_text(), head, text_column), 1), False, encoding
-    lines = stream if encoding == "utf-8" else (line.encode("utf-8", errors) for line in open_text())
-    return (text_records(lines), True, encoding) if kind == "text" else (enumerate(lines, 1), False, encoding)
+    if kind == "json" and not is_json_object(head.partition("\n")[0]):
+        return enumerate(json_records(open_text(), head, text_column), 1), encoding
+    if kind in ("lines", "json"):
+        return enumerate(stream if encoding == "utf-8" else open_text(), 1), encoding
+    records = text_records(open_text(), text_column) if kind == "text" else csv_records(open_text(), kind)
+    return ((number, json.dumps(record, ensure_ascii=False)) for number, record in records), encoding
 
 
 def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
@@ -1924,14 +1907,14 @@ def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) ->
     for source in map(str, files or cfg.dataset_path):
         batch, total = [], 0
         try:
-            records, *more = open_records(source, cfg.text_column)
+            records, encoding = open_records(source, cfg.text_column)
             for number, record in records:
                 batch.append((number, record))
                 total += getattr(record, "nbytes", 0) or len(record)
                 if total >= (size or CHUNK_BYTES):
-                    yield Chunk(source, batch, *more)
+                    yield source, encoding, batch
                     batch, total = [], 0
-            yield Chunk(source, batch, *more)
+            yield source, encoding, batch
         except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, csv.Error) as error:
             if not files or getattr(error, "errno", None):  # the hub's, or the system's: no permission, for instance
                 raise
@@ -1965,51 +1948,37 @@ def text_paths(value: Any, path: str = "") -> list[str]:
     return [path] if isinstance(value, str) else []
 
 
-def follow_path(value: Any, steps: list[str]) -> Iterator[Any]:
-    """What a path leads to, in order: None for null, ``...`` where it leads nowhere."""
-    if not steps or value is None:
-        yield value
-    elif steps[0] == "[]" and isinstance(value, list):
-        for item in value:
-            yield from follow_path(item, steps[1:])
-    else:
-        yield from follow_path(value.get(steps[0], ...), steps[1:]) if isinstance(value, dict) else [...]
+def follow_path(values: list[Any], steps: list[str]) -> list[Any]:
+    """What a path leads to from these values, in order: what is empty stays so, ``...`` is where it leads nowhere."""
+    for step in steps:
+        if step == "[]":
+            lists = [value if isinstance(value, list) else [value and ...] for value in values]
+            values = list(itertools.chain.from_iterable(lists))
+        else:
+            values = [value.get(step, ...) if isinstance(value, dict) else value and ... for value in values]
+    return values
 
 
-def parse_record(record: Any, text_column: str, documents: Documents) -> None:
-    """Add the documents of a JSON line or a table's row; ValueError: the reason in Korean why one isn't there."""
-    record = record.decode("utf-8") if isinstance(record, bytes) else record
-    if isinstance(record, str):
+def parse_record(record: Any, text_column: str) -> list[tuple[str, str, str]]:
+    """Text, language and source of a record's documents; ValueError: the reason in Korean why one isn't there."""
+    if not isinstance(record, dict):
         with suppress(json.JSONDecodeError, RecursionError):
-            record = json.loads(record)
+            record = json.loads(record.decode("utf-8") if isinstance(record, bytes) else record)
     if not isinstance(record, dict):
         raise ValueError("JSON 객체가 아닙니다 (표라면 열의 수가 머리글과 다릅니다)")
-    elements, problems = [(record, [record.get(text_column)])], []
-    if text_column not in record:  # what a path finds in an element of its first "[]" is a document
-        steps = re.findall(r"\[\]|[^.\[\]]+", text_column)
-        split = steps.index("[]") + 1 if "[]" in steps else 0
-        elements = [(item, list(follow_path(item, steps[split:]))) for item in follow_path(record, steps[:split])]
-    for element, texts in elements:
+    steps = [text_column] if text_column in record else re.findall(r"\[\]|[^.\[\]]+", text_column)
+    split, documents = steps.index("[]") + 1 if "[]" in steps else 0, []
+    for element in follow_path([record], steps[:split]):  # each a document
+        texts = [text for text in follow_path([element], steps[split:]) if text is not None]
+        texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in texts]
+        if not all(isinstance(text, str) for text in texts):
+            columns = ", ".join(text_paths(record)[:MOST_SHOWN]) or "없음"
+            raise ValueError(f"'{text_column}' 열에 문자열이 없습니다 (글이 든 열: {columns})")
         names = {**record, **element} if isinstance(element, dict) else record
         language, source = (names[key] if isinstance(names.get(key), str) else "" for key in ("lang", "source"))
-        try:
-            texts = [text.decode("utf-8") if isinstance(text, bytes) else text for text in texts if text is not None]
-            if not all(isinstance(text, str) for text in texts):
-                columns = ", ".join(text_paths(record)[:MOST_SHOWN]) or "없음"
-                raise ValueError(f"'{text_column}' 열에 문자열이 없습니다 (글이 든 열: {columns})")
-            text = unicodedata.normalize("NFC", "\n".join(texts))
-            for part in (text, language, source):
-                part.encode("utf-8")  # which a lone surrogate doesn't let itself
-            if text and not text.isspace():
-                documents.texts.append(text)
-                documents.languages.append(language.lower() or detect_language(text))
-                documents.sources.append(source or None)
-            else:
-                documents.empty += 1
-        except ValueError as error:
-            problems.append(error)
-    if problems:
-        raise problems[0]
+        documents.append((unicodedata.normalize("NFC", "\n".join(texts)), language.lower(), source))
+        "".join(documents[-1]).encode("utf-8")  # which a lone surrogate doesn't let itself
+    return documents
 
 
 def detect_language(text: str) -> str:
@@ -2022,9 +1991,10 @@ def detect_language(text: str) -> str:
 
 
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
-    """Read the documents of a chunk, and where its bad lines are."""
-    documents = Documents(file=chunk.file, encoding=chunk.encoding)
-    for first, rows in chunk.records:
+    """Read the documents of a chunk, and where its bad records are."""
+    file, encoding, records = chunk
+    documents = Documents(file, encoding)
+    for first, rows in records:
         if isinstance(rows, (bytes, str)):
             rows = [rows] if rows and not rows.isspace() else []
         else:
@@ -2032,15 +2002,22 @@ def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
                 rows = rows.to_pylist()
             except ValueError:  # one is no UTF-8
                 rows = [rows.slice(row, 1) for row in range(rows.num_rows)]
-        documents.line_count += len(rows)
+        documents.counts["records"] += len(rows)
         for number, row in enumerate(rows, first):
             try:
-                if chunk.is_text:
-                    row = {text_column: row.decode("utf-8").replace("\r\n", "\n").strip("\n")}
-                parse_record(row if isinstance(row, (bytes, str, dict)) else row.to_pylist()[0], text_column, documents)
+                row = row if isinstance(row, (bytes, str, dict)) else row.to_pylist()[0]
+                for text, language, source in parse_record(row, text_column):
+                    if not text or text.isspace():
+                        documents.counts["empty"] += 1
+                        continue
+                    documents.texts.append(text)
+                    documents.languages.append(language or detect_language(text))
+                    documents.sources.append(source or None)
             except ValueError as error:
                 reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
-                documents.bad.append({"file": chunk.file, "line": number, "reason": reason})
+                documents.bad.append({"file": file, "line": number, "reason": reason})
+    size = sum(len(text.encode()) for text in documents.texts)
+    documents.counts.update(documents=len(documents.texts), bytes=size, bad=len(documents.bad), empty=0)
     return documents
 
 
@@ -2050,42 +2027,33 @@ def content_hash(data: bytes) -> int:
 
 
 class Tally:
-    """What was read of each file, and the bad lines."""
+    """What was read of each file, and the first 100,000 bad records, which go to ``path``."""
 
     def __init__(self, path: Path | None = None):
-        self.path = path  # of a file for the bad lines
-        self.bad: list[dict[str, Any]] = []  # the first 100,000
+        self.path, self.bad, self.total = path, [], Counter()
         self.files: dict[str, Counter] = {}
-        self.total: Counter = Counter()
 
-    def add(self, documents: Documents, count: int, size: int) -> None:
-        """Add a chunk with so many documents and bytes."""
-        if documents.file not in self.files:
-            self.check()  # the one before is read
+    def add(self, documents: Documents) -> None:
         counts = self.files.setdefault(documents.file, Counter(encoding=documents.encoding))
-        numbers = {"documents": count, "bytes": size, "lines": documents.line_count, "empty": documents.empty}
-        for counter in (counts, self.total):
-            counter.update(numbers, bad=len(documents.bad))
         self.bad += documents.bad[: max(0, 100_000 - len(self.bad))]
-        if counts["lines"] > 10_000:  # enough to tell
-            self.check()
+        for counter in (counts, self.total):
+            counter.update(documents.counts)
+            if 2 * counter["bad"] >= counter["records"] > 10_000:  # enough to tell before all is read
+                self.check(documents.file)
 
-    def check(self, corpus: str = "") -> None:
-        """RuntimeError where half of the last file is bad; of a whole corpus more than 1 %, or where it is empty."""
-        file, counts = next(reversed(self.files.items()), ("", self.total))
-        total, problem, shown = self.total, "", self.bad
-        if counts["bad"] and 2 * counts["bad"] >= counts["lines"]:
-            problem = f"{file}: {counts['lines']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다. 처음 몇 줄:"
-            shown = [line for line in self.bad if line["file"] == file]
-        elif corpus and total["bad"] > 0.01 * total["lines"]:
-            problem = f"전체 {total['lines']:,}줄 가운데 {total['bad']:,}줄을 읽지 못했습니다 (허용: 1%). 처음 몇 줄:"
-        elif corpus and not total["documents"]:
-            problem = f"문서가 하나도 없습니다: {corpus} (빈 글 {total['empty']:,}개)"
-        if self.path and self.bad and (corpus or problem):
+    def check(self, corpus: str) -> None:
+        """RuntimeError where half of a file or 1 % of all is bad, or where there is no document."""
+        if self.path and self.bad:
             self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.bad), "utf-8")
-        if problem:
-            places = ("{file}:{line}: {reason}".format(**line) for line in shown[:5])
-            raise RuntimeError("\n   ".join([problem, *places]))
+        halves = ((file, counts) for file, counts in self.files.items() if 2 * counts["bad"] >= counts["records"] > 0)
+        file, counts = next(halves, ("", self.total))
+        if file or counts["bad"] > 0.01 * counts["records"]:
+            problem = f"{file or corpus}: {counts['records']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다"
+            shown = [line for line in self.bad if file in ("", line["file"])][:5]
+            places = ("{file}:{line}: {reason}".format(**line) for line in shown)
+            raise RuntimeError("\n   ".join([f"{problem} (허용: 전체의 1%, 한 파일의 절반). 처음 몇 줄:", *places]))
+        if not counts["documents"]:
+            raise RuntimeError(f"문서가 하나도 없습니다: {corpus} (빈 글 {counts['empty']:,}개)")
 
 
 def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator[Any]:
@@ -2351,8 +2319,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
     with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
-            size = int(index["bytes"].sum(dtype=np.int64))
-            tally.add(documents, len(index), size)
+            tally.add(documents)
             ends = offset + np.cumsum(index["offset"])  # it holds lengths so far
             index["offset"] = ends - index["offset"]
             offset = int(ends[-1]) if len(ends) else offset
@@ -2364,7 +2331,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
             stream.write(tokens)
             records.write(index.tobytes())
             example = example or documents.lost_example
-            state.done += size
+            state.done = tally.total["bytes"]
         stream.write(opening[:1].tobytes())  # the end of text
         records.write(np.array((0, offset, *[0] * 6), DOCUMENT).tobytes())
     tally.check(corpus_name(cfg))
@@ -2383,7 +2350,7 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     config = read_model_config(cfg)
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
-        texts = parse_chunk(next(read_chunks(cfg, files), Chunk("", [])), cfg.text_column).texts
+        texts = parse_chunk(next(read_chunks(cfg, files), ("", "", [])), cfg.text_column).texts
     else:
         with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
@@ -2552,10 +2519,8 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
 def log_files(files: dict[str, dict[str, Any]]) -> None:
     """Tell what was read of each file: of the first ones on the console, of all in the detail log."""
     for number, (file, counts) in enumerate(files.items()):
-        text = f"   • {display_path(Path(file))}: 문서 {counts['documents']:,}개, {counts['bytes'] / 1e6:,.1f} MB"
-        text += f", 빈 글 {counts['empty']:,}개" * bool(counts["empty"])
-        text += f", 읽지 못한 줄 {counts['bad']:,}개" * bool(counts["bad"])
-        text += f" ({counts['encoding'].upper()}로 읽음)" * (counts["encoding"] in ("cp949", "utf-16"))
+        text = "문서 {documents:,}개, 빈 글 {empty:,}개, 읽지 못한 줄 {bad:,}개, {encoding}".format(**counts)
+        text = f"   • {display_path(Path(file))}: {counts['bytes'] / 1e6:,.1f} MB, {text}"
         logger.log(logging.INFO if number < MOST_SHOWN else logging.DEBUG, text)
     if len(files) > MOST_SHOWN:
         logger.info(f"   • 외 {len(files) - MOST_SHOWN:,}개 파일 (모두 상세 로그에 있습니다)")
@@ -3717,7 +3682,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
     with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
-            tally.add(documents, len(documents.texts), sum(len(text.encode()) for text in documents.texts))
+            tally.add(documents)
             encoded = zip(documents.texts, documents.languages, encode(documents.texts), strict=True)
             for text, language, (ids, lost) in encoded:
                 total = totals.setdefault(language, np.zeros(6))

@@ -41,9 +41,8 @@ def documents_of(path: Path) -> t.Documents:
     """Everything a reader finds in a file."""
     parts = [t.parse_chunk(chunk, "text") for chunk in t.read_chunks(config(path.parent), [path])]
     names = ("texts", "languages", "sources", "bad")
-    lists = ([item for part in parts for item in getattr(part, name)] for name in names)
-    counts = {name: sum(getattr(part, name) for part in parts) for name in ("line_count", "empty")}
-    return t.Documents(*lists, **counts)
+    lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
+    return t.Documents(**lists, counts=sum((part.counts for part in parts), Counter()))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_bom_crlf_and_blank_lines_are_read_as_a_person_expects(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD + b"\r\n")
     found = documents_of(path)
-    assert (found.texts, found.bad, found.line_count) == (["good line"] * 2, [], 2)
+    assert (found.texts, found.bad, found.counts["records"]) == (["good line"] * 2, [], 2)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -107,7 +106,7 @@ def test_parquet_rows_are_documents(tmp_path):
     pyarrow.parquet.write_table(table, path)
     found = documents_of(path)
     assert (found.texts, found.languages) == (["하나", "three"], ["ko", "en"])
-    assert (found.bad, found.empty) == ([], 1)
+    assert (found.bad, found.counts["empty"]) == ([], 1)
 
 
 @pytest.fixture
@@ -138,9 +137,9 @@ def test_rows_of_a_hub_data_set_are_documents_of_one_pinned_commit(tmp_path, hub
     name = t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/name:wiki:test"))
     chunks = list(t.read_chunks(config(tmp_path, "--dataset-path", name), []))
     found = [t.parse_chunk(chunk, "text") for chunk in chunks]
-    assert [number for chunk in chunks for number, _ in chunk.records] == [1, 1025]
+    assert [number for *_, records in chunks for number, _ in records] == [1, 1025]
     assert [text for part in found for text in part.texts] == ["하나", "three"] * 600
-    assert sum(part.empty for part in found) == 600
+    assert sum(part.counts["empty"] for part in found) == 600
     assert hub["asked"] == [("org/name", "wiki", "test", "first")]
     next(t.read_chunks(config(tmp_path, "--dataset-path", "hf:org/name"), []))
     assert hub["asked"][1:] == [("org/name", None, "train", None)]

@@ -39,8 +39,7 @@ def read(*options: str, size: int | None = None) -> t.Documents:
         part = t.parse_chunk(chunk, cfg.text_column)
         for name in ("texts", "languages", "sources", "bad"):
             getattr(found, name).extend(getattr(part, name))
-        found.line_count += part.line_count
-        found.empty += part.empty
+        found.counts += part.counts
     return found
 
 
@@ -297,7 +296,7 @@ def test_a_bad_record_of_any_layout_is_located_and_costs_no_other(folder, name, 
 def test_null_and_blank_texts_are_counted_apart_and_are_not_bad(folder, null):
     path = put(folder / "a.jsonl", f'{{"text": {null}}}\n' * 5 + '{"text": "글"}\n')
     found = read("--dataset-path", str(path))
-    assert (found.texts, found.bad, found.empty, found.line_count) == (["글"], [], 5, 6)
+    assert (found.texts, found.bad, found.counts["empty"], found.counts["records"]) == (["글"], [], 5, 6)
 
 
 def prepare(cfg: t.TrainConfig) -> t.Corpus:
@@ -428,6 +427,6 @@ def test_what_was_read_is_told_by_file_also_where_it_was_prepared_before(folder,
         with caplog.at_level("INFO", "h100_dual"):
             prepare(config(folder.parent, "--dataset-path", str(folder)))
         told = [line for line in caplog.messages if line.startswith("   • ")]
-        assert "00.jsonl: 문서 20개, 0.0 MB, 빈 글 1개" in told[0]
-        assert "00.txt: 문서 1개, 0.0 MB (CP949로 읽음)" in told[1]
+        assert "00.jsonl: 0.0 MB, 문서 20개, 빈 글 1개, 읽지 못한 줄 0개, utf-8" in told[0]
+        assert "00.txt: 0.0 MB, 문서 1개, 빈 글 0개, 읽지 못한 줄 0개, cp949" in told[1]
         assert "외 3개 파일" in told[10]
