@@ -1942,8 +1942,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], encode: Call
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
-    # A helper keeps one core busy, and has no threads after its fork; a small corpus needs none.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
         texts = parse_chunk(next(read_chunks(cfg, files), ("", 1, b"")), cfg.text_column).texts
