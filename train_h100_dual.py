@@ -2361,7 +2361,6 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
         """Take (n, width), (vocabulary, width) of one type and (n,); ``rows`` of them at a time."""
         total, hidden_grad, weight_grad = hidden.new_zeros((), dtype=torch.float32), [], None
-        columns = torch.arange(len(weight), device=weight.device)
         for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
             logits = (part @ weight.t()).float()
             logits.sub_(logits.amax(1, keepdim=True))
@@ -2370,7 +2369,7 @@ class HeadLoss(torch.autograd.Function):
             total = total + (normalizer.log() - chosen).sum()
             grad = logits.div_(normalizer)
             if torch.compiler.is_compiling():  # one kernel, where a scatter would write the probabilities in fp32
-                grad = grad - (columns == target).float()
+                grad = grad - (torch.arange(len(weight), device=weight.device) == target).float()
             else:  # which needs no second matrix of this size
                 grad.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
             grad = grad.to(weight.dtype)
@@ -3124,7 +3123,7 @@ def cut_file(path: Path, step: int) -> None:
     os.truncate(path, next(later, content.rfind(b"\n") + 1))
 
 
-def start_profile(run: Run, log: StepLog, left: int) -> Any:
+def start_profile(run: Run, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
     from torch.profiler import profile, schedule
 
@@ -3135,12 +3134,10 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
         return None
 
     def report(profiler: Any) -> None:
-        begun, path = time.monotonic(), run.cfg.output_dir / "profile_trace.json.gz"
-        device = "device" if run.cfg.device == "cuda" else "cpu"
+        path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
         profiler.export_chrome_trace(str(path))
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
-        log.marked += time.monotonic() - begun  # no part of the speed
 
     profiler = profile(schedule=schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1), on_trace_ready=report)
     profiler.start()
@@ -3439,8 +3436,7 @@ def train(run: Run, state: TrainState) -> str:
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    log, stopping = StepLog(run, state), False
-    profile = start_profile(run, log, len(steps))
+    log, profile, stopping = StepLog(run, state), start_profile(run, len(steps)), False
     if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
         evaluate_and_log(run, state, log)  # a stop had no time for it
         log.restart_clock()
