@@ -2129,8 +2129,8 @@ def log_report(report: dict[str, Any]) -> None:
 
 
 def write_dummy_data(folder: Path) -> Path:
-    """Write 4,000 Korean and English documents of a small grammar: a model learns something of it in ten steps."""
-    path = folder / "dummy-2.jsonl"
+    """Write 2,000 Korean and English documents of a small grammar: a model learns something of it in ten steps."""
+    path = folder / "dummy-3.jsonl"
     if path.exists():
         return path
     grammars = {
@@ -2140,7 +2140,7 @@ def write_dummy_data(folder: Path) -> Path:
         "prepared|found/a book|the paper|a small model|the data/in Seoul.|at school.|in the library.|by the sea.",
     }
     draw, lines = random.Random(0), []  # the same text on every machine
-    for lang, grammar in [*grammars.items()] * 2000:
+    for lang, grammar in [*grammars.items()] * 1000:
         parts = [part.split("|") for part in grammar.split("/")]
         text = " ".join(draw.choice(part) for _ in range(draw.randint(3, 16)) for part in parts)
         lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
