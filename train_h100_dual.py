@@ -2345,8 +2345,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
-    # A helper keeps one core busy, and has no threads after its fork; a small corpus needs none.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
     config = read_model_config(cfg)
     if cfg.tokenizer or cfg.init_from:
         save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
@@ -2541,8 +2540,8 @@ def log_report(report: dict[str, Any]) -> None:
 
 
 def write_dummy_data(folder: Path) -> Path:
-    """Write 4,000 Korean and English documents of a small grammar: a model learns something of it in ten steps."""
-    path = folder / "dummy-2.jsonl"
+    """Write 2,000 Korean and English documents of a small grammar: a model learns something of it in ten steps."""
+    path = folder / "dummy-3.jsonl"
     if path.exists():
         return path
     grammars = {
@@ -2552,7 +2551,7 @@ def write_dummy_data(folder: Path) -> Path:
         "prepared|found/a book|the paper|a small model|the data/in Seoul.|at school.|in the library.|by the sea.",
     }
     draw, lines = random.Random(0), []  # the same text on every machine
-    for lang, grammar in [*grammars.items()] * 2000:
+    for lang, grammar in [*grammars.items()] * 1000:
         parts = [part.split("|") for part in grammar.split("/")]
         text = " ".join(draw.choice(part) for _ in range(draw.randint(3, 16)) for part in parts)
         lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
@@ -2765,7 +2764,6 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
         """Take (n, width), (vocabulary, width) of one type and (n,); ``rows`` of them at a time."""
         total, hidden_grad, weight_grad = hidden.new_zeros((), dtype=torch.float32), [], None
-        columns = torch.arange(len(weight), device=weight.device)
         for part, target in zip(hidden.split(rows), targets[:, None].split(rows), strict=True):
             logits = (part @ weight.t()).float()
             logits.sub_(logits.amax(1, keepdim=True))
@@ -2774,7 +2772,7 @@ class HeadLoss(torch.autograd.Function):
             total = total + (normalizer.log() - chosen).sum()
             grad = logits.div_(normalizer)
             if torch.compiler.is_compiling():  # one kernel, where a scatter would write the probabilities in fp32
-                grad = grad - (columns == target).float()
+                grad = grad - (torch.arange(len(weight), device=weight.device) == target).float()
             else:  # which needs no second matrix of this size
                 grad.scatter_add_(1, target, torch.full_like(normalizer, -1.0))
             grad = grad.to(weight.dtype)
@@ -3525,7 +3523,7 @@ def cut_file(path: Path, step: int) -> None:
         logger.warning(f"⚠️  {path.name} 을(를) 정리하지 못했습니다: {describe_error(error)[0]}")
 
 
-def start_profile(run: Run, log: StepLog, left: int) -> Any:
+def start_profile(run: Run, left: int) -> Any:
     """Profile three of the ``left`` steps after five, on rank 0; the loop calls the profiler's ``step`` after each."""
     if not run.cfg.profile or not run.is_main:
         return None
@@ -3534,12 +3532,10 @@ def start_profile(run: Run, log: StepLog, left: int) -> Any:
         return None
 
     def report(profiler: Any) -> None:
-        begun, path = time.monotonic(), run.cfg.output_dir / "profile_trace.json.gz"
-        device = "device" if run.cfg.device == "cuda" else "cpu"
+        path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
         profiler.export_chrome_trace(str(path))
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
-        log.marked += time.monotonic() - begun  # no part of the speed
 
     steps = torch.profiler.schedule(skip_first=4, wait=0, warmup=1, active=3, repeat=1)
     profiler = torch.profiler.profile(schedule=steps, on_trace_ready=report)
@@ -3816,8 +3812,7 @@ def train(run: Run, state: TrainState) -> str:
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
-    log, stopping = StepLog(run, state), False
-    profile = start_profile(run, log, len(steps))
+    log, profile, stopping = StepLog(run, state), start_profile(run, len(steps)), False
     if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
         evaluate_and_log(run, state, log)  # a stop had no time for it
         log.restart_clock()
