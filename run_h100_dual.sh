@@ -115,7 +115,7 @@ drop_foreign_variables() { # what a pod, srun or another project's accelerate an
     {,LOCAL_,GROUP_,ROLE_}{RANK,WORLD_SIZE}; do
     [[ ! -v $name ]] || foreign+=("$name")
   done
-  unset "${foreign[@]}" H100_STORE_DIR # or a run's that we are the --notify of
+  unset "${foreign[@]}"
 }
 
 find_python() { # find_python WHEN: sets plain_python, recent enough, and python, which has the packages; asks as ask does
@@ -326,6 +326,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   fi
   rm -rf "$pid_file" "${H100_STORE_DIR-}"
   exec 9>&- # --notify may start the next run
+  unset H100_RUN_ID H100_STORE_DIR
   if [[ -n $notify ]]; then
     bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
   fi
@@ -420,6 +421,9 @@ start_run() {
   set_log_paths
   acquire_lock
   rotate_console_log
+  if ((plan[node_rank] == 0)); then # relative, and right where either directory is a link to another disk
+    ln -sfnr "$console_log" "${plan[output_dir]}/training.log" || die "링크를 만들지 못했습니다: ${plan[output_dir]}/training.log"
+  fi
   if ((plan[nnodes] == 1)); then
     H100_STORE_DIR=$(mktemp -dt h100_dual.XXXXXX) || die "임시 디렉토리를 만들지 못했습니다. 다른 경로를 주세요: TMPDIR=경로"
     export H100_STORE_DIR

@@ -156,6 +156,11 @@ def describe_error(error: Exception) -> tuple[str, bool]:
     return f"예상하지 못한 오류: {type(error).__name__}: {text[:300]}", False
 
 
+def complain(error: Exception) -> None:
+    """Tell, a line a problem, why nothing was done, where there is no log."""
+    print("\n".join(f"❌ {problem}" for problem in describe_error(error)[0].split("\n")), file=sys.stderr)
+
+
 class Refusal(Exception):
     """Why a run can't start: ``problems`` holds one Korean sentence each, that says what to type instead."""
 
@@ -220,10 +225,6 @@ def parse_dataset(text: str) -> tuple[Path, ...]:
     if text.startswith("hf:") and not HUB_NAME.fullmatch(text):
         raise ValueError(f"'{text}' 값을 읽을 수 없습니다. hf:ORG/NAME[@REVISION][:CONFIG[:SPLIT]] 처럼 쓰세요")
     return (Path(text) if text.startswith("hf:") else parse_path(text),)
-
-
-def parse_trackers(text: str) -> str:
-    return ",".join(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(",")))
 
 
 def parse_mix(text: str) -> str:
@@ -331,7 +332,9 @@ class TrainConfig:
     eval_steps: int = option("N", POSITIVE, "평가 간격 (스텝)", default=500)
     sample_steps: int = option("N", POSITIVE, "샘플 생성 간격 (스텝)", default=1000)
     prompt: str | None = option("TEXT", parse_text, "샘플을 생성하거나 --generate로 이어 쓸 글")
-    report_to: str = option("NAMES", parse_trackers, "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
+    report_to: str = option("NAMES",
+        lambda text: ",".join(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(","))),
+        "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", {"base": 3, "test": 0},
         group="장애 대응")
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
@@ -525,8 +528,9 @@ def query_gpus(visible: str | None) -> list[Gpu]:
 
 def usable_cpus() -> int:
     """CPUs that this process may use: those of its affinity, and of these what a cgroup's quota gives time on."""
-    count, path = len(os.sched_getaffinity(0)), Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
-    group = Path("/sys/fs/cgroup", path)
+    count, group = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup")
+    with suppress(OSError):  # a kernel without them
+        group /= Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     for folder in (group, *group.parents):
         with suppress(OSError, ValueError):  # no limit here; a container shows its own at the top
             quota, period = map(int, (folder / "cpu.max").read_text().split())
@@ -657,15 +661,15 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
 class ResumePoint:
     """Where a run begins: decided in ``find_resume_point`` only."""
 
-    accumulation: int
+    step_tokens: int  # that all ranks together read a step
     checkpoint: Path | None = None  # None: at its first step
     info: dict[str, Any] = field(default_factory=dict)  # the checkpoint's training_info.json
     notes: tuple[str, ...] = ()  # Korean, to be told
 
 
 def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", thorough: bool = False) -> ResumePoint:
-    """Decide where a run begins, and the accumulation with which a step reads as many tokens as it did."""
-    typed = cfg.gradient_accumulation_steps
+    """Decide where a run begins; each step of a resumed one reads as many tokens as it did."""
+    typed = cfg.tokens_per_step(world_size)
     if cfg.resume is None or node_rank(cfg):  # other machines may not have the checkpoints
         return ResumePoint(typed)
     place = cfg.output_dir if cfg.resume == "auto" else cfg.resume
@@ -680,18 +684,18 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     info = read_json(checkpoint / "training_info.json")
     if problems := resume_problems(cfg, checkpoint, info, fingerprint):
         raise EnvironmentProblem(problems)
-    tokens = info["tokens_seen"] // info["step"]
-    batch = cfg.batch_size * world_size * cfg.max_seq_length
-    accumulation, rest = divmod(tokens, batch)
-    if rest:
+    tokens, accumulation = info["tokens_seen"] // info["step"], cfg.gradient_accumulation_steps
+    batch = typed // accumulation
+    if tokens % batch:
         text = f"체크포인트의 스텝당 토큰({tokens:,})이 모든 프로세스가 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
         raise EnvironmentProblem(f"{text}. --batch-size 나 GPU 수를 바꾸세요")
-    if accumulation != typed:
-        notes.append(f"스텝당 토큰({tokens:,})이 그대로이도록 기울기 누적을 {typed} → {accumulation} 로 맞춥니다")
+    if tokens != typed:
+        change = f"{accumulation} → {tokens // batch}"
+        notes.append(f"스텝당 토큰({tokens:,})이 그대로이도록 기울기 누적을 {change} 로 맞춥니다")
     before, after = info["options"], options_of(cfg)
     changed = [f"{name} {before[name]} → {after[name]}" for name in LEARNING_OPTIONS if before[name] != after[name]]
     notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
-    return ResumePoint(accumulation, checkpoint, info, tuple(notes))
+    return ResumePoint(tokens, checkpoint, info, tuple(notes))
 
 
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str) -> list[str]:
@@ -715,16 +719,21 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
     return problems
 
 
-def lock_output(output_dir: Path, mode: str) -> Any:
+def lock_output(output_dir: Path, mode: str, patience: float = 0.0) -> Any:
     """Open the lock of a run's outputs and take it until it is closed; EnvironmentProblem: another run has it."""
     lock = open(output_dir / ".lock", mode, encoding="utf-8")  # noqa: SIM115 - it may be held to the process's end
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read()}): {output_dir}"
-        raise EnvironmentProblem(f"{text}. 다른 --output-dir 를 쓰거나 --stop 으로 멈추세요") from None
-    return lock
+    deadline = time.monotonic() + patience  # in seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                break
+        time.sleep(0.2)
+    lock.seek(0)
+    text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read()}): {output_dir}"
+    raise EnvironmentProblem(f"{text}. 다른 --output-dir 를 쓰거나 --stop 으로 멈추세요")
 
 
 def output_problems(cfg: TrainConfig) -> list[str]:
@@ -1097,8 +1106,8 @@ class LaunchPlan:
     cfg: TrainConfig  # complete
     files: list[Path]  # of the corpus
     gpus: list[Gpu]  # that it uses
-    processes: int  # here
-    world_size: int  # and on all machines
+    processes: int  # on each machine
+    nodes: int  # machines
     step_tokens: int  # that all ranks read a step, as a checkpoint may have it
     steps: int  # of the whole run; 0 where only the prepared corpus tells
     left: int  # of them
@@ -1111,8 +1120,8 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     device, gpus, notes, problems = plan_device(cfg, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
     validate_config(cfg)
-    processes = len(gpus) or num_gpus
-    world_size = processes * (cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+    processes, nodes = len(gpus) or num_gpus, cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    world_size = processes * nodes
     problems += source_problems(cfg)
     try:
         problems += output_problems(cfg)
@@ -1120,8 +1129,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         corpus, lists = corpus_folders(cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
-        done, step_tokens = point.info.get("step", 0), cfg.tokens_per_step(world_size)
-        step_tokens = step_tokens // cfg.gradient_accumulation_steps * point.accumulation
+        done, step_tokens = point.info.get("step", 0), point.step_tokens
         # 5 bytes a token as on the shared corpus at 64k, rounded down.
         tokens = report.get("train_tokens", estimated_bytes(files) // 5)
         exact = bool(cfg.max_steps or "train_tokens" in report)
@@ -1144,7 +1152,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, files, gpus, processes, world_size, step_tokens, steps, left, exact, notes)
+    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, left, exact, notes)
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
@@ -1161,7 +1169,7 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
             plan = make_launch_plan(typed, typed.num_gpus)
             cfg, threads = plan.cfg, max(1, usable_cpus() // plan.processes)
             values |= {name: getattr(cfg, name) for name in ("device", "output_dir", "logs_dir", "max_restarts")}
-            values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.world_size // plan.processes}
+            values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.nodes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
             shown = [check_lines(plan, missing), info_lines(plan, background)]
     except Refusal as error:
@@ -1206,15 +1214,14 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
 
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     """The block 학습 정보: what will run, with the figures that can be told beforehand."""
-    cfg, world_size, shape, on_gpu = plan.cfg, plan.world_size, model_shape(plan.cfg), plan.cfg.device == "cuda"
+    cfg, world_size, shape = plan.cfg, plan.nodes * plan.processes, model_shape(plan.cfg)
     source, tokens = cfg.model_config or cfg.init_from, plan.steps * plan.step_tokens
     model = f"추정, {display_path(Path(source))}" if source else cfg.model_size
     parameters = f"{shape.parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({model})" if shape else "읽은 뒤 정해집니다"
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
-    count = plan.world_size // plan.processes
-    nodes = f" (머신 {count}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if count > 1 else ""
+    nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
     training |= {"학습률": format_value(cfg.learning_rate), "최대 시퀀스 길이": cfg.max_seq_length}
@@ -1226,6 +1233,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     paths |= {"출력": display_path(cfg.output_dir), "로그": display_path(cfg.logs_dir)}
     saving = {"저장 간격": f"{cfg.save_steps} 스텝", "초기 모델 저장": str(cfg.save_initial).lower()}
     saving |= {"백그라운드 실행": str(background).lower()}
+    on_gpu = cfg.device == "cuda"
     machine = {"GPU 수" if on_gpu else "CPU 프로세스 수": f"{world_size}{nodes}"}
     machine |= {"분산 학습": "DDP" if world_size > 1 else "없음 (단일 프로세스)"}
     machine |= {"최적화": cfg.precision.upper() + (" + torch.compile" if cfg.compile else "")}
@@ -1344,7 +1352,6 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
-        self.deadline = math.inf  # of --max-hours, on the monotonic clock
         self.limit, self.log = 0.0, None  # seconds without a heartbeat that are a hang, and where it is told
         self.armed = math.inf  # when the timer was last set; infinite while there is none
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -1354,9 +1361,6 @@ class StopFlag:
         """From now on there is something to save; before, the kernel ends us, also in a collective that never ends."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "requested", True))
-
-    def is_set(self) -> bool:
-        return self.requested or time.monotonic() > self.deadline
 
     def arm(self, minutes: float, log: Any) -> None:
         """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``."""
@@ -1368,11 +1372,6 @@ class StopFlag:
         if now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms; it needs no thread and no GIL
             faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
             self.armed = now
-
-    def finish(self) -> None:
-        """This rank waits for no other any more: what is left takes as long as it takes."""
-        self.armed = math.inf
-        faulthandler.cancel_dump_traceback_later()
 
 
 def follow_agent() -> None:
@@ -1594,8 +1593,19 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 }
 
 
+def set_up_config(typed: TrainConfig) -> TrainConfig:
+    """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "H100_RUN_ID" in os.environ or rank_and_world()[0]:
+        device = typed.device if "H100_RUN_ID" in os.environ else plan_device(typed, processes)[0]
+        return resolve_config(typed, device)[0]
+    plan = make_launch_plan(typed, processes)
+    print("\n".join([*info_lines(plan, False), *(f"⚠️  {note}" for note in plan.notes)]))
+    return plan.cfg
+
+
 def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
-    """Answer what needs no package and leave; else return the options, with the stop flag where a rank is to run."""
+    """Answer what needs no package and leave; else return all options, with the stop flag where a rank is to run."""
     for stream in (sys.stdout, sys.stderr):
         # Whatever the locale and PYTHONIOENCODING say, and also for what was typed in another encoding.
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -1610,14 +1620,15 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         checkpoint = cfg.generate or cfg.evaluate
         if checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        return (check_use(cfg), None) if checkpoint else (resume_after_restart(cfg), StopFlag())
+        return (check_use(cfg), None) if checkpoint else (set_up_config(resume_after_restart(cfg)), StopFlag())
     except (Refusal, OSError) as error:
-        print("\n".join(f"❌ {problem}" for problem in describe_error(error)[0].split("\n")), file=sys.stderr)
+        if is_local_main():
+            complain(error)
         sys.exit(getattr(error, "exit_code", ENVIRONMENT_ERROR))
 
 
 if __name__ == "__main__":
-    typed_config, stop_flag = standalone_main(sys.argv[1:])
+    config, stop_flag = standalone_main(sys.argv[1:])
     gc.disable()  # importing makes much and frees nothing: the collector would take a fifth of the time
 
 import codecs
@@ -1635,6 +1646,7 @@ from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -2834,6 +2846,7 @@ class LMWithLoss(nn.Module):
         size = logit_chunk_size(len(targets), len(weight))
         if reduction == "mean":
             return HeadLoss.apply(hidden, weight, targets, size)
+        size = -(-size // 2)  # PyTorch's keeps a copy: an evaluation takes no more memory than a step
         parts = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([F.cross_entropy((part @ weight.t()).float(), goal, reduction="none") for part, goal in parts])
 
@@ -3017,7 +3030,6 @@ class TrainState:
     tokens_seen: int = 0
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
-    skipped_in_a_row: int = 0
     loss: float | None = None
     skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps were skipped
     recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
@@ -3045,7 +3057,7 @@ class Run:
     backend: str  # of attention, as it really runs
     saver: Saver
     save_seconds: float = 0.0  # how long the last one took; before the first, what is known of it
-    evaluation_seconds: float | None = None
+    evaluation_seconds: float = 0.0
     sample_seconds: float = 0.0
     painter: subprocess.Popen | None = None  # of the curves
 
@@ -3165,12 +3177,11 @@ def save_initial_model(run: Run) -> None:
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     weights = run.saver.copy_weights(run.model)
     try:
-        check_room(run)
         with atomic_dir(folder) as temporary:
             write_model(temporary, run, weights)
             write_json(temporary / "model_info.json", info)
         logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
-    except (OSError, EnvironmentProblem) as error:
+    except OSError as error:
         logger.warning(f"⚠️  초기 모델을 저장하지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
     run.save_seconds = 3 * (time.monotonic() - begun)  # a checkpoint holds two Adam moments besides
 
@@ -3232,20 +3243,9 @@ def wait_for_saver(run: Run) -> None:
     report_save(run)
 
 
-def check_room(run: Run) -> None:
-    """EnvironmentProblem unless the disk has room for what was copied and the small files beside it."""
-    needed = sum(buffer.nbytes for buffer in run.saver.buffers.values()) + (16 << 20)
-    if problem := room_problem(run.cfg.output_dir, needed):
-        raise EnvironmentProblem(problem)
-
-
 def save_checkpoint(run: Run, state: TrainState) -> None:
     """Copy the run's state to host memory and start writing ``checkpoint-STEP`` from there; all ranks call it."""
     wait_for_saver(run)
-    generators = {"cpu": torch.get_rng_state()}  # that a model with dropout draws from
-    if run.cfg.device == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(run.accelerator.device)
-    gathered = gather_object([generators])
     if not run.is_main:
         return
     logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
@@ -3256,7 +3256,6 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
             if weight in run.optimizer.state
         },
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        "generators": gathered,
         "progress": asdict(state),
     }
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
@@ -3267,7 +3266,6 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
 def write_checkpoint(run: Run, weights: dict[str, torch.Tensor], content: dict[str, Any], info: dict[str, Any]) -> None:
     """Write a checkpoint from host memory, in the saver's thread; what it replaces goes only once it is there."""
     begun = time.monotonic()
-    check_room(run)
     with atomic_dir(run.cfg.output_dir / f"checkpoint-{info['step']}") as temporary:
         (temporary / "training_state").mkdir()
         hashes = {"pytorch_model.bin": write_model(temporary, run, weights)}
@@ -3341,58 +3339,17 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
             run.optimizer.state[weight][kind] = broadcast(moment)
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
-    rank = run.accelerator.process_index
-    if rank < len(content["generators"]):
-        generators = content["generators"][rank]
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators and run.cfg.device == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"], run.accelerator.device)
     return TrainState(**content["progress"])
 
 
 # ==== Metrics =========================================================================
 
 
-class DelayedStats:
-    """Adds up a step's figures over the ranks, so that all stop at the same one; read one late, without a wait."""
-
-    def __init__(self, device: torch.device):
-        self.waiting: tuple | None = None
-        self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Count the time from here on, where the device has nothing to do."""
-        self.moment, self.mark = time.monotonic(), torch.cuda.Event(enable_timing=True) if self.pinned else None
-        if self.mark:
-            self.mark.record()
-
-    def push(self, step: int, stats: torch.Tensor) -> tuple[int, float, list[float]] | None:
-        """Hand in a step's figures (4 float32 on the device); returns the step before it, if any, as ``pop`` does."""
-        mark = None
-        if dist.is_initialized():
-            dist.all_reduce(stats)  # NCCL holds up the stream and not the host
-        if self.pinned:
-            stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
-            mark.record()
-        launched = step, time.monotonic(), stats, mark
-        before, self.waiting = self.pop(), launched
-        return before
-
-    def pop(self) -> tuple[int, float, list[float]] | None:
-        """The waiting step's number, the time by which it had ended, and its figures; None if none waits."""
-        if self.waiting is None:
-            return None
-        (step, moment, stats, mark), self.waiting = self.waiting, None
-        if mark:  # by the device's clock: the host launched it long before it ended, and reads it long after
-            mark.synchronize()
-            moment = self.moment + self.mark.elapsed_time(mark) / 1000
-        self.moment, self.mark = moment, mark
-        return step, moment, stats.tolist()
-
-
 class StepLog:
-    """Turns the figures of a step into the console's lines, a line of ``metrics.jsonl`` and the trackers' figures."""
+    """Takes in a step's figures and tells them: on the console, in ``metrics.jsonl``, to the trackers.
+
+    They are added up over the ranks, so that all stop at the same step, and read one step late, without a wait.
+    """
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state = run, state
@@ -3404,13 +3361,71 @@ class StepLog:
         self.recent: deque[dict[str, Any]] = deque(maxlen=100)
         self.unwritten = b""
         self.begun = time.monotonic() - state.elapsed_seconds
-        self.reader = DelayedStats(device)
+        self.waiting: tuple | None = None  # a step's number, when it was launched, its figures, its end on the GPU
+        self.pinned = [torch.zeros(4, pin_memory=True) for _ in range(2)] if device.type == "cuda" else None
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Measure the speed from here on: compiling, evaluation and saving are no part of it."""
-        self.reader.restart_clock()
-        self.marked, self.marked_step = self.reader.moment, self.state.step
+        """Measure the speed from here on, where the device has nothing to do; a save before it is no part of it."""
+        self.moment, self.mark = time.monotonic(), torch.cuda.Event(enable_timing=True) if self.pinned else None
+        if self.mark:
+            self.mark.record()
+        self.marked, self.marked_step = self.moment, self.state.step
+
+    def push(self, step: int, stats: torch.Tensor) -> bool:
+        """Hand in the figures (4 float32 on the device) of a step, and ``pop`` the one before it."""
+        mark = None
+        if dist.is_initialized():
+            dist.all_reduce(stats)  # NCCL holds up the stream and not the host
+        if self.pinned:
+            stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
+            mark.record()
+        launched = step, time.monotonic(), stats, mark
+        asked, self.waiting = self.pop(), launched
+        return asked
+
+    def pop(self) -> bool:
+        """Take in the step that waits, if one does; returns whether a rank is asked to stop."""
+        if self.waiting is None:
+            return False
+        (step, moment, stats, mark), self.waiting = self.waiting, None
+        if mark:  # by the device's clock: the host launched it long before it ended, and reads it long after
+            mark.synchronize()
+            moment = self.moment + self.mark.elapsed_time(mark) / 1000
+        self.moment, self.mark = moment, mark
+        loss, grad_norm, skipped, asked = stats.tolist()
+        self.judge(step, loss, bool(skipped))
+        self.handle(step, moment, loss, grad_norm)
+        return bool(asked)
+
+    def judge(self, step: int, loss: float, skipped: bool) -> None:
+        """Tell of a step that was skipped or stands out; RuntimeError, on all ranks, where skipping more can't help."""
+        run, state, recent = self.run, self.state, self.state.recent_losses
+        rows = run.step_tokens // run.cfg.max_seq_length
+        place = f"데이터 행 위치 {(step - 1) * rows:,}–{step * rows - 1:,}"
+        state.loss = loss
+        if not skipped:
+            if len(recent) == 100 and loss > fmean(recent) + 6 * pstdev(recent):
+                usual = f"앞선 100스텝 평균 {fmean(recent):.4f}"
+                logger.warning(f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, {usual}, {place})")
+            state.recent_losses = [*recent[-99:], loss]
+            return
+        state.skipped_steps += 1
+        state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000] + [step]
+        so_far = f"모두 {state.skipped_steps}번, {place}"
+        logger.warning(f"⚠️  스텝 {step:,}: 손실이나 기울기가 NaN/Inf라 갱신을 건너뜁니다 ({so_far})")
+        if run.is_main:
+            with suppress(OSError):  # a full disk
+                update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
+        often, scaler = len(state.skipped_recently), run.accelerator.scaler
+        in_a_row = state.skipped_recently[-5:] == [*range(step - 4, step + 1)]
+        is_searching = scaler is not None and scaler.get_scale() >= 1  # FP16's skips steps to find its scale
+        if (in_a_row or often > 10) and not is_searching:
+            wait_for_saver(run)  # only then all ranks see the same checkpoints
+            count = "다섯 스텝 연속으로" if in_a_row else f"최근 1,000스텝 가운데 {often}스텝에서"
+            other = "math" if run.backend == "flash" else "flash"
+            advice = f"--learning-rate 를 낮추거나 --attention {other} 로 바꿔 보세요"
+            raise RuntimeError(f"{count} 손실이나 기울기가 NaN/Inf입니다. {advice}. {last_checkpoint(run.cfg)}")
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
         """Note a step that had ended by ``moment``; a line of the log holds the mean loss since the one before."""
@@ -3638,14 +3653,14 @@ def generate_text(model: nn.Module, tokenizer: Any, cfg: TrainConfig, streamer: 
 def generate_samples(run: Run, state: TrainState) -> None:
     """Complete the prompts, on every rank, so that none waits in a collective; rank 0 shows and keeps the texts."""
     cfg, tokenizer, start, texts = run.cfg, run.corpus.tokenizer, time.monotonic(), {}
-    tick = SimpleNamespace(put=lambda _: run.stop.heartbeat(), end=run.stop.heartbeat)
     most = min(64, cfg.max_seq_length // 2)
     run.loss_module.eval()
     try:
         run.model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         for prompt in [cfg.prompt] if cfg.prompt else SAMPLE_PROMPTS:
             with run.accelerator.autocast():
-                text = generate_text(run.model, tokenizer, replace(cfg, prompt=prompt, max_new_tokens=most), tick)
+                text = generate_text(run.model, tokenizer, replace(cfg, prompt=prompt, max_new_tokens=most))
+            run.stop.heartbeat()
             # An untrained model writes any bytes: also control characters.
             texts[prompt] = "".join(char if char.isprintable() or char == "\n" else " " for char in text).strip("\n")
         if run.is_main:
@@ -3741,69 +3756,22 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
     run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    asked = torch.full((), float(run.stop.is_set()), device=accelerator.device)
+    asked = torch.full((), float(run.stop.requested), device=accelerator.device)
     shares = torch.stack([total, grad_norm.float(), skipped.float()]) / accelerator.num_processes
     return torch.cat([shares, asked[None]])
 
 
-def note_step(run: Run, state: TrainState, log: StepLog, read: tuple[int, float, list[float]] | None) -> bool:
-    """Take in the figures of a step that has ended on every rank, if there is one; returns whether to stop."""
-    if read is None:
-        return False
-    step, moment, (loss, grad_norm, skipped, asked) = read
-    state.loss = loss
-    state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000]
-    rows = run.step_tokens // run.cfg.max_seq_length
-    place = f"데이터 행 위치 {(step - 1) * rows:,}–{step * rows - 1:,}"
-    if skipped:
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
-        state.skipped_recently.append(step)
-        so_far = f"모두 {state.skipped_steps}번, {place}"
-        logger.warning(f"⚠️  스텝 {step:,}: 손실이나 기울기가 NaN/Inf라 갱신을 건너뜁니다 ({so_far})")
-        if run.is_main:
-            with suppress(OSError):  # a full disk
-                update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
-        stop_if_skipping(run, state)
-    else:
-        state.skipped_in_a_row, recent = 0, state.recent_losses
-        if len(recent) == 100 and loss > fmean(recent) + 6 * pstdev(recent):
-            usual = f"앞선 100스텝 평균 {fmean(recent):.4f}"
-            logger.warning(f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, {usual}, {place})")
-        state.recent_losses = [*recent[-99:], loss]
-    log.handle(step, moment, loss, grad_norm)
-    return bool(asked)
-
-
-def stop_if_skipping(run: Run, state: TrainState) -> None:
-    """Raise RuntimeError, on all ranks with the same words, where skipping more steps would not help."""
-    scaler, often = run.accelerator.scaler, len(state.skipped_recently)
-    is_searching = scaler is not None and scaler.get_scale() >= 1  # FP16's skips steps to find its scale
-    if is_searching or (state.skipped_in_a_row < 5 and often <= 10):
-        return
-    wait_for_saver(run)  # only then all ranks see the same checkpoints
-    count = "다섯 스텝 연속으로" if state.skipped_in_a_row >= 5 else f"최근 1,000스텝 가운데 {often}스텝에서"
-    advice = f"--learning-rate 를 낮추거나 --attention {'math' if run.backend == 'flash' else 'flash'} 로 바꿔 보세요"
-    raise RuntimeError(f"{count} 손실이나 기울기가 NaN/Inf입니다. {advice}. {last_checkpoint(run.cfg)}")
-
-
-def run_age() -> float:
-    """Seconds since this run's torchrun (or this process, without one) was started; restarts don't begin anew."""
-    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def set_deadline(run: Run, step_seconds: float) -> None:
-    """Let rank 0 stop all, so that ``--max-hours`` has room for two steps, an evaluation and a save."""
+def keep_to_hours(run: Run, step_seconds: float) -> None:
+    """Have rank 0 ask all to stop while ``--max-hours`` has room for three steps, an evaluation and a save."""
     if run.cfg.max_hours is None or not run.is_main:
         return
-    evaluation, saves = run.evaluation_seconds, 2.5 if run.saver.busy() else 1.5
-    if evaluation is None:  # a forward pass takes a third of a step's time
-        evaluation = 0.5 * step_seconds * min(len(run.corpus.val), MOST_EVALUATION_TOKENS) / run.step_tokens
-    reserve = 2 * step_seconds + evaluation + run.sample_seconds + saves * run.save_seconds + 5
-    run.stop.deadline = time.monotonic() - run_age() + run.cfg.max_hours * 3600 - reserve
+    tokens = min(len(run.corpus.val), MOST_EVALUATION_TOKENS)
+    evaluation = run.evaluation_seconds or 0.5 * step_seconds * tokens / run.step_tokens  # forward: a third of a step
+    saves = 2.5 if run.saver.busy() else 1.5
+    reserve = 3 * step_seconds + evaluation + run.sample_seconds + saves * run.save_seconds + 5
+    oldest = psutil.Process(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)  # restarts don't begin anew
+    if time.time() - oldest.create_time() > 3600 * run.cfg.max_hours - reserve:
+        run.stop.requested = True
 
 
 def train(run: Run, state: TrainState) -> str:
@@ -3818,12 +3786,13 @@ def train(run: Run, state: TrainState) -> str:
         log.restart_clock()
     while state.step < run.total_steps and not stopping:
         begun, is_first = time.monotonic(), state.step == start
+        torch.manual_seed(hash((cfg.seed, state.step, accelerator.process_index)))  # what dropout draws needs no saving
         with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and is_first else nullcontext():
             stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg, run.warmup_steps))
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
-        stopping = note_step(run, state, log, log.reader.push(state.step, stats))
+        stopping = log.push(state.step, stats)
         report_save(run)
         if profile is not None:
             profile.step()
@@ -3835,12 +3804,12 @@ def train(run: Run, state: TrainState) -> str:
                 torch.cuda.synchronize()
                 time.sleep(0.3)
         else:
-            set_deadline(run, time.monotonic() - begun)
+            keep_to_hours(run, time.monotonic() - begun)
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
         if is_first or stopping or evaluates or samples or saves:
-            stopping = note_step(run, state, log, log.reader.pop()) or stopping
+            stopping = log.pop() or stopping
             if evaluates and (last or not stopping):
                 evaluate_and_log(run, state, log)
             if samples and (last or not stopping):
@@ -3859,29 +3828,11 @@ def train(run: Run, state: TrainState) -> str:
 # ==== main ============================================================================
 
 
-def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Complete the options; returns also what to show where no launcher has made the plan and shown it."""
-    if "H100_RUN_ID" in os.environ:
-        return resolve_config(typed, typed.device)[0], []
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if rank_and_world()[0]:  # the first one makes the plan
-        return resolve_config(typed, plan_device(typed, processes)[0])[0], []
-    plan = make_launch_plan(typed, processes)
-    return plan.cfg, [*info_lines(plan, False), *(f"⚠️  {note}" for note in plan.notes)]
-
-
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
-    """Take the output directory and clear what a test left there, on rank 0; the lock that it returns is to be kept."""
+    """Take the output directory, clear what a test left there and begin ``run_info.json``: rank 0, to keep the lock."""
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 20
-    while True:  # a killed rank's helpers hold it a little longer, and a launcher that looks for a moment
-        try:
-            lock = lock_output(cfg.output_dir, "a+")
-            break
-        except EnvironmentProblem:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.2)
+    # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
+    lock = lock_output(cfg.output_dir, "a+", patience=20)
     lock.truncate(0)
     lock.write(os.environ.get("H100_RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
@@ -3892,18 +3843,8 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
             remove_directory(path)
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
-    link = cfg.output_dir / "training.log"
-    link.unlink(missing_ok=True)
-    target = os.path.realpath(cfg.logs_dir / "training_console.log")  # either may be a link to another disk
-    link.symlink_to(os.path.relpath(target, os.path.realpath(cfg.output_dir)))
-    begin_run_info(cfg, world_size)
-    return lock
-
-
-def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
-    """Begin ``run_info.json``: what runs, on what; of an earlier one what still holds is kept."""
     path = cfg.output_dir / "run_info.json"
-    info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()
+    info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()  # what still holds
     if is_restart(info):
         kept += ("restarts", "first_step", "failed_saves", "dataset")
         info["restarts"] = count = info.get("restarts", 0) + 1
@@ -3918,15 +3859,16 @@ def begin_run_info(cfg: TrainConfig, world_size: int) -> None:
     info["machine"] = {"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible}
     path.unlink(missing_ok=True)  # with all that isn't kept, a stop request too
     update_run_info(cfg.output_dir, **info, started=timestamp(), run_id=run_id(), **provenance())
+    return lock
 
 
 def build_run(
     cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, point: ResumePoint | None = None
 ) -> Run:
     """Create the model and the optimizer, and wrap them for training."""
-    point, length = point or ResumePoint(cfg.gradient_accumulation_steps), cfg.max_seq_length
-    rows = cfg.batch_size * point.accumulation
-    step_tokens = rows * accelerator.num_processes * length
+    length, ranks = cfg.max_seq_length, accelerator.num_processes
+    point = point or ResumePoint(cfg.tokens_per_step(ranks))
+    step_tokens, rows = point.step_tokens, point.step_tokens // (ranks * length)
     steps = total_steps(cfg, corpus.rows(length), step_tokens, point.info.get("step", 0))
     if steps == 0 or corpus.rows(length) == 0:
         problem = f"말뭉치({corpus.report['train_tokens']:,} 토큰)가 한 스텝({step_tokens:,} 토큰)보다 작습니다"
@@ -3950,8 +3892,8 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     lock = claim_output(cfg, world_size) if rank == 0 else None
     corpus = prepare_corpus(cfg)
     # Armed only now: the others wait for the first one's tokenisation, however long it takes.
-    detail_log = open(cfg.logs_dir / f"training_detail_rank_{rank}.log", "a", encoding="utf-8")  # noqa: SIM115
-    stop.arm(cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), detail_log)
+    minutes, detail_log = cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), logging.getLogger().handlers[0]
+    stop.arm(minutes, detail_log.stream)
     log_report(corpus.report)
     check_lost_text(cfg, corpus.report)
     with attention_kernels(cfg.attention):
@@ -3971,7 +3913,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
             if point.checkpoint is None and cfg.save_initial:
                 save_initial_model(run)
         ended = train_quietly(run, state)
-    stop.finish()
+    faulthandler.cancel_dump_traceback_later()  # from here on nothing hangs: what is left takes as long as it takes
     with tracking(run):
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
@@ -4055,13 +3997,9 @@ def use_checkpoint(cfg: TrainConfig) -> None:
     print("\n".join(evaluation_table(totals)))
 
 
-def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
+def report_failure(cfg: TrainConfig, error: Exception) -> None:
     """Tell the person, keep the traceback, set the run's state unless it restarts; of ranks that fail one speaks."""
     (text, known), rank = describe_error(error), rank_and_world()[0]
-    if cfg is None:  # no run has begun, and no log
-        if rank == 0:
-            print("\n".join(f"❌ {problem}" for problem in text.split("\n")), file=sys.stderr)
-        return
     logging.getLogger("traceback").error("run failed", exc_info=error)
     is_victim = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
     if is_victim:  # the other's fault is the cause: it may be about to say why
@@ -4074,32 +4012,31 @@ def report_failure(cfg: TrainConfig | None, error: Exception) -> None:
     elif again:
         speaks = not is_victim
     else:
-        speaks = update_run_info(cfg.output_dir, "running", state="failed", error=text, ended=timestamp())
+        try:
+            speaks = update_run_info(cfg.output_dir, "running", state="failed", error=text, ended=timestamp())
+        except OSError:  # a disk that takes nothing any more
+            speaks = True
     if speaks:
         detail_log = display_path(cfg.logs_dir / f"training_detail_rank_{rank}.log")
         with suppress(OSError):  # a full disk
             print(f"{'⚠️ ' if again else '❌'} {text}\n   자세한 내용: {detail_log}", flush=True)
 
 
-def main(typed: TrainConfig, stop: StopFlag | None) -> int:
+def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
     """Run one rank of a training run, or use a checkpoint; returns the exit code."""
     gc.freeze()  # what was imported stays: no collection has to look at it
     gc.enable()
-    cfg = None
     try:
         if stop is None:
-            use_checkpoint(typed)
+            use_checkpoint(cfg)
             return 0
-        cfg, lines = set_up_config(typed)
         if cfg.device == "cuda":
             # Kernels shall outlive a container's /tmp; one cache for each attention, which a graph's key doesn't name.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
         set_up_logging(cfg, rank_and_world()[0])
-        for line in lines:
-            logger.info(line)
         run_training(cfg, stop)
     except Exception as error:
-        report_failure(cfg, error)
+        report_failure(cfg, error) if stop else complain(error)
         return getattr(error, "exit_code", ENVIRONMENT_ERROR)
 
 
@@ -4112,4 +4049,4 @@ def hard_exit(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    hard_exit(main(typed_config, stop_flag))
+    hard_exit(main(config, stop_flag))

@@ -39,13 +39,7 @@ class NeverStop:
     def arm(self, minutes: float, log: Any) -> None:
         pass
 
-    def is_set(self) -> bool:
-        return self.requested
-
     def heartbeat(self, step: int | None = None) -> None:
-        pass
-
-    def finish(self) -> None:
         pass
 
 
@@ -93,7 +87,7 @@ def forked_run(folder: Path, *more: str) -> str:
             sys.stdout = sys.stderr = open(folder / "console", "w", encoding="utf-8")  # noqa: SIM115
             reset_accelerate()
             t.draw_curves_beside = lambda *_, **__: None
-            t.hard_exit(t.main(t.parse_args(options(folder, *more)), t.StopFlag()))
+            t.hard_exit(t.main(t.set_up_config(t.parse_args(options(folder, *more))), t.StopFlag()))
         finally:
             os._exit(99)
     _, status = os.waitpid(child, 0)

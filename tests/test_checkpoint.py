@@ -469,7 +469,7 @@ def test_the_accumulation_is_adapted_to_the_ranks_or_the_reason_is_given(trained
     cfg = t.replace(run.cfg, resume=folder, gradient_accumulation_steps=6)
     for world_size, batch_size, expected in ((1, 4, 12), (3, 4, 4), (4, 4, 3), (1, 16, 3), (2, 4, 6)):
         point = t.find_resume_point(t.replace(cfg, batch_size=batch_size), world_size)
-        assert point.accumulation == expected
+        assert point.step_tokens == 48 * cfg.max_seq_length
         assert [f"6 → {expected}" in note for note in point.notes] == [True] * (expected != 6)
     for world_size, batch_size in ((5, 4), (1, 96)):
         assert "스텝당 토큰(1,536)" in refusal(t.replace(cfg, batch_size=batch_size), world_size)[0]

@@ -71,6 +71,11 @@ def test_threads_come_from_what_the_process_may_use(place: Place, limit: str, th
     assert f"OMP_NUM_THREADS={threads or t.usable_cpus()} " in place.execute(command).out
 
 
+def test_a_kernel_without_cgroups_limits_no_threads(monkeypatch) -> None:
+    monkeypatch.setattr(t.Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    assert t.usable_cpus() == len(os.sched_getaffinity(0))
+
+
 # --- a container: PID 1, nothing but loopback, a read-only root, a name that doesn't resolve ---
 
 CONTAINER = """
@@ -253,6 +258,15 @@ def test_a_disk_that_refuses_is_told_with_the_path_and_counted_once_it_can_be(
     assert t.read_json(run.cfg.output_dir / "run_info.json")["failed_saves"] == 1
 
 
+def test_a_failure_is_told_though_its_state_cannot_be_written(tmp_path, monkeypatch, capsys) -> None:
+    cfg = config(tmp_path)
+    cfg.output_dir.mkdir()
+    t.update_run_info(cfg.output_dir, run_id=t.run_id(), state="running")
+    monkeypatch.setattr(t, "update_run_info", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    t.report_failure(cfg, RuntimeError("마지막 스텝(12)을 저장하지 못했습니다"))
+    assert "❌ 마지막 스텝(12)을 저장하지 못했습니다" in capsys.readouterr().out
+
+
 def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = None) -> tuple[int, Path]:
     """Run the supervisor over a stub of Python, with stubs of programs that fail; returns its code and its folder."""
     python = write_program(tmp_path / "bin" / "python", body)
@@ -262,7 +276,7 @@ def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = N
         (tmp_path / name).mkdir()
     launcher = tmp_path / LAUNCHER.name
     launcher.write_text(text or LAUNCHER.read_text(encoding="utf-8"), encoding="utf-8")
-    notify = f"echo >'{tmp_path}/notified'"
+    notify = f"env >'{tmp_path}/environment'; echo >'{tmp_path}/notified'"
     words = [tmp_path / "outputs", tmp_path / "logs", notify, python, "1", "0", python, "-m", "torch.distributed.run"]
     with open(tmp_path / "logs" / "training_console.log", "w") as log:
         path = f"{tmp_path / 'faults'}:{os.environ['PATH']}"
@@ -286,6 +300,7 @@ def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
     body = f'case "$*" in *torch.distributed.run*) {agent} ;; *finalize*) {finalize} ;; esac'
     assert supervised(tmp_path, body, faults)[0] == code
     assert (tmp_path / "notified").read_text().strip() == state
+    assert "H100_RUN_ID=" not in (tmp_path / "environment").read_text(), "what it starts is a run of its own"
     assert (tmp_path / "logs" / "training.pid").exists() == (faults == "rm")
 
 
@@ -310,6 +325,15 @@ def test_a_link_to_nowhere_and_no_home_are_answered_in_a_sentence(place: Place) 
     place.outputs.unlink()
     command["args"] = command["args"][:-2]  # its default place for the cache
     assert "~" not in place.execute(command).text
+
+
+def test_no_place_for_temporary_files_is_answered_in_a_sentence(place: Place) -> None:
+    command = place.command("--test", "--device", "cpu", "--dummy-data")
+    command["env"]["TMPDIR"] = str(place.folder / "gone")
+    answer = place.execute(command)
+    assert answer.code == 1
+    assert [line for line in answer.complaints if "TMPDIR=" in line] == answer.complaints[-1:], answer.text
+    assert not place.processes()
 
 
 def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Path) -> None:

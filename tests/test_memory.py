@@ -233,6 +233,20 @@ def test_more_rows_than_two_gib_of_logits_need_no_more_memory_for_them(tmp_path:
     assert [t.logit_chunk_size(tokens, 65536) for tokens in (8192, 8193, 65536)] == [8192, 2731, 4096]
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--fp32"])
+def test_an_evaluation_needs_no_more_memory_than_a_step(tmp_path: Path, monkeypatch, precision: str) -> None:
+    monkeypatch.setattr(t, "has_plain_head", lambda model: True)
+    monkeypatch.setattr(t, "looks_ahead", lambda model: False)
+    monkeypatch.setitem(t.PRESETS, "tiny", WIDE)
+    shape = "--vocab-size 65536 --max-seq-length 512 --batch-size 16 --gradient-checkpointing"  # 2 GiB of logits
+    cfg = config(tmp_path, *shape.split(), precision)
+    with FakeTensorMode(), torch.no_grad(), LiveTensors() as live:
+        loss_module = t.LMWithLoss(t.build_model(cfg, Words(cfg.vocab_size)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
+            loss_module(torch.zeros(16, 513, dtype=torch.int64), reduction="none")
+    assert live.peak + t.optimizer_bytes(cfg, WIDE) < measured_peak(cfg, 1)[0]
+
+
 def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": 0, "bos_token_id": 0}
@@ -291,10 +305,9 @@ def test_the_shape_of_a_model_that_is_brought_along_is_read(tmp_path: Path) -> N
 
 # As on GPUs of which the second holds five rows; a CPU would refuse the option.
 LIMIT = """
-real_set_up = set_up_config
-def set_up_config(argv):
-    cfg, notes = real_set_up(argv)
-    return replace(cfg, find_batch_size=True), notes
+real_main = main
+def main(cfg, stop):
+    return real_main(replace(cfg, find_batch_size=True), stop)
 real_forward = LMWithLoss.forward
 def limited(self, rows, reduction="mean"):
     if torch.is_grad_enabled() and len(rows) > (16, 5)[rank_and_world()[0]]:  # evaluating needs less

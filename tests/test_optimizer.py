@@ -56,7 +56,9 @@ def test_a_step_lowers_the_loss_of_its_own_batch(tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_a_step_on_a_gpu_counts_by_the_clock_there_however_late_the_host_reads_it(monkeypatch):
+def test_a_step_on_a_gpu_counts_by_the_clock_there_however_late_the_host_reads_it(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+
     class Event:  # three on the device: the clock's start, and the ends of two steps
         seconds = iter((0.0, 10.0, 20.0))
 
@@ -74,13 +76,17 @@ def test_a_step_on_a_gpu_counts_by_the_clock_there_however_late_the_host_reads_i
     clock = [0.0]
     monkeypatch.setattr(t.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(t.torch.cuda, "Event", Event)
-    reader = t.DelayedStats(torch.device("cpu"))
-    reader.pinned = [torch.zeros(4) for _ in range(2)]
-    reader.restart_clock()
-    assert reader.push(1, torch.full((4,), 1.0)) is None
+    log, told = t.StepLog(run, t.TrainState()), []
+    log.handle = lambda *figures: told.append(figures)
+    log.pinned = [torch.zeros(4) for _ in range(2)]
+    log.restart_clock()
+    assert not log.push(1, torch.tensor([7.0, 1.0, 0.0, 1.0]))
     clock[0] = 19.0  # it read the first step's end when the second was nearly through
-    assert reader.push(2, torch.full((4,), 2.0)) == (1, 10.0, [1.0] * 4)
-    assert reader.pop() == (2, 20.0, [2.0] * 4)
+    assert log.push(2, torch.tensor([6.0, 2.0, 0.0, 0.0])), "the first step's ranks were asked to stop"
+    assert told == [(1, 10.0, 7.0, 1.0)]
+    assert not log.pop()
+    assert told[1:] == [(2, 20.0, 6.0, 2.0)]
+    assert not log.pop(), "none waits"
 
 
 class NoHostRead(TorchDispatchMode):
@@ -128,7 +134,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
     assert stats.isfinite().all()
 
 
-def test_two_graphs_serve_every_step_and_two_every_evaluation(tmp_path):
+def test_two_graphs_serve_every_step_and_an_evaluation_makes_none(tmp_path):
     run, graphs = tiny_run(tmp_path, "--batch-size", "3"), []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -137,10 +143,8 @@ def test_two_graphs_serve_every_step_and_two_every_evaluation(tmp_path):
     for step in range(6):
         t.train_step(run, rows, 1e-3 / (step + 1))
         if step == 2:
-            assert len(graphs) == 2  # of a layer, and of the head with its loss
-            t.evaluate(run)  # its last batch is not full
-    t.evaluate(run)
-    assert len(graphs) == 4
+            t.evaluate(run)  # documents of every length
+    assert len(graphs) == 2  # of a layer, and of the head with its loss
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
 
@@ -187,28 +191,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_is_counted(tmp_path, 
 def test_five_such_steps_in_a_row_end_the_run(tmp_path):
     run, state = tiny_run(tmp_path), t.TrainState()
     log = t.StepLog(run, state)
-    bad = [7.0, float("nan"), 1.0, 0.0]
-    for step in range(1, 5):
-        assert t.note_step(run, state, log, (step, float(step), bad)) is False
-    assert t.note_step(run, state, log, (5, 5.0, [7.0, 1.0, 0.0, 0.0])) is False
-    for step in range(6, 10):
-        t.note_step(run, state, log, (step, float(step), bad))
+    for step in range(1, 10):
+        log.judge(step, 7.0, skipped=step != 5)
     with pytest.raises(RuntimeError, match="다섯 스텝 연속으로 손실이나 기울기가 NaN/Inf"):
-        t.note_step(run, state, log, (10, 10.0, bad))
+        log.judge(10, 7.0, skipped=True)
     assert state.skipped_steps == 9
 
 
 def test_more_than_one_in_a_hundred_of_the_last_thousand_ends_the_run(tmp_path):
     run, state = tiny_run(tmp_path, "--logging-steps", "100000", "--max-steps", "100000"), t.TrainState()
     log = t.StepLog(run, state)
-    good, bad = [7.0, 1.0, 0.0, 0.0], [float("nan"), float("nan"), 1.0, 0.0]
     for step in range(1, 4000):  # ten in every thousand may be
-        t.note_step(run, state, log, (step, float(step), bad if step % 100 == 0 else good))
+        log.judge(step, 7.0, skipped=step % 100 == 0)
     assert state.skipped_steps == 39
     assert len(state.skipped_recently) == 10
     with pytest.raises(RuntimeError, match="최근 1,000스텝 가운데 11스텝"):
-        t.note_step(run, state, log, (4000, 4000.0, good)) or t.note_step(run, state, log, (4001, 4001.0, bad))
-        t.note_step(run, state, log, (4002, 4002.0, bad))
+        for step in (4001, 4002):
+            log.judge(step, 7.0, skipped=True)
 
 
 def test_a_spike_of_the_loss_is_told_with_its_rows(tmp_path, caplog):
@@ -217,7 +216,7 @@ def test_a_spike_of_the_loss_is_told_with_its_rows(tmp_path, caplog):
     for step in range(1, 130):
         wave = 0.1 if step % 2 else -0.1  # a standard deviation of 0.1
         loss = 5 + wave + {50: 30, 105: 0.4, 120: 0.8}.get(step, 0)
-        t.note_step(run, state, log, (step, float(step), [loss, 1.0, 0.0, 0.0]))
+        log.judge(step, loss, skipped=False)
         if step == 104:
             state.recent_losses = [5 + (0.1 if n % 2 else -0.1) for n in range(100)]
     (line,) = [text for text in caplog.messages if "튀었습니다" in text]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,21 @@ def test_another_number_of_ranks_reads_the_same_global_batches(undisturbed, tmp_
     assert second[10:] != first[10:]  # a sum in another order: it was not the same run
 
 
+def test_what_dropout_draws_comes_back_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}')
+    trained = []
+    for folder in ("whole", "resumed"):
+        run, state = tiny_run(tmp_path / folder, "--model-config", str(tmp_path), "--save-steps", "2"), t.TrainState()
+        if folder == "resumed":
+            state = t.load_checkpoint(run, tmp_path / "whole" / "outputs" / "checkpoint-2")
+            assert run.model.config.resid_pdrop == 0.1
+        t.train(run, state)
+        t.report_save(run, is_last=True)
+        trained.append(run.model.state_dict())
+    assert state.step == 4
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
 # --- ends that the options set ---
 
 
@@ -221,12 +237,19 @@ def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
     assert t.checkpoint_damage(last, thorough=True) is None
 
 
+def began_before(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have whoever began the run have done so that long ago."""
+    began = time.time() - seconds
+    monkeypatch.setattr(t.psutil, "Process", lambda pid: SimpleNamespace(create_time=lambda: began))
+
+
 def test_the_time_kept_for_the_end_is_taken_from_what_evaluations_and_saves_took(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, "--max-hours", "1")
-    monkeypatch.setattr(t, "run_age", lambda: 600.0)
     run.save_seconds, run.evaluation_seconds = 20.0, 8.0
-    t.set_deadline(run, step_seconds=3.0)
-    assert run.stop.deadline - time.monotonic() == pytest.approx(3600 - 600 - (2 * 3 + 8 + 1.5 * 20 + 5), abs=1)
+    for left, stops in ((3 * 3 + 8 + 1.5 * 20 + 5 + 2, False), (3 * 3 + 8 + 1.5 * 20 + 5 - 2, True)):
+        began_before(monkeypatch, 3600 - left)
+        t.keep_to_hours(run, step_seconds=3.0)
+        assert run.stop.requested == stops
 
 
 def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
@@ -234,7 +257,7 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
     try:
         run, state = tiny_run(tmp_path, "--max-steps", "100000", "--max-hours", "1"), t.TrainState()
         run.stop = t.StopFlag()
-        monkeypatch.setattr(t, "run_age", lambda: 3600 - 7.0)
+        began_before(monkeypatch, 3600 - 7.0)
         assert t.train(run, state) == "stopped"
         t.report_save(run, is_last=True)
     finally:

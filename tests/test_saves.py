@@ -148,9 +148,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def full_disk(early: set[int], late: set[int]) -> str:
-    """A fault: the disk is full at some saves, before they look for room or just after; then it has room again."""
+    """A fault: the disk is full at some saves, from their beginning or after the model; then it has room again."""
     return f"""
-real_save, real_room = save_checkpoint, check_room
+real_save, real_write = save_checkpoint, write_tensors
 def fill(folder):
     with open(folder / "filler", "ab", buffering=0) as stream:
         for size in (1 << 20, 4096, 1):
@@ -166,10 +166,10 @@ def save_checkpoint(run, state):
             fill(run.cfg.output_dir)
     real_save(run, state)
 step = [0]
-def check_room(run):
-    real_room(run)
-    if step[0] in {late or "()"}:
-        fill(run.cfg.output_dir)
+def write_tensors(path, content):
+    if step[0] in {late or "()"} and path.name == "state.pt":
+        fill(path.parents[2])
+    return real_write(path, content)
 """
 
 
