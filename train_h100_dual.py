@@ -74,7 +74,7 @@ USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 SMALL_CORPUS_BYTES = 16 << 20
 HEAD_BYTES = 1 << 20  # of a file, by which its encoding and format are told
 MOST_SHOWN = 10  # files that are listed on the console
-CACHE_VERSION = 9  # of the token cache's format and of how texts are read and split
+CACHE_VERSION = 10  # of the token cache's format and of how texts are read and split
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", ".tsv": "\t", ".txt": "text"}
 FORMATS |= {".parquet": "table", ".arrow": "table"}
 PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # behind any of them but a table's
@@ -882,7 +882,7 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
     """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else corpus_name(cfg)]
-    parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``check_reopened``
+    parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``reopen_tokenizer``
     parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
     if isinstance(source, Path):
@@ -1775,11 +1775,10 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
 # A document in the index: its text's hash, where it begins in the stream (the end of text of what is before it, the
-# rest of ``document_start``, its own tokens), its bytes, eojeols and characters without blanks, how many of them the
-# tokenizer can't write, and the numbers of its language and its source (0: none).  The last holds the stream's end.
-DOCUMENT = np.dtype("<u8, <i8, <u4, <u4, <u4, <u4, <u2, <u2")
-DOCUMENT.names = ("hash", "offset", "bytes", "eojeols", "characters", "lost", "language", "source")
-
+# rest of ``document_start``, its own tokens), its bytes, and the numbers of its language and its source (0: none).
+# The last holds the stream's end.
+DOCUMENT = np.dtype("<u8, <i8, <u4, <u2, <u2")
+DOCUMENT.names = ("hash", "offset", "bytes", "language", "source")
 
 # A file, its encoding, and records, each with the number of its line or row, from 1: JSON, or rows (pyarrow's table).
 Chunk = tuple[str, str, list[tuple[int, Any]]]
@@ -1793,9 +1792,10 @@ class Documents:
     encoding: str = ""
     texts: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
-    sources: list[str | None] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # "": none
     bad: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter = field(default_factory=Counter)  # records that aren't blank, documents, bytes, empty, bad
+    counts: Counter = field(default_factory=Counter)  # records that aren't blank, bad, empty; of the others the figures
+    by_language: dict[str, Counter] = field(default_factory=dict)  # documents, bytes, tokens, eojeols, characters, lost
     lost_example: str = ""  # of what the tokenizer can't write
 
 
@@ -1812,55 +1812,60 @@ def detect_encoding(head: bytes) -> str:
     return "utf-8"
 
 
-def csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Any]]:
+def csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, str]]:
     """The rows of a table, by its header; behind a tab quotes are text, as in NSMC.  A list: its length is another."""
     csv.field_size_limit(LONGEST_RECORD)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.DictReader(text, delimiter=delimiter, quoting=quoting)
+    rows = csv.DictReader(text, delimiter=delimiter, quoting=quoting, strict=True)  # an open quote would take the rest
     for row in rows:
-        yield rows.line_num, list(row.values()) if None in row or None in row.values() else row
+        odd = None in row or None in row.values()
+        yield rows.line_num, json.dumps(list(row.values()) if odd else row, ensure_ascii=False)
 
 
 def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
     """The elements of a JSON file's array, or of the first one that the path names, as if alone; or its one object.
 
-    Python's own parser finds their ends.  ijson's (yajl) makes another character of a lone surrogate, in silence, and
-    ends a file at NaN.
+    Also of several such files put together.  Python's own parser finds the ends: ijson's (yajl) makes another character
+    of a lone surrogate, in silence, and ends a file at NaN.
     """
     names, bracket, _ = text_column.partition("[]")
     keys = names.split(".") if bracket and not head.startswith("[") else []
     before, after = "".join(f'{{"{key}":' for key in keys) + "[" * bool(keys), "]" * bool(keys) + "}" * len(keys)
-    opening = "".join(rf'.*?"{re.escape(key)}"\s*:' for key in keys) + r"\s*\[" * (head.startswith("[") or bool(keys))
-    buffer, at, match, separator, decoder = "", 0, None, re.compile(r"[\s,]*"), json.JSONDecoder(strict=False)
+    path = "".join(rf'.*?"{re.escape(key)}"\s*:' for key in keys) + r"\s*\[" * (head.startswith("[") or bool(keys))
+    opening, separator, decoder = re.compile(path, re.DOTALL), re.compile(r"[\s,]*"), json.JSONDecoder(strict=False)
+    buffer, at, inside, ended = "", 0, False, False
     while block := text.read(max(HEAD_BYTES, len(buffer) - at)):
         buffer, at = buffer[at:] + block, 0
-        if match is None and (match := re.match(opening, buffer, re.DOTALL)):
-            at = match.end()
-        while match:
-            at = separator.match(buffer, at).end()
-            if buffer.startswith("]", at):
-                return
+        while inside or (match := opening.match(buffer, at)):
+            at = separator.match(buffer, at if inside else match.end()).end()
+            inside = not buffer.startswith("]", at)
+            if not inside:
+                at, ended, opening = at + 1, True, re.compile(r".*?\}\s*\{" * bool(keys) + path, re.DOTALL)
+                continue
             try:
                 end = decoder.raw_decode(buffer, at)[1]
             except json.JSONDecodeError:  # the rest of it is to come
                 break
             yield f"{before}{buffer[at:end]}{after}"
             at = end
+        if ended and not inside:  # what else the object holds
+            at = max(at, len(buffer) - HEAD_BYTES)
         if len(buffer) - at > LONGEST_RECORD:
             raise ValueError("한 문서가 128 MiB를 넘습니다. --text-column 을 document[].paragraph[].form 처럼 주세요")
-    if match is None:
-        yield buffer  # nothing is where the path leads: a bad record, which tells what there is
-    elif opening or buffer[at:].strip():
+    if (inside and path) or (not keys and buffer[at:].strip()):
         raise ValueError("JSON이 끝나지 않았습니다")
+    if not inside and not ended:
+        yield buffer  # nothing is where the path leads: a bad record, which tells what there is
 
 
-def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, dict[str, str]]]:
+def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, str]]:
     """Paragraphs, that is, lines up to an empty one; of a file that begins with a title, as wikitext does, articles."""
     first, parts, is_wikitext = 0, [], None
     for number, line in enumerate(itertools.chain(lines, [None]), 1):  # None: the end
         title, blank = re.match(TITLE, line or ""), not (line or "").strip()
         if parts and (line is None or (title if is_wikitext else blank)):
-            yield first, {text_column: re.sub(r"\n\s*\Z", "", "".join(parts).replace("\r\n", "\n"))}
+            text = re.sub(r"\n\s*\Z", "", "".join(parts).replace("\r\n", "\n"))
+            yield first, json.dumps({text_column: text}, ensure_ascii=False)
             parts = []
         if parts or not blank:
             first = first if parts else number
@@ -1910,14 +1915,15 @@ def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any
         return enumerate(json_records(open_text(), head, text_column), 1), encoding
     if kind in ("lines", "json"):
         return enumerate(stream if encoding == "utf-8" else open_text(), 1), encoding
-    records = text_records(open_text(), text_column) if kind == "text" else csv_records(open_text(), kind)
-    return ((number, json.dumps(record, ensure_ascii=False)) for number, record in records), encoding
+    if kind == "text":
+        return text_records(open_text(), text_column), encoding
+    return csv_records(open_text(newline=""), kind), encoding
 
 
 def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
     """Read the corpus in a stable order, about ``size`` bytes at a time.  RuntimeError: a file is damaged."""
     for source in map(str, files or cfg.dataset_path):
-        batch, total = [], 0
+        batch, total, number = [], 0, 0
         try:
             records, encoding = open_records(source, cfg.text_column)
             for number, record in records:
@@ -1927,12 +1933,12 @@ def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) ->
                     yield source, encoding, batch
                     batch, total = [], 0
             yield source, encoding, batch
-        except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, csv.Error) as error:
+        except Exception as error:  # each format's library has its own
             if not files or getattr(error, "errno", None):  # the hub's, or the system's: no permission, for instance
                 raise
-            long_window = "too much memory" in str(error)
-            advice = "zstd -d --long=31 로 풀어서 쓰세요" if long_window else "손상되었으면 다시 받으세요"
-            raise RuntimeError(f"파일을 읽지 못했습니다: {source} ({error}). {advice}") from error
+            advice = "zstd -d --long=31 로 풀어서" if "too much memory" in str(error) else "손상되었으면 다시 받아서"
+            problem = f"파일을 읽지 못했습니다: {source} ({error}; {number:,}번째 줄까지 읽음)"
+            raise RuntimeError(f"{problem}. {advice} 쓰세요") from error
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
@@ -1964,8 +1970,7 @@ def follow_path(values: list[Any], steps: list[str]) -> list[Any]:
     """What a path leads to from these values, in order: what is empty stays so, ``...`` is where it leads nowhere."""
     for step in steps:
         if step == "[]":
-            lists = [value if isinstance(value, list) else [value and ...] for value in values]
-            values = list(itertools.chain.from_iterable(lists))
+            values = [item for value in values for item in (value if isinstance(value, list) else [value and ...])]
         else:
             values = [value.get(step, ...) if isinstance(value, dict) else value and ... for value in values]
     return values
@@ -2019,12 +2024,12 @@ def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
             try:
                 row = row if isinstance(row, (bytes, str, dict)) else row.to_pylist()[0]
                 for text, language, source in parse_record(row, text_column):
-                    if not text or text.isspace():
+                    if text.strip():
+                        documents.texts.append(text)
+                        documents.languages.append(language or detect_language(text))
+                        documents.sources.append(source)
+                    else:
                         documents.counts["empty"] += 1
-                        continue
-                    documents.texts.append(text)
-                    documents.languages.append(language or detect_language(text))
-                    documents.sources.append(source or None)
             except ValueError as error:
                 reason = "UTF-8이 아닙니다" if isinstance(error, UnicodeError) else str(error)
                 documents.bad.append({"file": file, "line": number, "reason": reason})
@@ -2042,8 +2047,7 @@ class Tally:
     """What was read of each file, and the first 100,000 bad records, which go to ``path``."""
 
     def __init__(self, path: Path | None = None):
-        self.path, self.bad, self.total = path, [], Counter()
-        self.files: dict[str, Counter] = {}
+        self.path, self.bad, self.total, self.files = path, [], Counter(), {}
 
     def add(self, documents: Documents) -> None:
         counts = self.files.setdefault(documents.file, Counter(encoding=documents.encoding))
@@ -2057,11 +2061,11 @@ class Tally:
         """RuntimeError where half of a file or 1 % of all is bad, or where there is no document."""
         if self.path and self.bad:
             self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.bad), "utf-8")
-        halves = ((file, counts) for file, counts in self.files.items() if 2 * counts["bad"] >= counts["records"] > 0)
-        file, counts = next(halves, ("", self.total))
-        if file or counts["bad"] > 0.01 * counts["records"]:
-            problem = f"{file or corpus}: {counts['records']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다"
-            shown = [line for line in self.bad if file in ("", line["file"])][:5]
+        halves = [file for file, counts in self.files.items() if 2 * counts["bad"] >= counts["records"] > 0]
+        file, counts = (halves[0], self.files[halves[0]]) if halves else (corpus, self.total)
+        if halves or counts["bad"] > 0.01 * counts["records"]:
+            problem = f"{file}: {counts['records']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다"
+            shown = [line for line in self.bad if not halves or line["file"] == file][:5]
             places = ("{file}:{line}: {reason}".format(**line) for line in shown)
             raise RuntimeError("\n   ".join([f"{problem} (허용: 전체의 1%, 한 파일의 절반). 처음 몇 줄:", *places]))
         if not counts["documents"]:
@@ -2109,19 +2113,19 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
 
 
 @contextmanager
-def log_waiting(title: str, whole: int = 0) -> Iterator[SimpleNamespace]:
-    """Log every ten seconds that something takes long; with ``whole`` its share ``done``, which the caller keeps."""
-    state, ended, start = SimpleNamespace(done=0), threading.Event(), time.monotonic()
+def log_waiting(title: str, done: Counter | None = None, whole: int = 0) -> Iterator[None]:
+    """Log every ten seconds that something takes long, and of ``whole`` bytes how many are ``done``."""
+    ended, start = threading.Event(), time.monotonic()
 
     def beat() -> None:
         while not ended.wait(10):
-            seconds, share = time.monotonic() - start, min(1.0, state.done / whole) if whole else 0.0
+            seconds, share = time.monotonic() - start, min(1.0, done["bytes"] / whole) if whole else 0.0
             left = f", {share:.0%}, 남은 시간 {format_duration(seconds / share - seconds)}" if share > 0.001 else ""
             logger.info(f"   {title}... {format_duration(seconds)} 지남{left}")
 
     threading.Thread(target=beat, daemon=True).start()
     try:
-        yield state
+        yield
     finally:
         ended.set()
 
@@ -2155,16 +2159,6 @@ def reopen_tokenizer(tokenizer: Any, config: Any) -> Any:
     with TemporaryDirectory() as name:
         save_tokenizer(tokenizer, Path(name))
         return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
-
-
-def check_reopened(tokenizer: Any, config: Any, texts: list[str]) -> None:
-    """RuntimeError where such a checkpoint's tokenizer would give other ids than ours."""
-    opened = reopen_tokenizer(tokenizer, config)
-    for text in [*texts, "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
-        if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
-            problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 이 토크나이저의 토큰이 달라집니다"
-            advice = "--tokenizer 를 빼고 이 모델에 맞게 학습하거나, 설정의 model_type을 바꾸세요 (예: llama)"
-            raise RuntimeError(f"{problem}: {text[:40]!r}. {advice}")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -2253,48 +2247,33 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
     engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
     def encode_fast(texts: list[str]) -> list[tuple[np.ndarray, str]]:
-        encoded = []
-        for text in texts:
-            try:
-                encoded.append((engine.encode_to_numpy(text, disallowed_special=()).astype(dtype), ""))
-            except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
-                encoded += encode_ordinary([text])
-        return encoded
+        try:
+            return [(engine.encode_to_numpy(text, disallowed_special=()).astype(dtype), "") for text in texts]
+        except ValueError:  # a run of some 100,000 blanks is more than its regex engine's stack takes
+            return encode_ordinary(texts)
 
     return encode_fast, "tiktoken"
 
 
-def check_lost_text(cfg: TrainConfig, report: dict[str, Any]) -> None:
-    """Warn of text that the tokenizer can't write; RuntimeError in train where it is much."""
-    rows = [row for row in (report, *report["by_language"].values()) if row["bytes"] >= LARGE_SHARE * report["bytes"]]
-    share = max(row["lost"] / max(1, row["characters"]) for row in rows)
-    if share > 0.01:
-        problem = f"토크나이저가 쓰지 못하는 글자가 최대 {share:.1%}입니다 (예: {report['lost_example']})"
-        if share > LARGE_SHARE and not cfg.is_test:
-            raise RuntimeError(f"{problem}. 그 글자를 아는 --tokenizer 를 주거나, 빼고 말뭉치로 학습하세요")
-        logger.warning(f"⚠️  {problem}")
-
-
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
-    small, drawn, characters = 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES, {}, 0
     # Chunks at even distances, whatever the format: all are cut, which is cheap, and only these are parsed.
-    step = 1 if small else max(1, -(-estimated_bytes(files) // SAMPLE_BYTES))
+    step, drawn, size = math.ceil(estimated_bytes(files) / SAMPLE_BYTES) or 1, {}, 0
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
             data = text.encode()
             drawn.setdefault(language, []).append((content_hash(data), text[:LONGEST_SAMPLE_TEXT], len(data)))
-            characters += len(drawn[language][-1][1])
-        if not files and characters > TOKENIZER_SAMPLE_CHARACTERS:
+        size += documents.counts["bytes"]
+        if not files and size > SAMPLE_BYTES:
             logger.info("🔤 허브 데이터셋은 앞부분의 문서로 토크나이저를 학습합니다")
             break
     kept, texts, words, characters = [], [], set(), 0
     for rows in drawn.values():
         hashes, sizes = np.array([row[0] for row in rows], np.uint64), np.array([row[2] for row in rows])
+        # What is held out has the smallest hashes; of which documents, a part can't tell: it does without more.
         share = cfg.validation_split
-        # What is held out has the smallest hashes; of which documents, a sample can't tell: it does without more.
-        bound = held_out_bound(hashes, sizes, share) if small else int(max(0.2, share) * 2**64)
+        bound = held_out_bound(hashes, sizes, share) if files and step == 1 else int(max(0.2, share) * 2**64)
         kept += [row for row in rows if row[0] > bound]
     for _, text, _ in sorted(kept):
         texts.append(text)
@@ -2308,51 +2287,53 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
 def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk: Chunk) -> tuple:
     """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
     documents, rows, tokens = parse_chunk(chunk, text_column), [], []
-    for text, (ids, lost) in zip(documents.texts, encode(documents.texts), strict=True):
+    for text, language, (ids, lost) in zip(documents.texts, documents.languages, encode(documents.texts), strict=True):
         data, words = text.encode(), text.split()
-        figures = len(data), len(words), sum(map(len, words)), len(lost)
-        rows.append((content_hash(data), len(opening) + len(ids), *figures, 0, 0))
+        rows.append((content_hash(data), len(opening) + len(ids), len(data), 0, 0))
         tokens += (opening, ids)
+        figures = {"tokens": len(ids), "eojeols": len(words), "characters": sum(map(len, words)), "lost": len(lost)}
+        documents.counts.update(figures)
+        documents.by_language.setdefault(language, Counter()).update(figures, documents=1, bytes=len(data))
         documents.lost_example = documents.lost_example or lost[:20]
     documents.texts = []
     return documents, b"".join(tokens), np.array(rows, DOCUMENT)
 
 
 def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: Any) -> dict[str, Any]:
-    """Write every document's tokens and the index; returns those figures of the report that the index doesn't hold."""
+    """Write every document's tokens and the index; returns the report."""
     start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
     opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
     if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
-    names: dict[str, dict] = {"language": {}, "source": {None: 0}}  # each with its number
-    tally, offset, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), 0, ""
+    names: dict[str, dict[str, int]] = {"language": {}, "source": {"": 0}}  # each with its number
+    tally, by_language, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
-    waiting = log_waiting("토큰화하는 중", estimated_bytes(files))
-    with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting as state:
+    waiting = log_waiting("토큰화하는 중", tally.total, estimated_bytes(files))
+    with open(folder / "tokens.bin", "wb") as stream, open(folder / "documents.bin", "wb") as records, waiting:
         for documents, tokens, index in parallel_map(encoding, read_chunks(cfg, files), workers):
             tally.add(documents)
-            ends = offset + np.cumsum(index["offset"])  # it holds lengths so far
-            index["offset"] = ends - index["offset"]
-            offset = int(ends[-1]) if len(ends) else offset
+            lengths = index["offset"]
+            index["offset"] = stream.tell() // opening.itemsize + np.cumsum(lengths) - lengths
             for own, (column, numbers) in zip((documents.languages, documents.sources), names.items(), strict=True):
                 for name in own:
                     if len(numbers) < 2**16:  # what two bytes hold; later ones are 0
                         numbers.setdefault(name, len(numbers))
                 index[column] = [numbers.get(name, 0) for name in own]
+            for language, figures in documents.by_language.items():
+                by_language.setdefault(language, Counter()).update(figures)
             stream.write(tokens)
             records.write(index.tobytes())
             example = example or documents.lost_example
-            state.done = tally.total["bytes"]
+        records.write(np.array((0, stream.tell() // opening.itemsize, 0, 0, 0), DOCUMENT).tobytes())
         stream.write(opening[:1].tobytes())  # the end of text
-        records.write(np.array((0, offset, *[0] * 6), DOCUMENT).tobytes())
     tally.check(corpus_name(cfg))
     write_json(folder / "files.json", tally.files)
     if tally.bad:
         shutil.copy(tally.path, folder)  # for the runs that find the corpus prepared
-    figures = {"bad_lines": tally.total["bad"], "empty": tally.total["empty"], "lost_example": example}
+    figures = {**tally.total, "by_language": by_language, "lost_example": example}
     figures |= {"languages": list(names["language"]), "sources": list(names["source"])}
-    return figures | {"engine": engine, "opening": len(opening), "dtype": opening.dtype.name}
+    return figures | {"engine": engine, "dtype": opening.dtype.name}
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
@@ -2370,19 +2351,17 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
             # In a process of its own, which gives all memory back.
             list(parallel_map(lambda path: save_tokenizer(train(), path), [folder / "tokenizer"], 1))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    check_reopened(tokenizer, config, texts[:200])
-    figures = write_stream(folder, cfg, files, tokenizer)
-    index = np.memmap(folder / "documents.bin", DOCUMENT, "r")
-    columns = {name: index[name][:-1] for name in ("bytes", "eojeols", "characters", "lost")}
-    columns |= {"documents": None, "tokens": np.diff(index["offset"]) - figures["opening"]}
-    counts = [np.bincount(index["language"][:-1], column).astype(int).tolist() for column in columns.values()]
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*counts, strict=True)]
+    opened = reopen_tokenizer(tokenizer, config)
+    for text in [*texts[:200], "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
+        if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
+            problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 이 토크나이저의 토큰이 달라집니다"
+            advice = "--tokenizer 를 빼고 이 모델에 맞게 학습하거나, 설정의 model_type을 바꾸세요 (예: llama)"
+            raise RuntimeError(f"{problem}: {text[:40]!r}. {advice}")
+    report = write_stream(folder, cfg, files, tokenizer)
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
-    report = dict(zip(columns, map(sum, counts), strict=True)) | figures
-    report |= {"by_language": dict(zip(figures["languages"], rows, strict=True))}
-    report |= {"vocab_size": vocabulary_size(tokenizer)} | ({} if files else {"dataset": corpus_name(cfg)})
     report["fingerprint"] = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+    report |= {"vocab_size": vocabulary_size(tokenizer)} | ({} if files else {"dataset": corpus_name(cfg)})
     write_json(folder / "corpus.json", report)
 
 
@@ -2399,22 +2378,12 @@ class DocumentList:
     def rows(self, max_seq_length: int) -> int:
         return len(self) // max_seq_length  # each with a token more, which is the next one's first
 
-    def read(self, first: np.ndarray, count: int) -> np.ndarray:
-        """Tokens ``first[i]`` to ``first[i] + count``, that one too, of the list: (len(first), count + 1)."""
-        starts, shifts = self.pieces
-        low = np.searchsorted(starts, first, "right") - 1  # a row lies in the pieces from low to high
-        high = np.searchsorted(starts, first + count - 1, "right") - 1
-        numbers = high - low + 1
-        behind = np.cumsum(numbers)
-        # Every row's pieces, one row after the other, and where in the list each begins and ends within its row.
-        row = np.repeat(np.arange(len(first)), numbers)
-        piece = np.arange(behind[-1]) + (low - behind + numbers)[row]
-        begin, end = np.maximum(starts[piece], first[row]), np.minimum(starts[piece + 1], (first + count)[row])
-        end[behind - 1] += 1  # behind every document stands an end of text, and so the next one's begins
-        lengths = end - begin
-        total = np.cumsum(lengths)
-        places = np.arange(total[-1]) + np.repeat(begin + shifts[piece] - total + lengths, lengths)  # in the stream
-        return self.tokens[places].reshape(len(first), count + 1)
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Tokens ``first`` to ``first + count``, that one too, of the list."""
+        (starts, shifts), places = self.pieces, np.arange(first, first + count + 1)
+        low, high = np.searchsorted(starts[:-1], places[[0, -1]], "right")  # they lie in the pieces low - 1 to high - 1
+        piece = low - 1 + np.searchsorted(starts[low:high], places, "right")
+        return self.tokens[places + shifts[piece]]
 
 
 def list_pieces(offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -2516,10 +2485,9 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     lists = Path(store.get(name).decode())
     folder = lists.parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
-    log_files(read_json(folder / "files.json"))
-    if report["bad_lines"] and is_local_main():
+    if report["bad"] and is_local_main():
         path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
-        logger.warning(f"⚠️  읽지 못한 줄 {report['bad_lines']:,}개를 건너뛰었습니다: {display_path(path)}")
+        logger.warning(f"⚠️  읽지 못한 줄 {report['bad']:,}개를 건너뛰었습니다: {display_path(path)}")
     tokens = np.memmap(folder / "tokens.bin", report["dtype"], "r")
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
     *domains, val = (DocumentList(tokens, part) for part in pieces)
@@ -2527,28 +2495,34 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report, store)
 
 
-def log_files(files: dict[str, dict[str, Any]]) -> None:
-    """Tell what was read of each file: of the first ones on the console, of all in the detail log."""
-    for number, (file, counts) in enumerate(files.items()):
+def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
+    """Tell what was read, by file and by language; RuntimeError in train where the tokenizer can't write much of it."""
+    report, files = corpus.report, read_json(corpus.path / "files.json")
+    for number, (file, counts) in enumerate(files.items()):  # the first ones on the console, all in the detail log
+        level = logging.INFO if number < MOST_SHOWN else logging.DEBUG
         text = "문서 {documents:,}개, 빈 글 {empty:,}개, 읽지 못한 줄 {bad:,}개, {encoding}".format(**counts)
-        text = f"   • {display_path(Path(file))}: {counts['bytes'] / 1e6:,.1f} MB, {text}"
-        logger.log(logging.INFO if number < MOST_SHOWN else logging.DEBUG, text)
+        logger.log(level, f"   • {display_path(Path(file))}: {counts['bytes'] / 1e6:,.1f} MB, {text}")
     if len(files) > MOST_SHOWN:
         logger.info(f"   • 외 {len(files) - MOST_SHOWN:,}개 파일 (모두 상세 로그에 있습니다)")
-
-
-def log_report(report: dict[str, Any]) -> None:
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
     empty = f", 빈 글 {report['empty']:,}개" if report["empty"] else ""
     logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
+    most_lost = report["lost"] / max(1, report["characters"])
     for name, row in report["by_language"].items():
-        held, share = report["val_by_language"][name], row["bytes"] / report["bytes"]
+        held, share, lost = report["val_by_language"][name], row["bytes"] / report["bytes"], row["lost"]
+        lost /= max(1, row["characters"])
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
         lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / max(1, row["eojeols"])
-        lost = f", 쓰지 못한 글자 {row['lost'] / row['characters']:.2%}" if row["lost"] else ""
-        logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰{lost}")
+        written = f", 쓰지 못한 글자 {lost:.2%}" if lost else ""
+        logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰{written}")
+        most_lost = max(most_lost, lost * (share >= LARGE_SHARE))
     if report["left_out"]:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
+    if most_lost > 0.01:
+        problem = f"토크나이저가 쓰지 못하는 글자가 최대 {most_lost:.1%}입니다 (예: {report['lost_example']})"
+        if most_lost > LARGE_SHARE and not cfg.is_test:
+            raise RuntimeError(f"{problem}. 그 글자를 아는 --tokenizer 를 주거나, 빼고 말뭉치로 학습하세요")
+        logger.warning(f"⚠️  {problem}")
 
 
 def write_dummy_data(folder: Path) -> Path:
@@ -2569,7 +2543,6 @@ def write_dummy_data(folder: Path) -> Path:
         lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
-    os.utime(temporary, (0, 0))  # whichever machine comes last, the token cache knows the file by the same time
     return temporary.replace(path)
 
 
@@ -2609,23 +2582,18 @@ def rank_positions(run: Run | TrainConfig, rank: int, world_size: int, steps: ra
         yield (micro * world_size + rank) * size + np.arange(size)
 
 
-def row_order(cfg: TrainConfig, corpus: Corpus) -> RowOrder:
-    counts = list(cfg.mix_counts.values()) or [MIX_WINDOW]
-    return RowOrder([domain.rows(cfg.max_seq_length) for domain in corpus.domains], counts, cfg.seed)
-
-
 def read_rows(corpus: Corpus, domain: np.ndarray, row: np.ndarray, length: int, pinned: bool = False) -> torch.Tensor:
     """Rows as an int64 tensor (rows, length + 1); pinned memory's pool knows when the copy to the GPU has ended."""
     batch = torch.empty(len(row), length + 1, dtype=torch.int64, pin_memory=pinned)
-    for index in np.unique(domain).tolist():
-        chosen = domain == index
-        batch.numpy()[chosen] = corpus.domains[index].read(row[chosen] * length, length)
+    for tokens, index, number in zip(batch.numpy(), domain.tolist(), row.tolist(), strict=True):
+        tokens[:] = corpus.domains[index].read(number * length, length)
     return batch
 
 
 def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
     """Micro-batches of rows; for a GPU pinned, and read ahead by two threads, which wait for the disk's pages."""
-    order, length = row_order(cfg, corpus), cfg.max_seq_length
+    length, counts = cfg.max_seq_length, list(cfg.mix_counts.values()) or [MIX_WINDOW]
+    order = RowOrder([domain.rows(length) for domain in corpus.domains], counts, cfg.seed)
     if cfg.device != "cuda":
         yield from (read_rows(corpus, *order(batch), length) for batch in positions)
         return
@@ -3690,7 +3658,7 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
         cfg = replace(cfg, dataset_path=(Path(pinned_dataset(cfg)),))
     loss_module, totals, tally = LMWithLoss(model), {}, Tally()
     start, (encode, _) = document_start(tokenizer), make_encoder(tokenizer)
-    with log_waiting("평가하는 중", estimated_bytes(files)) as progress:
+    with log_waiting("평가하는 중", tally.total, estimated_bytes(files)):
         for chunk in read_chunks(cfg, files, size=1 << 20):
             documents, windows = parse_chunk(chunk, cfg.text_column), []
             tally.add(documents)
@@ -3701,7 +3669,6 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
                 tokens = np.concatenate([start, ids])
                 windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
             score_windows(loss_module, windows, cfg.batch_size * length)
-            progress.done = tally.total["bytes"]
     tally.check(corpus_name(cfg))
     if bad := tally.bad:
         first = "{file}:{line}".format(**bad[0])
@@ -3894,8 +3861,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     # Armed only now: the others wait for the first one's tokenisation, however long it takes.
     minutes, detail_log = cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), logging.getLogger().handlers[0]
     stop.arm(minutes, detail_log.stream)
-    log_report(corpus.report)
-    check_lost_text(cfg, corpus.report)
+    log_report(cfg, corpus)
     with attention_kernels(cfg.attention):
         accelerator, point, fingerprint = build_accelerator(cfg), None, corpus.report["fingerprint"]
         if accelerator.is_main_process:  # which may be the only one to see the checkpoints

@@ -327,14 +327,39 @@ def test_a_file_of_which_half_is_bad_is_refused_with_the_columns_that_hold_text(
 
 
 def test_a_broken_json_file_and_one_without_end_are_named_with_what_to_do(folder, monkeypatch):
-    path = put(folder / "a.json", b'[{"text": "1"}, {"text": "2"')
-    with pytest.raises(RuntimeError, match=rf"{path} \(JSON이 끝나지 않았습니다\)"):
-        read("--dataset-path", str(path))
+    for rest in (b'[{"text": "1"}, {"text": "2"', b'[{"text": "1"}] {"text": "2"}'):
+        path = put(folder / "a.json", rest)
+        with pytest.raises(RuntimeError, match=rf"{path} \(JSON이 끝나지 않았습니다; 1번째 줄까지 읽음\)"):
+            read("--dataset-path", str(path))
     monkeypatch.setattr(t, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(t, "HEAD_BYTES", 100)
     put(path, b'{"text":\n "' + b"x" * 3000 + b'"}')
     with pytest.raises(RuntimeError, match="--text-column"):
         read("--dataset-path", str(path))
+
+
+@pytest.mark.parametrize("write", [pretty_array, modu_written, lambda texts: modu_written(texts, None)])
+@pytest.mark.parametrize("head", [300, 1 << 20])
+def test_json_files_that_were_put_together_lose_no_document(folder, monkeypatch, write, head):
+    monkeypatch.setattr(t, "HEAD_BYTES", head)  # lines that are longer, as real ones of Modu are
+    rest = json.dumps({"document": [{"paragraph": "is none"}], "keys": ["a"] * 500}).encode()
+    content = write(TEXTS[:2])
+    content = content if write is pretty_array else content[:-1] + b', "more": ' + rest + b"}"
+    path = put(folder / "all.json", content + b"\n" + write(TEXTS[2:]))
+    found = read("--dataset-path", str(path), *([] if write is pretty_array else MODU))
+    assert (found.texts, found.bad) == (TEXTS, [])
+
+
+def test_a_quote_that_stays_open_does_not_swallow_the_rest_of_a_table(folder):
+    path = put(folder / "a.csv", 'id,text\n1,"하나"\n2,"둘\n3,셋\n4,넷\n')
+    with pytest.raises(RuntimeError, match=rf"{path} \(unexpected end of data; 2번째 줄까지 읽음\)"):
+        read("--dataset-path", str(path))
+
+
+def test_a_carriage_return_in_a_row_is_no_end_of_the_table(folder):
+    path = put(folder / "a.tsv", b"id\ttext\tlabel\n1\t1\t0\n2\tx\ry\t0\n3\t3\t0\n")
+    found = read("--dataset-path", str(path))
+    assert (found.texts, [bad["line"] for bad in found.bad]) == (["1", "3"], [3, 4])
 
 
 # --- what a directory stands for ---
@@ -425,7 +450,8 @@ def test_what_was_read_is_told_by_file_also_where_it_was_prepared_before(folder,
     for _ in range(2):
         caplog.clear()
         with caplog.at_level("INFO", "h100_dual"):
-            prepare(config(folder.parent, "--dataset-path", str(folder)))
+            cfg = config(folder.parent, "--dataset-path", str(folder))
+            t.log_report(cfg, prepare(cfg))
         told = [line for line in caplog.messages if line.startswith("   • ")]
         assert "00.jsonl: 0.0 MB, 문서 20개, 빈 글 1개, 읽지 못한 줄 0개, utf-8" in told[0]
         assert "00.txt: 0.0 MB, 문서 1개, 빈 글 0개, 읽지 못한 줄 0개, cp949" in told[1]

@@ -32,7 +32,8 @@ class RowsInOrder(torch.utils.data.Dataset):
     """The first ``count`` rows of our run, in its order, as others read them: labels are the row itself."""
 
     def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, count: int):
-        self.corpus, self.length, self.order, self.count = corpus, cfg.max_seq_length, t.row_order(cfg, corpus), count
+        self.corpus, self.length, self.count = corpus, cfg.max_seq_length, count
+        self.order = t.RowOrder([corpus.domains[0].rows(self.length)], [t.MIX_WINDOW], cfg.seed)
 
     def __len__(self) -> int:
         return self.count

@@ -101,7 +101,7 @@ def prepare(corpus: str, folder: str, vocab_size: int) -> None:
     cfg = config(ours, Path(corpus), Path(folder), f"--vocab-size={vocab_size}")
     ours.set_up_logging(cfg, 0)
     prepared = ours.prepare_corpus(cfg)
-    ours.log_report(prepared.report)
+    ours.log_report(cfg, prepared)
 
 
 def time_opening(cfg: ours.TrainConfig) -> dict[str, str]:
