@@ -151,6 +151,10 @@ def test_any_paragraphs_articles_and_rows_without_quoting_come_back_the_same(tex
                 (bom + "\r\n\r\n".join(texts).replace("\n", "\r\n").replace("\r\r", "\r")).encode(encoding)
             )
             assert read("--dataset-path", str(path), size=size).texts == texts, encoding
+        rows = [text.replace("\n", " ") for text in texts]
+        tsv = Path(folder, "a.tsv")
+        tsv.write_text("id\ttext\n" + "".join(f"{number}\t{row}\n" for number, row in enumerate(rows)), "utf-8")
+        assert read("--dataset-path", str(tsv), size=size).texts == rows
         path.write_bytes(articles(texts))
         expected = [f" = 제목 {n} = \n \n = = 소제목 = = \n{text}" for n, text in enumerate(texts)]
         assert read("--dataset-path", str(path), size=size).texts == expected
@@ -262,9 +266,15 @@ def test_a_language_beside_the_text_or_in_the_record_is_used(folder):
 # --- bad records ---
 
 
-def bad_parquet() -> bytes:
-    stream, column = io.BytesIO(), pa.array([b"1", "깨진 글".encode("cp949"), b"3"] * 1).view(pa.string())
-    pq.write_table(pa.table({"text": column}), stream)
+def bad_table(kind: str) -> bytes:
+    """Three rows, the second no UTF-8."""
+    stream, column = io.BytesIO(), pa.array([b"1", "깨진 글".encode("cp949"), b"3"])
+    rows = pa.table({"text": column if kind == "binary" else column.view(pa.string())})
+    if kind == "arrow":
+        with pa.ipc.new_stream(stream, rows.schema) as writer:
+            writer.write_table(rows)
+    else:
+        pq.write_table(rows, stream)
     return stream.getvalue()
 
 
@@ -280,14 +290,19 @@ def bad_parquet() -> bytes:
         ("a.csv", b"id,text\n1,1\n2,\xb1\xfa\xff\n3,3\n", 3),  # the header is line 1, as an editor shows it
         ("a.csv", b"id,text\n1,1\n2,2,more\n3,3\n", 3),
         ("a.tsv", b"id\ttext\n1\t1\n2\n3\t3\n", 3),
-        ("a.parquet", bad_parquet(), 2),
+        ("a.parquet", bad_table("string"), 2),
+        ("a.parquet", bad_table("binary"), 2),
+        ("a.arrow", bad_table("arrow"), 2),
+        ("wiki_00", b'{"text": "1"}\n{"text": 2}\n{"text": "3"}', 2),
+        ("modu.json", modu_written(["1", "2", "3"]).replace(b'"2"', b"2"), 2),
+        ("modu.json", modu_written(["1", "2", "3"]).replace(b'"2"', b'"\\ud800"'), 2),
         ("a.txt", b"1\n\n\xff\xff\xff\n\n3", 3),
         ("a.txt", "1\n\n".encode("utf-16") + b"\x00\xd8" + "\n\n3".encode("utf-16-le"), 3),
     ],
 )
 def test_a_bad_record_of_any_layout_is_located_and_costs_no_other(folder, name, content, line):
     path = put(folder / name, content)
-    found = read("--dataset-path", str(path))
+    found = read("--dataset-path", str(path), *(MODU if name == "modu.json" else []))
     assert found.texts == ["1", "3"]
     assert [(bad["file"], bad["line"]) for bad in found.bad] == [(str(path), line)]
 
