@@ -209,11 +209,11 @@ explain_pip_failure() { # explain_pip_failure OUTPUT
 
 build_command() {
   local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
-  if [[ -n ${H100_STORE_DIR-} ]]; then
+  if [[ -n ${H100_DUAL_STORE_DIR-} ]]; then
     # A server of torch's listens on every interface; nobody else can connect to a file, which grows with each heartbeat.
     rendezvous=(
       --nnodes 1 --rdzv-backend c10d --rdzv-conf "store_type=file,keep_alive_interval=3600"
-      --rdzv-endpoint "$H100_STORE_DIR/torchrun" --local-addr 127.0.0.1
+      --rdzv-endpoint "$H100_DUAL_STORE_DIR/torchrun" --local-addr 127.0.0.1
     )
   fi
   if ((plan[nnodes] > 1)); then
@@ -283,8 +283,8 @@ rotate_console_log() {
 supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
   # Called where set -e doesn't count: whatever fails in here, its duties at the end are done, one after the other.
   local agent ranks="" signals=0 heard=false code=0 outcome=finished state="" logged guard=() pause
-  H100_RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
-  export H100_RUN_ID
+  H100_DUAL_RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
+  export H100_DUAL_RUN_ID
   trap 'signals=$((signals + 1))' TERM INT # no more: one that comes while a trap runs may be lost
   trap '' HUP
   printf '%s\n' "$$" >"$pid_file" || die "PID 파일을 쓰지 못해 시작하지 않습니다: $pid_file (디스크 공간과 권한을 확인하세요)"
@@ -324,9 +324,9 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     [[ -s $console_log ]] || tail -n 15 "$detail_log" || true
     log "❌ 학습이 실패로 끝났습니다. 자세한 내용: $detail_log"
   fi
-  rm -rf "$pid_file" "${H100_STORE_DIR-}"
-  exec 9>&- # --notify may start the next run
-  unset H100_RUN_ID H100_STORE_DIR
+  rm -rf "$pid_file" "${H100_DUAL_STORE_DIR-}"
+  exec 9>&- # --notify may start the next run, also by torchrun itself: each is a run of its own
+  unset H100_DUAL_RUN_ID H100_DUAL_STORE_DIR
   if [[ -n $notify ]]; then
     bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
   fi
@@ -343,7 +343,7 @@ signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun 
   ranks=${children:-$ranks}
   for pid in ${ranks:-$agent}; do
     # By the run's name in its environment: the number may be another process's by now.
-    ! grep -qsz "^H100_RUN_ID=$H100_RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
+    ! grep -qsz "^H100_DUAL_RUN_ID=$H100_DUAL_RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
   done
 }
 
@@ -425,8 +425,8 @@ start_run() {
     ln -sfnr "$console_log" "${plan[output_dir]}/training.log" || die "링크를 만들지 못했습니다: ${plan[output_dir]}/training.log"
   fi
   if ((plan[nnodes] == 1)); then
-    H100_STORE_DIR=$(mktemp -dt h100_dual.XXXXXX) || die "임시 디렉토리를 만들지 못했습니다. 다른 경로를 주세요: TMPDIR=경로"
-    export H100_STORE_DIR
+    H100_DUAL_STORE_DIR=$(mktemp -dt h100_dual.XXXXXX) || die "임시 디렉토리를 만들지 못했습니다. 다른 경로를 주세요: TMPDIR=경로"
+    export H100_DUAL_STORE_DIR
   fi
   build_command
   ((${#foreign[@]} == 0)) || log "이 실행의 것이 아니라 빼고 시작한 환경 변수: ${foreign[*]}" >>"$detail_log"

@@ -753,12 +753,17 @@ def output_problems(cfg: TrainConfig) -> list[str]:
         return problems
     with suppress(FileNotFoundError):
         lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    return problems + results_problems(cfg, info)
+
+
+def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
+    """A sentence if a run, which may be started anew, would remove what a training run of this ``info`` left."""
     goes_on = cfg.resume == "auto" or (cfg.resume and cfg.resume.resolve().parent == cfg.output_dir.resolve())
     replaces = cfg.resume is None and info.get("mode") == "test"
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if earlier and not goes_on and not replaces:
-        problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)")
-    return problems
+    if not earlier or goes_on or replaces or is_restart(info):
+        return []
+    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)"]
 
 
 def node_rank(cfg: TrainConfig) -> int:
@@ -1286,7 +1291,7 @@ def is_local_main() -> bool:
 def run_id() -> str:
     """What one start of the launcher, or of torchrun, has in common over all its restarts."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
-    return os.environ.get("H100_RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
+    return os.environ.get("H100_DUAL_RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
@@ -1380,7 +1385,7 @@ def follow_agent() -> None:
         return  # a shell may well go away
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        if os.environ.get("H100_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
+        if os.environ.get("H100_DUAL_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
             return
     os._exit(0)  # torchrun was gone before we asked
 
@@ -1596,8 +1601,8 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 def set_up_config(typed: TrainConfig) -> TrainConfig:
     """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if "H100_RUN_ID" in os.environ or rank_and_world()[0]:
-        device = typed.device if "H100_RUN_ID" in os.environ else plan_device(typed, processes)[0]
+    if "H100_DUAL_RUN_ID" in os.environ or rank_and_world()[0]:
+        device = typed.device if "H100_DUAL_RUN_ID" in os.environ else plan_device(typed, processes)[0]
         return resolve_config(typed, device)[0]
     plan = make_launch_plan(typed, processes)
     print("\n".join([*info_lines(plan, False), *(f"⚠️  {note}" for note in plan.notes)]))
@@ -1731,7 +1736,7 @@ def quiet_libraries() -> None:
 
 def store_url() -> str:
     """Where the ranks meet: on one machine a file of the launcher's, for each restart, else the store of torchrun's."""
-    folder, count = os.environ.get("H100_STORE_DIR"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    folder, count = os.environ.get("H100_DUAL_STORE_DIR"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     return f"file://{folder}/ranks-{count}" if folder else "env://"
 
 
@@ -3801,8 +3806,10 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     # A killed rank's helpers hold it a little longer, and a launcher that looks for a moment.
     lock = lock_output(cfg.output_dir, "a+", patience=20)
     lock.truncate(0)
-    lock.write(os.environ.get("H100_RUN_ID", str(os.getpid())).partition("-")[0])
+    lock.write(os.environ.get("H100_DUAL_RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
+    if problems := results_problems(cfg, read_json(cfg.output_dir / "run_info.json")):
+        raise EnvironmentProblem(problems)  # whatever the environment says of a launcher's plan
     for torn in (*cfg.output_dir.glob(".*.tmp"), *cfg.output_dir.glob("checkpoint-*/.*.tmp")):
         shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink(missing_ok=True)
     if cfg.resume is None:

@@ -300,7 +300,7 @@ def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
     body = f'case "$*" in *torch.distributed.run*) {agent} ;; *finalize*) {finalize} ;; esac'
     assert supervised(tmp_path, body, faults)[0] == code
     assert (tmp_path / "notified").read_text().strip() == state
-    assert "H100_RUN_ID=" not in (tmp_path / "environment").read_text(), "what it starts is a run of its own"
+    assert "\nH100_" not in (tmp_path / "environment").read_text(), "a run that it starts would be taken for this one"
     assert (tmp_path / "logs" / "training.pid").exists() == (faults == "rm")
 
 
