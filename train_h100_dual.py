@@ -3029,7 +3029,7 @@ class Run:
     stop: StopFlag
     backend: str  # of attention, as it really runs
     saver: Saver
-    save_seconds: float = 0.0  # how long the last one took; before the first, what is known of it
+    save_seconds: float  # how long the last one took; before the first, what is known of it
     evaluation_seconds: float = 0.0
     sample_seconds: float = 0.0
     painter: subprocess.Popen | None = None  # of the curves
@@ -3168,6 +3168,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg, run.warmup_steps)
     info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
     info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
+    info["save_seconds"] = run.save_seconds  # of the save before: this one's aren't known yet
     info |= {"corpus": report, "data_fingerprint": report["fingerprint"], "warmup_steps": run.warmup_steps}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
@@ -3857,7 +3858,9 @@ def build_run(
     ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
     counts = size, rows // size, step_tokens, steps, warmup
-    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver())
+    # Of a run that goes on, as long as before; else 12 bytes a parameter at 200 MB/s, as on a slow disk.
+    seconds = point.info.get("save_seconds") or 12 * loss_module.model.num_parameters() / 200e6
+    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver(), seconds)
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
