@@ -4,8 +4,8 @@
 # starts torchrun with train_h100_dual.py in the background, and watches or stops the run.
 #
 # Everything about training belongs to train_h100_dual.py, whose options pass through untouched.
-# Exit codes: 0 done, 1 environment or run failed, 2 usage, 3 not running (--status, --follow, --stop),
-# 130 stopped by a signal in the foreground.
+# Exit codes: 0 done or out of --max-hours, 1 environment or run failed, 2 usage, 3 not running (--status, --follow,
+# --stop), 130 stopped by a signal (in the foreground, and seen by --follow).
 
 set -euo pipefail
 
@@ -70,6 +70,8 @@ usage() {
 설치:
   --python PATH                   사용할 파이썬
   --no-install                    아무것도 설치하지 않고 부족한 패키지만 알림
+
+종료 코드는 0 완료(--max-hours로 끝나도), 1 환경 문제나 실패, 2 잘못된 옵션, 130 포그라운드에서 신호로 중단
 
 TEXT
   script_args=() # whatever else was typed
@@ -332,7 +334,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   fi
   case $state in
     finished) return 0 ;;
-    stopped) return 130 ;;
+    stopped) return $((signals > 0 ? 130 : 0)) ;; # 0: by its own --max-hours, as a chain of jobs wants it
     *) return 1 ;;
   esac
 }

@@ -1555,8 +1555,9 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
             return 0
     if mode == "stop":
         print_status(cfg)
-    codes = {"finished": 0, "stopped": 0 if mode == "stop" else STOPPED}
-    return codes.get(run_status(cfg, with_gpus=False)["state"], ENVIRONMENT_ERROR)
+    info = read_json(cfg.output_dir / "run_info.json")
+    was_asked = mode != "stop" and "stop_requested" in info  # by somebody else, and not by its own --max-hours
+    return {"finished": 0, "stopped": STOPPED if was_asked else 0}.get(info.get("state"), ENVIRONMENT_ERROR)
 
 
 def draw_curves(folder: str) -> None:

@@ -293,6 +293,8 @@ def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = N
     ("exit 1", "exit 1", "failed", 1),
     ("exit 1", "echo failed; exit 1", "failed", 1),
     ("exit 0", "echo failed", "failed", 1),
+    ("exit 0", "echo stopped", "stopped", 0),  # by --max-hours
+    ("kill -TERM $PPID; exit 0", "echo stopped", "stopped", 130),
 ])  # fmt: skip
 def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
     tmp_path: Path, faults: str, agent: str, finalize: str, state: str, code: int
