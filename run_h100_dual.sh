@@ -124,10 +124,10 @@ find_python() { # find_python WHEN: sets plain_python, recent enough, and python
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
+    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # half set up; it will be made anew
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue # as MINIMUM_PYTHON
     ask "$candidate" "$1"
     [[ -n $plain_python ]] || plain_python=$candidate missing=${plan[missing]}
-    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
     if [[ -z ${plan[missing]} ]]; then
       plain_python=$candidate python=$(command -v "$candidate")
       return
