@@ -751,8 +751,11 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
         return problems
-    with suppress(FileNotFoundError):
-        lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    try:
+        if (cfg.output_dir / ".lock").exists():
+            lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    except OSError as error:  # another user's, for instance
+        problems.append(f"잠금 파일을 열지 못했습니다: {describe_error(error)[0]}. 다른 --output-dir 를 쓰세요")
     return problems + results_problems(cfg, info)
 
 
@@ -1450,6 +1453,12 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
     pid, info = find_supervisor(cfg), read_json(cfg.output_dir / "run_info.json")
     if pid and str(info.get("run_id")).partition("-")[0] != pid:
         info = {}
+    elif not pid and info.get("state") == "running":
+        with suppress(OSError):  # there is no lock, or it is another user's
+            try:
+                lock_output(cfg.output_dir, "r+").close()
+            except EnvironmentProblem:  # under torchrun alone rank 0 has taken it, and its PID stands there
+                pid = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
@@ -1530,7 +1539,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     """Follow a run's log to its end: to "follow" or "stop" it, or for a launcher of this PID; returns the exit code."""
     pid = mode if mode.isdigit() else find_supervisor(cfg)
     if not pid:
-        print("실행 중인 학습이 없습니다")
+        print("이 실행기로 실행 중인 학습이 없습니다")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
     # For a launcher in the foreground signals are meant; of the others Ctrl-C ends only this, not the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)

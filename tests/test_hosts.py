@@ -317,6 +317,14 @@ def test_a_start_that_does_not_come_on_says_so_with_the_last_line_of_the_detail_
 # --- links and readers that go ---
 
 
+def test_a_lock_that_can_not_be_opened_is_refused_in_a_sentence(place: Place) -> None:
+    (place.outputs / ".lock").mkdir(parents=True)  # as it would be another user's, if root were refused anything
+    answer = place.run("--test")
+    (complaint,) = answer.complaints
+    assert (answer.code, "Traceback" in answer.text) == (1, False)
+    assert f"{place.outputs}/.lock" in complaint and "--output-dir" in complaint
+
+
 def test_a_link_to_nowhere_and_no_home_are_answered_in_a_sentence(place: Place) -> None:
     place.outputs.symlink_to(place.folder / "gone")
     command = place.command("--test", "--dry-run", "--device", "cpu")
