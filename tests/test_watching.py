@@ -187,8 +187,8 @@ def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_p
 def test_a_run_that_died_without_a_word_is_told_as_failed_and_one_without_a_launcher_as_running(tmp_path):
     cfg = write_run(tmp_path, records(10), run_id="none-54")
     with t.lock_output(cfg.output_dir, "w") as lock:  # as rank 0 does under torchrun
-        print(55, end="", file=lock, flush=True)
-        assert [t.run_status(cfg)[name] for name in ("state", "pid", "step")] == ["running", 55, 10]
+        print(os.getpid(), end="", file=lock, flush=True)
+        assert [t.run_status(cfg)[name] for name in ("state", "pid", "step")] == ["running", os.getpid(), 10]
         assert t.print_status(cfg) == 0
     assert [t.run_status(cfg)[name] for name in ("state", "pid")] == ["failed", None]
 
