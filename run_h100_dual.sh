@@ -320,7 +320,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   wait "$agent" 2>/dev/null || code=$?
   ((code == 0)) || outcome=failed
   ((signals == 0)) || outcome=stopped
-  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log" "$logged")
+  state=$("$python" "$TRAIN_SCRIPT" internal:finalize "${plan[output_dir]}" "$outcome" "$code" "$detail_log")
   state=${state:-$outcome}
   if [[ $state == failed ]]; then
     [[ -s $console_log ]] || tail -n 15 "$detail_log" || true
@@ -377,7 +377,7 @@ start_background() {
   log "" "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):" "----------------------------------------"
   for ((i = 0; i < FIRST_LOG_WAIT * 5; i++)); do
     if [[ -s $console_log ]]; then
-      timeout "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" 2>/dev/null || true
+      timeout --foreground "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" 2>/dev/null || true
       break
     fi
     kill -0 "$pid" 2>/dev/null || break

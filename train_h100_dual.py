@@ -787,6 +787,15 @@ def corpus_name(cfg: TrainConfig) -> str:
     return ", ".join(map(str, cfg.dataset_path))
 
 
+def known_pin(cfg: TrainConfig) -> str | None:
+    """The hub's data set with the commit that a run which goes on (restarted, --resume) began with."""
+    info = read_json(cfg.output_dir / "run_info.json")
+    goes_on, known = cfg.resume is not None or is_restart(info), info.get("dataset", {})
+    if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
+        known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
+    return known["pinned"] if goes_on and known.get("asked") == corpus_name(cfg) else None
+
+
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
     default = cfg.dataset_path == TrainConfig.dataset_path and not cfg.dataset_path[0].exists()
@@ -1134,7 +1143,8 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     try:
         problems += output_problems(cfg)
         files, left_out = corpus_files(cfg)
-        corpus, lists = corpus_folders(cfg, files)
+        pin = known_pin(cfg)
+        corpus, lists = corpus_folders(replace(cfg, dataset_path=(Path(pin),)) if pin else cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
         done, step_tokens = point.info.get("step", 0), point.step_tokens
@@ -1278,6 +1288,9 @@ def has_package(name: str, least: str) -> bool:
 # could not, removes the PID file, lets go of the logs' lock and runs --notify.
 
 
+LOST_PEER = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"  # told by a rank to which it happened
+
+
 def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -1319,20 +1332,24 @@ def note_stop_request(output_dir: str, agent: str) -> None:
             os.kill(int(agent), signal.SIGTERM)
 
 
-def finalize_state(folder: str, outcome: str, code: str, detail_log: str, offset: str) -> None:
-    """Set, where the ranks had no time to, and print a run's state; its detail log begins at ``offset``."""
+def finalize_state(folder: str, outcome: str, code: str, detail_log: str) -> None:
+    """Set, where the ranks had no time to, and print a run's state; what a hang was taken for is put right."""
     info, is_news = read_json(Path(folder) / "run_info.json"), False
+    crash = f"프로세스가 비정상 종료했습니다 (코드 {code})"
     if info.get("run_id") != run_id():  # an earlier run's: this one ended before it wrote its own
         info = {"state": outcome}
     elif info["state"] == "running" or (info["state"] == "stopped" and outcome == "failed"):  # nobody had asked
         info, is_news = info | {"state": outcome, "ended": timestamp()}, True
         if outcome == "failed":
-            info["error"] = f"프로세스가 비정상 종료했습니다 (코드 {code})"
-            with suppress(OSError):
-                if re.search(rb"(?m)^Timeout \(", Path(detail_log).read_bytes()[int(offset) :]):  # faulthandler's
-                    minutes = info["options"]["hang_timeout"]
-                    info["error"] = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)"
-            print(f"❌ {info['error']}", file=sys.stderr)
+            info["error"] = crash
+    for path in Path(detail_log).parent.glob("training_detail_rank_*.log"):
+        if info.get("error") in (crash, LOST_PEER) and path.stat().st_mtime >= (Path(folder) / ".lock").stat().st_mtime:
+            _, timeout, after = path.read_bytes().rpartition(b"\nTimeout (")  # faulthandler's, in the rank that hung
+            if timeout and not re.search(rb"(?m)^\d{4}-\d\d-\d\d ", after):  # else it was started anew since
+                minutes = info["options"]["hang_timeout"]
+                info["error"], is_news = f"{minutes:g}분 동안 진행이 없어 학습을 끝냈습니다 (--hang-timeout)", True
+    if is_news and "error" in info:
+        print(f"❌ {info['error']}", file=sys.stderr)
     print(info["state"])  # first: the disk may take no more
     if is_news:
         update_run_info(Path(folder), **info)
@@ -1457,8 +1474,9 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
         with suppress(OSError):  # there is no lock, or it is another user's
             try:
                 lock_output(cfg.output_dir, "r+").close()
-            except EnvironmentProblem:  # under torchrun alone rank 0 has taken it, and its PID stands there
-                pid = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
+            except EnvironmentProblem:  # under torchrun alone the PID in it is rank 0's, else a supervisor's that died
+                holder = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
+                pid = holder if os.path.exists(f"/proc/{holder}") else ""
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
@@ -1957,16 +1975,12 @@ def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) ->
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
-    """The hub's data set with its commit: the newest, or of a run that goes on (restarted, --resume) its own."""
+    """The hub's data set with its commit: the newest where none is known."""
     import huggingface_hub
 
-    asked, known = corpus_name(cfg), read_json(cfg.output_dir / "run_info.json").get("dataset", {})
-    if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
-        known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
-    goes_on = cfg.resume is not None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if goes_on and known.get("asked") == asked:
-        return known["pinned"]
-    repository, revision, *more = HUB_NAME.fullmatch(asked).groups()
+    if pin := known_pin(cfg):
+        return pin
+    repository, revision, *more = HUB_NAME.fullmatch(corpus_name(cfg)).groups()
     with refusing("허브에 없거나 연결할 수 없습니다", repository):
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha
     return ":".join([f"hf:{repository}@{commit}", *(part or "" for part in more)])
@@ -2271,7 +2285,10 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
-    """Texts to train the tokenizer on, by their hashes, none of them held out: of a small corpus all the others."""
+    """Texts to train the tokenizer on, by their hashes: of a small corpus all but what is held out by default.
+
+    The typed --validation-split doesn't count: one tokenizer serves them all, and is the same when it is made again.
+    """
     # Chunks at even distances, whatever the format: all are cut, which is cheap, and only these are parsed.
     step, drawn, size = math.ceil(estimated_bytes(files) / SAMPLE_BYTES) or 1, {}, 0
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
@@ -2287,8 +2304,8 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     for rows in drawn.values():
         hashes, sizes = np.array([row[0] for row in rows], np.uint64), np.array([row[2] for row in rows])
         # What is held out has the smallest hashes; of which documents, a part can't tell: it does without more.
-        share = cfg.validation_split
-        bound = held_out_bound(hashes, sizes, share) if files and step == 1 else int(max(0.2, share) * 2**64)
+        share = TrainConfig.validation_split
+        bound = held_out_bound(hashes, sizes, share) if files and step == 1 else int(0.2 * 2**64)
         kept += [row for row in rows if row[0] > bound]
     for _, text, _ in sorted(kept):
         texts.append(text)
@@ -3989,7 +4006,7 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
     logging.getLogger("traceback").error("run failed", exc_info=error)
     is_victim = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
     if is_victim:  # the other's fault is the cause: it may be about to say why
-        text = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"
+        text = LOST_PEER
         time.sleep(1)
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     again = not known and used < most

@@ -166,12 +166,13 @@ def test_a_run_that_goes_on_reads_the_commit_it_began_with_also_without_the_hub(
     hub["rows"] = [{"text": text} for text in wild_documents(100)]
     first = t.prepare_corpus(cfg)
     pinned = {"asked": "hf:org/name", "pinned": first.report["dataset"]}
-    (cfg.output_dir / "run_info.json").write_text(json.dumps({"dataset": pinned}))
+    (cfg.output_dir / "run_info.json").write_text(json.dumps({"dataset": pinned, "mode": "train"}))
     hub["sha"] = "second"
     assert t.prepare_corpus(cfg).path != first.path  # a new run takes the newest
     monkeypatch.setattr("huggingface_hub.dataset_info", None)  # a call would fail
     resumed = t.replace(cfg, resume="auto")
     assert t.prepare_corpus(resumed).path == first.path
+    assert t.make_launch_plan(t.replace(resumed, max_steps=None), 1).exact, "the plan knows its tokens"
     checkpoint = tmp_path / "elsewhere" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
     info = {"options": {"dataset_path": "hf:org/name"}, "corpus": first.report}
@@ -336,7 +337,10 @@ def test_the_tokenizer_of_a_small_corpus_sees_all_but_what_is_held_out(tmp_path,
     corpus = prepared(tmp_path, texts)
     held = {corpus.tokenizer.decode(ids) for ids in both_sides(corpus)[1]}
     assert corpus.report["val_by_language"] == {"ko": 30, "en": 30}
-    assert sorted(json.loads((tmp_path / "seen.json").read_text())) == sorted(set(texts) - held)
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert sorted(seen) == sorted(set(texts) - held)
+    more = config(tmp_path, "--dataset-path", str(tmp_path / "corpus.jsonl"), "--validation-split", "0.1")
+    assert t.draw_sample(more, list(more.dataset_path)) == seen, "a cache that is made again holds the same tokenizer"
 
 
 def test_a_sample_of_a_large_corpus_is_even_over_a_file_sorted_by_language_and_meets_nothing_held_out(
@@ -352,6 +356,7 @@ def test_a_sample_of_a_large_corpus_is_even_over_a_file_sorted_by_language_and_m
     for corpus in (path, packed):
         cfg = config(tmp_path, "--dataset-path", str(corpus), "--validation-split", "0.1")
         sample = t.draw_sample(cfg, [corpus])
+        assert t.draw_sample(t.replace(cfg, validation_split=0.5), [corpus]) == sample
         assert Counter(text.split()[0] for text in sample).keys() == {"한국어", "English", "français"}
         assert sum(len(text.encode()) for text in sample) < 120_000
         hashes = {text: t.content_hash(text.encode()) for text in texts}

@@ -62,6 +62,21 @@ def test_the_stacks_of_every_rank_are_in_its_detail_log(hung_run: SimpleNamespac
     assert_in_order(sleeping, [r"\(most recent call first\)", "in learning_rate_at$", "in train$", "in main$"])
 
 
+def test_a_hang_is_told_whichever_rank_it_was_in_and_whoever_spoke_first(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("H100_DUAL_RUN_ID", "1-1")
+    (tmp_path / ".lock").touch()
+    logs = [tmp_path / f"training_detail_rank_{rank}.log" for rank in (0, 1)]
+    logs[0].write_text("2026-11-26 08:00:00,000 ERROR traceback: run failed\n")
+    hang = "2026-11-26 08:00:00,000 DEBUG h100_dual: step 3\nTimeout (0:15:00)!\nThread 0x1:\n"
+    info = {"run_id": "1-1", "options": {"hang_timeout": 15}, "state": "failed", "error": t.LOST_PEER}
+    for text, expected in ((hang + "2026-11-26 08:01:00,000 INFO again\n", "다른 랭크의"), (hang, "15분 동안")):
+        t.write_json(tmp_path / "run_info.json", info)
+        logs[1].write_text(text)
+        t.finalize_state(str(tmp_path), "failed", "1", str(logs[0]))
+        assert expected in t.read_json(tmp_path / "run_info.json")["error"]
+    assert capsys.readouterr().out == "failed\n" * 2
+
+
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_interpreter_to_itself_is_found_too(broken) -> None:
     hold = "re.match('(a+)+$', 'a' * 60 + 'b')"  # C code that lets no other thread run
