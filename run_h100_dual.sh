@@ -120,11 +120,14 @@ drop_foreign_variables() { # what a pod, srun or another project's accelerate an
   unset "${foreign[@]}"
 }
 
-find_python() { # find_python WHEN: sets plain_python, recent enough, and python, which has the packages; asks as ask does
+find_python() { # find_python WHEN: sets plain_python and python; WHEN is what ask is to do
+  # python: the first that has the packages.  plain_python: the same or, if none has, the first that is recent enough,
+  # which makes .venv.  Each is asked at once: wrong options are told by the first Python that can read them.
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
-    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # half set up; it will be made anew
+    # Half set up, it will be made anew: no Python to do that with.
+    [[ $candidate != "$VENV_DIR"/* || ! -e $VENV_DIR/.installing ]] || continue
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue # as MINIMUM_PYTHON
     ask "$candidate" "$1"
     [[ -n $plain_python ]] || plain_python=$candidate missing=${plan[missing]}
@@ -340,6 +343,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
 }
 
 signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun itself only while it has none
+  # agent and ranks are supervise's, which alone calls it.
   local children pid
   children=$(cat "/proc/$agent/task"/*/children 2>/dev/null) || true
   ranks=${children:-$ranks}
@@ -469,9 +473,8 @@ interrupted() { # Ctrl-C before the run has begun
 main() {
   local when=never
   if [[ ${1-} == internal:supervise ]]; then
-    plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5 plan[processes]=$6
+    plan[output_dir]=$2 plan[logs_dir]=$3 notify=$4 python=$5 plan[processes]=$6 plan[node_rank]=$7 # as start_background
     command=("${@:8}")
-    plan[node_rank]=$7
     set_log_paths
     supervise || exit
     return

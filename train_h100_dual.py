@@ -88,18 +88,19 @@ OWN_FILES = ("run_info.json", "training_info.json", "model_info.json", "training
 HELD_OUT = ("test", "valid", "validation", "dev", "heldout")  # splits, in names that have "train" elsewhere
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
+# Model types whose input and output embeddings are one unless their config.json says otherwise.
 TIED_BY_DEFAULT = {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files have to be
 LAYOUT_VERSION = 2  # of checkpoints: which rows a step reads, how a document begins, the names in the training state
-DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}
-# Above: an option, and those that decide in its place where they are given.  Below: what has to stay at a resume; and
-# what may change, but is told as it has an effect on what is learnt.
-FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
-FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
 SYSTEM_ERRORS = {errno.ENOSPC: "디스크 공간이 부족합니다", errno.EDQUOT: "디스크 할당량(quota)이 부족합니다"}
 SYSTEM_ERRORS |= {errno.EROFS: "읽기 전용 파일 시스템입니다", errno.EACCES: "접근 권한이 없습니다"}  # to be mended
+# An option, and those that decide in its place where they are given.
+DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}
+# What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
+FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
+FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
 
 
@@ -245,7 +246,10 @@ def parse_mix(text: str) -> str:
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
-    """Declare an option, its ``kind`` as ``parse_value`` reads it; of several defaults the last that applies counts."""
+    """Declare an option, its ``kind`` as ``parse_value`` reads it.
+
+    Defaults by situation: "base", "test" (mode), "cpu" (device), "cpu_test" (both); the last that applies counts.
+    """
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
@@ -418,17 +422,17 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
             switches = [name for name, (meaning, _) in item.metadata["flags"].items() if meaning == value]
             adapted += switches or [f"{as_typed(item.name)} {value}"]
     cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
-    words = read_config(cfg.init_from).get("vocab_size") or -(-tokenizer_size(cfg.tokenizer) // 128) * 128
-    return replace(cfg, vocab_size=words or cfg.vocab_size), notes  # as far as the files tell it
+    told = read_config(cfg.init_from).get("vocab_size") or -(-tokenizer_size(cfg.tokenizer) // 128) * 128
+    return replace(cfg, vocab_size=told or cfg.vocab_size), notes  # as far as the files tell it
 
 
 def validate_config(cfg: TrainConfig) -> TrainConfig:
     """Return the options, or raise UsageProblem: some can't be meant, or not on ``cfg.device`` once that is known."""
-    problems, words = [], cfg.vocab_size or 0
+    problems, size = [], cfg.vocab_size or 0
     if cfg.resume and cfg.is_test:
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
-    if words % 128 and not (cfg.tokenizer or cfg.init_from):
-        problems.append(f"--vocab-size {words}: 128의 배수여야 합니다. 가장 가까운 값: {round(words / 128) * 128}")
+    if size % 128 and not (cfg.tokenizer or cfg.init_from):
+        problems.append(f"--vocab-size {size}: 128의 배수여야 합니다. 가장 가까운 값: {round(size / 128) * 128}")
     if cfg.generate and not cfg.prompt:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
@@ -845,7 +849,7 @@ def why_left_out(path: Path, own: set[str]) -> str:
 def list_directory(folder: Path, own: set[str]) -> dict[Path, str]:
     """What lies in a directory, in order, each with why it is left out, by itself or for what lies beside it."""
     paths, mixed = sorted(folder.iterdir()), folder / "mixed_pretraining.jsonl"
-    if mixed in paths:
+    if mixed in paths:  # it stands for all that lies beside and below it
         return {path: "" if path == mixed else f"{mixed.name}만 읽음" for path in paths}
     reasons = {path: why_left_out(path, own) for path in paths}
     # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
@@ -939,8 +943,8 @@ def read_config(source: Path | str | None) -> dict[str, Any]:
 def tokenizer_size(source: Path | str | None) -> int:
     """Vocabulary of a saved tokenizer, up to its largest id; 0 if its file doesn't tell."""
     content = read_json(Path(source or os.devnull) / "tokenizer.json")
-    words = (content.get("model") or {}).get("vocab") or ()
-    ids = words.values() if isinstance(words, dict) else range(len(words))
+    vocab = (content.get("model") or {}).get("vocab") or ()
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     return max([-1, *ids, *(word["id"] for word in content.get("added_tokens", ()))]) + 1
 
 
@@ -1090,11 +1094,11 @@ def source_problems(cfg: TrainConfig) -> list[str]:
     return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
 
 
-def init_from_problems(cfg: TrainConfig, words: int, vocabulary: int, longest: int) -> list[str]:
-    """What doesn't fit into the model of ``--init-from``: a tokenizer of ``words`` tokens, the length of a row."""
+def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: int) -> list[str]:
+    """What doesn't fit into the model of ``--init-from``: a tokenizer of ``size`` tokens, the length of a row."""
     problems = []
-    if words > vocabulary:
-        problems.append(f"--tokenizer의 어휘 {words:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
+    if size > vocabulary:
+        problems.append(f"--tokenizer의 어휘 {size:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
         text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest}보다 깁니다"
         problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
@@ -1276,7 +1280,7 @@ def has_package(name: str, least: str) -> bool:
     return False
 
 
-# --- stops and restarts: what a run tells of itself on the disk, and how it ends ---
+# ==== Stops and restarts: what a run tells of itself on the disk, and how it ends =====
 #
 # Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
 # 0 takes the outputs' lock (torchrun's ranks inherit nothing).  run_info.json's run_id tells this run from others.
@@ -1387,9 +1391,9 @@ class StopFlag:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "requested", True))
 
-    def arm(self, minutes: float, log: Any) -> None:
-        """From now on ``minutes`` without a heartbeat end this process, with all stacks in the open file ``log``."""
-        self.limit, self.log, self.armed = 60 * minutes, log, -math.inf
+    def arm(self, minutes: float, log: Any = None) -> None:
+        """From now on ``minutes`` without a heartbeat end this process, with all stacks in ``log`` or the last."""
+        self.limit, self.log, self.armed = 60 * minutes, log or self.log, -math.inf
         self.heartbeat()
 
     def heartbeat(self) -> None:
@@ -1410,7 +1414,7 @@ def follow_agent() -> None:
     os._exit(0)  # torchrun was gone before we asked
 
 
-# --- watching a run: --status, --follow, training_curves.png ---
+# ==== Watching: --status, --follow, training_curves.png ===============================
 
 STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
 STATUS_LINES = {  # label and format; what isn't known, and a count of 0, has no line
@@ -1777,8 +1781,8 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     if cfg.device == "cuda":
         # No holes in the GPU's memory; pinned buffers as large as asked, not rounded up to a power of two.
         exact = ",pinned_max_round_threshold_mb:1" if has_package("torch", "2.13") else ""  # 2.11 refuses unknown words
-        words = "expandable_segments:True" + exact
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", words))
+        settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True" + exact)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", settings)
         torch.set_float32_matmul_precision("high")
     trackers = [name for name in cfg.report_to.split(",") if name != "none"]
     # The group waits longer than the hang timer, which shows where each rank is.
@@ -2247,11 +2251,11 @@ def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
 
 def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.ndarray, str]]], str]:
     """From NFC texts to their ids and the characters that are lost, blanks apart: in no token or an unknown one."""
-    backend, words, size = tokenizer.backend_tokenizer, tokenizer.get_vocab(), vocabulary_size(tokenizer)
+    backend, vocab, size = tokenizer.backend_tokenizer, tokenizer.get_vocab(), vocabulary_size(tokenizer)
     spec, dtype = json.loads(backend.to_str()), np.min_scalar_type(size - 1)
-    unknown = words.get(spec["model"].get("unk_token"), spec["model"].get("unk_id"))
+    unknown = vocab.get(spec["model"].get("unk_token"), spec["model"].get("unk_id"))
     of_bytes = (set(bytes_to_unicode().values()), set(map("<0x{:02X}>".format, range(256))))
-    writes_all = any(words.keys() >= names for names in of_bytes)
+    writes_all = any(vocab.keys() >= names for names in of_bytes)
 
     def find_lost(text: str, item: Any) -> str:
         left = list(text)
@@ -2635,7 +2639,7 @@ def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray
         yield from map_ahead(pool, lambda place: read_rows(corpus, *place, length, pinned=True), places, ahead)
 
 
-# ==== Model, loss, attention ==========================================================
+# ==== Model and optimizer: decoder, loss, attention; AdamW, Muon, schedule ============
 
 ATTENTION_NAME = "packed_causal"
 
@@ -2873,7 +2877,7 @@ def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "c
     return loss_module
 
 
-# ==== Optimizer, schedule, batch size =================================================
+# --- optimizer, schedule, batch size ---
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
@@ -3559,7 +3563,7 @@ def start_profile(run: Run, left: int) -> Any:
     return profiler
 
 
-# ==== Evaluation, samples =============================================================
+# ==== Evaluation: bits per byte, samples ==============================================
 
 
 def rolling_windows(tokens: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -3722,7 +3726,7 @@ def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
     return ["".join(f"{' ' * (11 - display_width(cell))} {cell}" for cell in row) for row in rows]
 
 
-# ==== Loop ============================================================================
+# ==== Loop and main ===================================================================
 
 
 def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
@@ -3797,7 +3801,7 @@ def train(run: Run, state: TrainState) -> str:
         if profile is not None:
             profile.step()
         if is_first:
-            run.stop.arm(cfg.hang_timeout, run.stop.log)  # what compiles later, for an evaluation, doesn't take long
+            run.stop.arm(cfg.hang_timeout)  # what compiles later, for an evaluation, doesn't take long
             if cfg.device == "cuda":
                 # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
                 # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
@@ -3825,7 +3829,7 @@ def train(run: Run, state: TrainState) -> str:
     return "finished" if state.step >= run.total_steps else "stopped"
 
 
-# ==== main ============================================================================
+# --- main ---
 
 
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
@@ -3903,7 +3907,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         accelerator, point, fingerprint = build_accelerator(cfg), None, corpus.report["fingerprint"]
         if accelerator.is_main_process:  # which may be the only one to see the checkpoints
             point = find_resume_point(cfg, world_size, fingerprint, thorough=True)
-            for note in point.notes:
+            for note in point.notes:  # the plan's once more: the log is kept, and a thorough look may find more
                 logger.info(f"⚠️  {note}")
         point, first = broadcast_object_list([point, fingerprint])
         if first != fingerprint:
@@ -3924,10 +3928,10 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         report_save(run, is_last=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
         again = "" if cfg.is_test else " 이어서 하려면 처음 명령에 --resume 을 덧붙이세요"
-        words = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]
+        message = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]
         if point.info.get("step") == state.step:
-            words = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
-        logger.info(f"{words} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
+            message = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
+        logger.info(f"{message} (스텝 {state.step:,}, {format_duration(state.elapsed_seconds)})")
         lock.close()
     hard_exit(0)
 

@@ -36,7 +36,7 @@ class NeverStop:
     requested = False
     log = None
 
-    def arm(self, minutes: float, log: Any) -> None:
+    def arm(self, minutes: float, log: Any = None) -> None:
         pass
 
     def heartbeat(self, step: int | None = None) -> None:

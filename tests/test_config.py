@@ -311,3 +311,9 @@ def test_embeddings_count_as_tied_only_where_transformers_ties_them(tmp_path, mo
         assert t.model_shape(config(tmp_path, "--model-config", str(path))).tied == expected
     path.write_text(json.dumps({"model_type": "llama", **shape, "num_attention_heads": 0}))
     assert t.model_shape(config(tmp_path, "--model-config", str(path))) is None
+
+
+def test_the_table_of_contents_names_the_sections_in_their_order():
+    contents = re.findall(r"(?m)^    ([A-Z][\w ]*?)  +\S", t.__doc__)
+    banners = re.findall(r"(?m)^# ==== ([\w ]+?)(?::| =)", (ROOT / "train_h100_dual.py").read_text(encoding="utf-8"))
+    assert banners == contents
