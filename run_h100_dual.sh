@@ -4,8 +4,8 @@
 # starts torchrun with train_h100_dual.py in the background, and watches or stops the run.
 #
 # Everything about training belongs to train_h100_dual.py, whose options pass through untouched.
-# Exit codes: 0 done, 1 environment or run failed, 2 usage, 3 not running (--status, --follow, --stop),
-# 130 stopped by a signal in the foreground.
+# Exit codes: 0 done or out of --max-hours, 1 environment or run failed, 2 usage, 3 not running (--status, --follow,
+# --stop), 130 stopped by a signal (in the foreground, and seen by --follow).
 
 set -euo pipefail
 
@@ -69,6 +69,8 @@ usage() {
   --python PATH                   사용할 파이썬
   --no-install                    아무것도 설치하지 않고 부족한 패키지만 알림
 
+종료 코드는 0 완료(--max-hours로 끝나도), 1 환경 문제나 실패, 2 잘못된 옵션, 130 포그라운드에서 신호로 중단
+
 TEXT
   script_args=() # whatever else was typed
   find_python never
@@ -111,10 +113,11 @@ find_python() { # find_python WHEN: sets plain_python, recent enough, and python
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
+    # A half-made environment isn't the Python that makes it anew.
+    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue # as MINIMUM_PYTHON
     ask "$candidate" "$1"
     [[ -n $plain_python ]] || plain_python=$candidate missing=${plan[missing]}
-    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue # a set-up that was cut off
     if [[ -z ${plan[missing]} ]]; then
       plain_python=$candidate python=$(command -v "$candidate")
       return
@@ -264,8 +267,8 @@ rotate_console_log() {
 
 supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
   local agent ranks="" signals=0 heard=false code=0 outcome=finished state logged guard=() pause
-  RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
-  export RUN_ID
+  H100_DUAL_RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
+  export H100_DUAL_RUN_ID
   trap 'signals=$((signals + 1))' TERM INT # no more: one that comes while a trap runs may be lost
   trap '' HUP
   printf '%s\n' "$$" >"$pid_file"
@@ -301,13 +304,14 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     log "❌ 학습이 실패로 끝났습니다. 자세한 내용: $detail_log"
   fi
   rm -f "$pid_file"
-  exec 9>&- # --notify may start the next run
+  exec 9>&- # --notify may start the next run, also by torchrun itself: it is no part of this one
+  unset H100_DUAL_RUN_ID
   if [[ -n $notify ]]; then
     bash -c "$notify \"\$@\"" notify "$state" || warn "--notify 명령이 실패했습니다: $notify"
   fi
   case $state in
     finished) return 0 ;;
-    stopped) return 130 ;;
+    stopped) return $((signals > 0 ? 130 : 0)) ;; # 0: by its own --max-hours, as a chain of jobs wants it
     *) return 1 ;;
   esac
 }
@@ -318,7 +322,7 @@ signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun 
   ranks=${children:-$ranks}
   for pid in ${ranks:-$agent}; do
     # By the run's name in its environment: the number may be another process's by now.
-    ! grep -qsz "^RUN_ID=$RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
+    ! grep -qsz "^H100_DUAL_RUN_ID=$H100_DUAL_RUN_ID\$" "/proc/$pid/environ" || kill "-$1" "$pid" 2>/dev/null || true
   done
 }
 
@@ -350,7 +354,7 @@ start_background() {
   log "" "📋 초기 로그 출력 (${FIRST_LOG_SHOW}초간):" "----------------------------------------"
   for ((i = 0; i < FIRST_LOG_WAIT * 5; i++)); do
     if [[ -s $console_log ]]; then
-      timeout "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" || true
+      timeout --foreground "$FIRST_LOG_SHOW" tail -n +1 -f "$console_log" || true
       break
     fi
     kill -0 "$pid" 2>/dev/null || break

@@ -681,14 +681,22 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
         return problems
-    with suppress(FileNotFoundError):
-        lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    try:
+        if (cfg.output_dir / ".lock").exists():
+            lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    except OSError as error:  # another user's, for instance
+        problems.append(f"잠금 파일을 열지 못했습니다: {error}. 다른 --output-dir 를 쓰세요")
+    return problems + results_problems(cfg, info)
+
+
+def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
+    """A sentence if a run, which may be started anew, would remove what a training run of this ``info`` left."""
     goes_on = cfg.resume == "auto" or (cfg.resume and cfg.resume.resolve().parent == cfg.output_dir.resolve())
     replaces = cfg.resume is None and info.get("mode") == "test"
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if earlier and not goes_on and not replaces:
-        problems.append(f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)")
-    return problems
+    if not earlier or goes_on or replaces or is_restart(info):
+        return []
+    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)"]
 
 
 def node_rank(cfg: TrainConfig) -> int:
@@ -1129,7 +1137,7 @@ def is_local_main() -> bool:
 def run_id() -> str:
     """What one start of the launcher, or of torchrun, has in common over all its restarts."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")  # "none" for every run without --standalone
-    return os.environ.get("RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
+    return os.environ.get("H100_DUAL_RUN_ID") or (f"{name}-{os.getppid()}" if name else str(os.getpid()))
 
 
 def update_run_info(output_dir: Path, if_state: str | None = None, **changes: Any) -> bool:
@@ -1235,7 +1243,7 @@ def follow_agent() -> None:
         return  # a shell may well go away
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        if os.environ.get("RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
+        if os.environ.get("H100_DUAL_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
             return
     os._exit(0)  # torchrun was gone before we asked
 
@@ -1408,8 +1416,9 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
             return 0
     if mode == "stop":
         print_status(cfg)
-    codes = {"finished": 0, "stopped": 0 if mode == "stop" else STOPPED}
-    return codes.get(run_status(cfg, with_gpus=False)["state"], ENVIRONMENT_ERROR)
+    info = read_json(cfg.output_dir / "run_info.json")
+    was_asked = mode != "stop" and "stop_requested" in info  # by somebody else, and not by its own --max-hours
+    return {"finished": 0, "stopped": STOPPED if was_asked else 0}.get(info.get("state"), ENVIRONMENT_ERROR)
 
 
 def draw_curves(folder: str) -> None:
@@ -2644,7 +2653,7 @@ class Run:
     stop: StopFlag
     backend: str  # of attention, as it really runs
     saver: Saver
-    save_seconds: float = 0.0  # how long the last one took; before the first, what is known of it
+    save_seconds: float  # how long the last one took; before the first, what is known of it
     evaluation_seconds: float | None = None
     sample_seconds: float = 0.0
     painter: subprocess.Popen | None = None  # of the curves
@@ -2789,6 +2798,7 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg)
     info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
     info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
+    info["save_seconds"] = run.save_seconds  # of the save before: this one's aren't known yet
     info |= {"corpus": report, "data_fingerprint": report["fingerprint"]}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
     batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
@@ -3485,7 +3495,7 @@ def train(run: Run, state: TrainState) -> str:
 
 def set_up_config(typed: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Complete the options; returns also what to show where no launcher has made the plan and shown it."""
-    if "RUN_ID" in os.environ:
+    if "H100_DUAL_RUN_ID" in os.environ:
         return resolve_config(typed, typed.device)[0], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if rank_and_world()[0]:  # the first one makes the plan
@@ -3510,8 +3520,10 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
                 raise
         time.sleep(0.2)
     lock.truncate(0)
-    lock.write(os.environ.get("RUN_ID", str(os.getpid())).partition("-")[0])
+    lock.write(os.environ.get("H100_DUAL_RUN_ID", str(os.getpid())).partition("-")[0])
     lock.flush()
+    if problems := results_problems(cfg, read_json(cfg.output_dir / "run_info.json")):
+        raise EnvironmentProblem(problems)  # whatever the environment says of a launcher's plan
     for torn in (*cfg.output_dir.glob(".*.tmp"), *cfg.output_dir.glob("checkpoint-*/.*.tmp")):
         shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink(missing_ok=True)
     if cfg.resume is None:
@@ -3564,7 +3576,10 @@ def build_run(
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
     ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
-    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, size, rows // size, steps, stop, backend, Saver())
+    counts = size, rows // size, steps
+    # Of a run that goes on, as long as before; else 12 bytes a parameter at 200 MB/s, as on a slow disk.
+    seconds = point.info.get("save_seconds") or 12 * loss_module.model.num_parameters() / 200e6
+    return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver(), seconds)
 
 
 def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LAUNCHER, SCRIPT, wait_for
-from samples import ROOT, WILD_TEXTS, options, tiny_run
+from samples import ROOT, WILD_TEXTS, config, options, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train_h100_dual as t
@@ -490,6 +490,19 @@ def test_a_checkpoint_of_the_layout_before_is_refused_and_begins_a_new_run(place
     assert all(torch.equal(value, old[name]) for name, value in run.model.state_dict().items())
     assert run.corpus.tokenizer("오늘 학생이").input_ids == AutoTokenizer.from_pretrained(OLD)("오늘 학생이").input_ids
     assert t.train(run, t.TrainState()) == "finished"
+
+
+def test_what_a_training_run_left_is_not_removed_even_if_a_launcher_seems_to_have_made_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("H100_DUAL_RUN_ID", "1-1")
+    cfg = config(tmp_path)
+    (cfg.output_dir / "checkpoint-5").mkdir(parents=True)
+    t.write_json(cfg.output_dir / "run_info.json", {"mode": "test"})
+    t.claim_output(cfg, 1).close()
+    assert not t.list_checkpoints(cfg.output_dir)
+    (cfg.output_dir / "checkpoint-5").mkdir()
+    with pytest.raises(RuntimeError, match="이전 학습의 결과가 있습니다"):
+        t.claim_output(cfg, 1)
+    assert t.list_checkpoints(cfg.output_dir)
 
 
 def test_what_json_has_no_word_for_becomes_null(tmp_path):

@@ -225,6 +225,11 @@ def test_the_time_kept_for_the_end_is_taken_from_what_evaluations_and_saves_took
     run.save_seconds, run.evaluation_seconds = 20.0, 8.0
     t.set_deadline(run, step_seconds=3.0)
     assert run.stop.deadline - time.monotonic() == pytest.approx(3600 - 600 - (2 * 3 + 8 + 1.5 * 20 + 5), abs=1)
+    info = t.training_info(run, t.TrainState())
+    again = t.build_run(run.cfg, run.corpus, run.stop, run.accelerator, t.ResumePoint(1, None, info))
+    assert again.save_seconds == 20.0, "also of the first save after a resume"
+    new = t.build_run(run.cfg, run.corpus, run.stop, run.accelerator)
+    assert new.save_seconds == 12 * new.model.num_parameters() / 200e6, "or without an initial model"
 
 
 def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):

@@ -197,6 +197,8 @@ def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew
         assert not list(place.folder.iterdir())
         assert (venv / ".installing").exists()
         if stage == "venv":
+            old = write_program(tmp_path / "old" / "python3", "exit 1")  # then the half one comes before python3.12
+            place.environment["PATH"] = f"{old.parent}:{place.environment['PATH']}"
             terminal = Terminal(place, "--test", "--foreground")
             place.wait("pip", lambda: any(" install " in text for text in place.processes().values()))
             assert_ended_by_ctrl_c(terminal)
