@@ -255,7 +255,7 @@ refuse_second_run() {
     ! pid_is_ours "$(read_pid "$pid_file")" || break
     sleep 0.1
   done
-  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
+  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 다른 --output-dir 와 --logs-dir 를 주거나 멈추세요: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
 }
 
 rotate_console_log() {
