@@ -284,7 +284,7 @@ def test_the_table_of_sizes_shows_the_estimates_of_the_launcher(place, with_gpus
     with_gpus(2, name="NVIDIA H100 80GB HBM3", total=10**6)
     rows = []
     for name, count, *shape in re.findall(
-        r"^  (\S+) +([\d.,]+M)  \((\d+)층 x (\d+), MLP (\d+), 헤드 (\d+)\)$", help_text(), re.M
+        r"^  (\S+) +([\d.,]+M)  \((\d+)층 x (\d+), MLP (\d+), 헤드 차원 (\d+)\)$", help_text(), re.M
     ):
         tokens = 20e6 * float(count[:-1].replace(",", ""))
         # A test goes on where a training run would be refused for the disk of this machine.
