@@ -1314,7 +1314,7 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
                 lock_output(cfg.output_dir, "r+").close()
             except EnvironmentProblem:  # held by a rank: its supervisor has other logs, or torchrun was started by hand
                 holder = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
-                pid = holder if os.path.exists(f"/proc/{holder}") else ""
+                pid = holder if os.path.exists(f"/proc/{holder}/exe") else ""  # a zombie has none
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
