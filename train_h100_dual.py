@@ -684,8 +684,8 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     try:
         if (cfg.output_dir / ".lock").exists():
             lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
-    except OSError as error:  # another user's, for instance
-        problems.append(f"잠금 파일을 열지 못했습니다: {error}. 다른 --output-dir 를 쓰세요")
+    except OSError:  # another user's, for instance
+        problems.append(f"열 수 없는 잠금 파일입니다: {cfg.output_dir / '.lock'} (다른 --output-dir 를 쓰세요)")
     return problems + results_problems(cfg, info)
 
 
@@ -1318,7 +1318,7 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
-    gpus, checkpoints = [], list_checkpoints(cfg.output_dir) if info else []
+    gpus, checkpoints = [], list_checkpoints(cfg.output_dir) if info or not pid else []
     if with_gpus and pid and info.get("options", {}).get("device") == "cuda":
         with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
             gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
@@ -1399,7 +1399,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     """
     pid = mode if mode.isdigit() else find_supervisor(cfg)
     if not pid:
-        print("이 로그 디렉토리로 실행 중인 학습이 없습니다")
+        print(f"이 로그 디렉토리로 실행 중인 학습이 없습니다: {display_path(cfg.logs_dir)}")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == pid else signal.SIG_DFL)
@@ -1423,7 +1423,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
             return 0
     info = read_json(cfg.output_dir / "run_info.json")
     if mode == "stop":
-        if str(info.get("run_id")).partition("-")[0] != pid:
+        if not node_rank(cfg) and str(info.get("run_id")).partition("-")[0] != pid:  # only the first machine's counts
             print("🛑 학습이 시작되기 전에 중단했습니다")
             return 0
         print_status(cfg)
