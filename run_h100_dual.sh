@@ -126,8 +126,8 @@ find_python() { # find_python WHEN: sets plain_python and python; WHEN is what a
   local candidates=(python3 "$VENV_DIR/bin/python" python3.14 python3.13 python3.12 python3.11) candidate
   [[ -z $wanted_python ]] || candidates=("$wanted_python")
   for candidate in "${candidates[@]}"; do
-    # Half set up, it will be made anew: no Python to do that with.
-    [[ $candidate != "$VENV_DIR"/* || ! -e $VENV_DIR/.installing ]] || continue
+    # A half-made environment isn't the Python that makes it anew.
+    [[ $candidate == "$VENV_DIR"/* && -e $VENV_DIR/.installing ]] && continue
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue # as MINIMUM_PYTHON
     ask "$candidate" "$1"
     [[ -n $plain_python ]] || plain_python=$candidate missing=${plan[missing]}
@@ -275,7 +275,7 @@ refuse_second_run() {
     ! pid_is_ours "$(read_pid "$pid_file")" || break
     sleep 0.1
   done
-  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 멈추려면: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
+  die "이미 실행 중인 학습이 있습니다 (PID $(read_pid "$pid_file")). 다른 --output-dir 와 --logs-dir 를 주거나 멈추세요: $SCRIPT_PATH --stop --logs-dir '${plan[logs_dir]}'"
 }
 
 rotate_console_log() {

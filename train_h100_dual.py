@@ -481,7 +481,7 @@ def help_text() -> str:
             lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
     lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
     for name, preset in PRESETS.items():
-        shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 {preset.head}"
+        shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 차원 {preset.head}"
         lines.append(f"  {name:<6}{preset.parameter_count(65536) / 1e6:>8,.1f}M  ({shape})")
     return "\n".join(lines[1:])
 
@@ -737,7 +737,7 @@ def lock_output(output_dir: Path, mode: str, patience: float = 0.0) -> Any:
         time.sleep(0.2)
     lock.seek(0)
     text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read()}): {output_dir}"
-    raise EnvironmentProblem(f"{text}. 다른 --output-dir 를 쓰거나 --stop 으로 멈추세요")
+    raise EnvironmentProblem(f"{text}. 다른 --output-dir 와 --logs-dir 를 쓰거나 --stop 으로 멈추세요")
 
 
 def output_problems(cfg: TrainConfig) -> list[str]:
@@ -758,8 +758,8 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     try:
         if (cfg.output_dir / ".lock").exists():
             lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
-    except OSError as error:  # another user's, for instance
-        problems.append(f"잠금 파일을 열지 못했습니다: {describe_error(error)[0]}. 다른 --output-dir 를 쓰세요")
+    except OSError:  # another user's, for instance
+        problems.append(f"열 수 없는 잠금 파일입니다: {cfg.output_dir / '.lock'} (다른 --output-dir 를 쓰세요)")
     return problems + results_problems(cfg, info)
 
 
@@ -1478,13 +1478,13 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
         with suppress(OSError):  # there is no lock, or it is another user's
             try:
                 lock_output(cfg.output_dir, "r+").close()
-            except EnvironmentProblem:  # under torchrun alone the PID in it is rank 0's, else a supervisor's that died
+            except EnvironmentProblem:  # held by a rank: its supervisor has other logs, or torchrun was started by hand
                 holder = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
-                pid = holder if os.path.exists(f"/proc/{holder}") else ""
+                pid = holder if os.path.exists(f"/proc/{holder}/exe") else ""  # a zombie has none
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
-    gpus, checkpoints = [], list_checkpoints(cfg.output_dir)
+    gpus, checkpoints = [], list_checkpoints(cfg.output_dir) if info or not pid else []
     if with_gpus and pid and info.get("options", {}).get("device") == "cuda":
         with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
             gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
@@ -1561,7 +1561,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     """Follow a run's log to its end: to "follow" or "stop" it, or for a launcher of this PID; returns the exit code."""
     pid = mode if mode.isdigit() else find_supervisor(cfg)
     if not pid:
-        print("이 실행기로 실행 중인 학습이 없습니다")
+        print(f"이 로그 디렉토리로 실행 중인 학습이 없습니다: {display_path(cfg.logs_dir)}")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
     # For a launcher in the foreground signals are meant; of the others Ctrl-C ends only this, not the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
@@ -1584,9 +1584,12 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
             again = f"학습은 계속됩니다 (PID {pid}). 다시 보려면 --follow, 멈추려면 --stop 을 쓰세요"
             print("저장이 끝나면 학습이 멈춥니다. 확인하려면 --status 를 쓰세요" if mode == "stop" else again)
             return 0
-    if mode == "stop":
-        print_status(cfg)
     info = read_json(cfg.output_dir / "run_info.json")
+    if mode == "stop":
+        if not node_rank(cfg) and str(info.get("run_id")).partition("-")[0] != pid:  # only the first machine's counts
+            print("🛑 학습이 시작되기 전에 중단했습니다")
+            return 0
+        print_status(cfg)
     was_asked = mode != "stop" and "stop_requested" in info  # by somebody else, and not by its own --max-hours
     return {"finished": 0, "stopped": STOPPED if was_asked else 0}.get(info.get("state"), ENVIRONMENT_ERROR)
 
@@ -3924,8 +3927,8 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     with tracking(run):
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
     if lock is not None:
-        draw_curves_beside(run, wait=True)
         report_save(run, is_last=True)
+        draw_curves_beside(run, wait=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
         again = "" if cfg.is_test else " 이어서 하려면 처음 명령에 --resume 을 덧붙이세요"
         message = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]

@@ -433,7 +433,7 @@ def test_what_was_skipped_is_told_again_by_a_run_that_finds_the_corpus_prepared(
     for _ in range(2):
         caplog.clear()
         prepare(tmp_path)
-        assert f"읽지 못한 줄 1개를 건너뛰었습니다: {told}" in caplog.text
+        assert f"읽지 못한 줄 1개를 건너뛰었습니다: {t.display_path(told)}\n" in caplog.text
         assert json.loads(told.read_text())["line"] == 201
         told.unlink()
 

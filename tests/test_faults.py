@@ -91,8 +91,8 @@ def test_a_rank_that_keeps_the_interpreter_to_itself_is_found_too(broken) -> Non
 @pytest.mark.slow
 def test_a_long_preparation_of_the_data_is_no_hang(broken) -> None:
     slow = """
-real_prepare = build_cache
-def build_cache(*arguments):
+real_prepare = write_cache
+def write_cache(*arguments):
     time.sleep(8)
     return real_prepare(*arguments)
 """

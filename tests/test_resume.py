@@ -274,7 +274,7 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
-    typed = ("--eval-steps", "2", "--save-steps", "100")
+    typed = ("--eval-steps", "1", "--save-steps", "100")
     whole, state = tiny_run(tmp_path / "whole", *typed), t.TrainState()
     t.train(whole, state)
     t.report_save(whole, is_last=True)
@@ -282,11 +282,11 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
     run.stop.requested = True
     assert t.train(run, state) == "stopped"
     t.report_save(run, is_last=True)
-    assert (state.step, state.evaluation_step) == (2, None)
+    assert (state.step, state.evaluation_step) == (1, None)
     run = tiny_run(tmp_path / "stopped", *typed)
     run.stop.requested = False
-    state = t.load_checkpoint(run, run.cfg.output_dir / "checkpoint-2")
+    state = t.load_checkpoint(run, run.cfg.output_dir / "checkpoint-1")
     assert t.train(run, state) == "finished"
     t.report_save(run, is_last=True)
     assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
-    assert [line["step"] for line in timeless(tmp_path / "whole") if "val_loss" in line] == [2, 4]
+    assert [line["step"] for line in timeless(tmp_path / "whole") if "val_loss" in line] == [1, 2, 3, 4]

@@ -263,4 +263,4 @@ def train_step(run, batches, rate):
     assert "스텝 1/12" not in terminal.text
     assert_ended_by_ctrl_c(terminal, 600)
     assert place.info()["state"] == "stopped"
-    assert [path.name for path in place.checkpoints()] == ["checkpoint-2"]  # the flag is read a step late
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-1"]  # whose flag is waited for
