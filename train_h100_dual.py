@@ -496,19 +496,16 @@ def display_width(text: str) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU as nvidia-smi reports it; memory in MiB, use in percent where it is known."""
-
     name: str
-    total: int
+    total: int  # MiB of memory
     used: int
-    use: int | None = None
 
 
 def query_gpus(visible: str | None) -> list[Gpu]:
     """Ask nvidia-smi for the GPUs that a CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = "--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu"
+    query = "--query-gpu=index,uuid,name,memory.total,memory.used"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -517,8 +514,7 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     gpus = {}
     for line in answer.strip().splitlines():
         index, uuid, name, *numbers = (part.strip() for part in line.split(","))
-        total, used, use = (int(number) if number.isdigit() else None for number in numbers)
-        gpus[index, uuid] = Gpu(name, total or 0, used or 0, use)
+        gpus[index, uuid] = Gpu(name, *(int(number) if number.isdigit() else 0 for number in numbers))
     visible = visible and re.sub(r"(^|,)\s*(-1|NoDevFiles)\b.*", "", visible)  # for CUDA and Slurm: none from here on
     wanted = [index for index, _ in gpus] if visible is None else re.findall(r"[^,\s]+", visible)
     fits = [[name for name in gpus if key == name[0] or name[1].startswith(key)] for key in wanted]  # a UUID's start
@@ -590,17 +586,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256sum`` prints it."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def room_problem(folder: Path, needed: int) -> str | None:
-    """A sentence without its full stop if the disk of ``folder`` has no ``needed`` bytes left."""
-    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-    return f"디스크 공간이 부족합니다: {figures}" if needed > free else None
 
 
 def display_path(path: Path) -> str:
@@ -612,15 +599,10 @@ def display_path(path: Path) -> str:
 # --- where a run begins ---
 
 
-def checkpoint_step(path: Path) -> int:
-    """Step of a directory called ``checkpoint-N``."""
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    paths = output_dir.glob("checkpoint-*")
-    return sorted((path for path in paths if re.fullmatch(r"\D+\d+", path.name)), key=checkpoint_step)
+def list_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
+    """The directories called ``checkpoint-N`` of a run, oldest first, where N is a step ``after`` this one."""
+    steps = {path: int(path.name[11:]) for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal()}
+    return sorted((path for path, step in steps.items() if step > after), key=steps.get)
 
 
 def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
@@ -663,8 +645,6 @@ def options_of(cfg: TrainConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run begins: decided in ``find_resume_point`` only."""
-
     step_tokens: int  # that all ranks together read a step
     checkpoint: Path | None = None  # None: at its first step
     info: dict[str, Any] = field(default_factory=dict)  # the checkpoint's training_info.json
@@ -682,9 +662,8 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, notes = newest_whole(checkpoints, thorough)
     if checkpoint is None:
-        text = f"이어서 학습할 온전한 체크포인트가 없습니다: {place}"
-        text += " (가중치 파일이 온전한 것이 있으면 --init-from 과 새 --output-dir 로 이어받을 수 있습니다)"
-        raise EnvironmentProblem([text, *notes])
+        advice = "가중치 파일이 온전한 것이 있으면 --init-from 과 새 --output-dir 로 이어받을 수 있습니다"
+        raise EnvironmentProblem([f"이어서 학습할 온전한 체크포인트가 없습니다: {place} ({advice})", *notes])
     info = read_json(checkpoint / "training_info.json")
     if problems := resume_problems(cfg, checkpoint, info, fingerprint):
         raise EnvironmentProblem(problems)
@@ -694,8 +673,7 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
         text = f"체크포인트의 스텝당 토큰({tokens:,})이 모든 프로세스가 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
         raise EnvironmentProblem(f"{text}. --batch-size 나 GPU 수를 바꾸세요")
     if tokens != typed:
-        change = f"{accumulation} → {tokens // batch}"
-        notes.append(f"스텝당 토큰({tokens:,})이 그대로이도록 기울기 누적을 {change} 로 맞춥니다")
+        notes.append(f"스텝당 토큰({tokens:,})이 같도록 기울기 누적을 {accumulation} → {tokens // batch} 로 맞춥니다")
     before, after = info["options"], options_of(cfg)
     changed = [f"{name} {before[name]} → {after[name]}" for name in LEARNING_OPTIONS if before[name] != after[name]]
     notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
@@ -724,16 +702,12 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
 
 
 def lock_output(output_dir: Path, mode: str, patience: float = 0.0) -> Any:
-    """Open the lock of a run's outputs and take it until it is closed; EnvironmentProblem: another run has it."""
+    """Open the lock of a run's outputs and take it; EnvironmentProblem: another run has it ``patience`` seconds on."""
     lock = open(output_dir / ".lock", mode, encoding="utf-8")  # noqa: SIM115 - it may be held to the process's end
-    deadline = time.monotonic() + patience  # in seconds
-    while True:
-        try:
+    for _ in range(1 + round(5 * patience)):
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                break
         time.sleep(0.2)
     lock.seek(0)
     text = f"이 출력 디렉토리에서 다른 학습이 실행 중입니다 (PID {lock.read()}): {output_dir}"
@@ -792,12 +766,12 @@ def corpus_name(cfg: TrainConfig) -> str:
 
 
 def known_pin(cfg: TrainConfig) -> str | None:
-    """The hub's data set with the commit that a run which goes on (restarted, --resume) began with."""
-    info = read_json(cfg.output_dir / "run_info.json")
-    goes_on, known = cfg.resume is not None or is_restart(info), info.get("dataset", {})
-    if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
-        known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
-    return known["pinned"] if goes_on and known.get("asked") == corpus_name(cfg) else None
+    """The hub's data set with the commit that the checkpoints which ``--resume`` goes on from were trained on."""
+    for folder in [cfg.resume] if isinstance(cfg.resume, Path) else list_checkpoints(cfg.output_dir)[::-1]:
+        info = read_json(folder / "training_info.json")
+        if cfg.resume and info.get("options", {}).get("dataset_path") == corpus_name(cfg):
+            return info.get("corpus", {}).get("dataset")
+    return None
 
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
@@ -865,10 +839,7 @@ def list_directory(folder: Path, own: set[str]) -> dict[Path, str]:
 
 
 def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files of the corpus in a stable order, and what is left out of its directories, by reason.
-
-    None where dummy text or a hub data set stands in for them.
-    """
+    """The corpus's files in a stable order, none of dummy text or a hub's data set; what is left out, by reason."""
     files, left_out, seen = [], {}, set()
     own = {os.path.realpath(path) for path in (cfg.output_dir, cfg.logs_dir, cfg.cache_dir)}
 
@@ -1020,34 +991,30 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
 
 
 def memory_words(parts: dict[str, int]) -> str:
-    """An estimate in GiB: its sum and its parts."""
     words = [f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 0.05 * 2**30]
     return f"{sum(parts.values()) / 2**30:.1f} GiB (추정: {' + '.join(words)})"
 
 
-def memory_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int) -> list[str]:
-    """A sentence if a run needs more than its smallest GPU has."""
-    shape, gpu = model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=Gpu("", 0, 0))
-    if cfg.find_batch_size:  # the least that it may find
-        cfg = replace(cfg, batch_size=1, gradient_accumulation_steps=2)
-    parts = estimate_memory(cfg, shape, world_size) if shape and gpu.total else {}
-    if sum(parts.values()) <= gpu.total << 20:
-        return []
-    text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
-    return [f"GPU 메모리가 부족합니다: {text}. --find-batch-size, --gradient-checkpointing, --model-size 를 쓰세요"]
-
-
-def disk_problems(cfg: TrainConfig, left: int) -> list[str]:
-    """A sentence if what the steps that are ``left`` save can't fit: weights, of three also the optimizer's state."""
-    shape = model_shape(cfg)
-    if shape is None or not left or node_rank(cfg):
-        return []
+def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int) -> list[str]:
+    """Sentences if a run needs more than its smallest GPU has, or the steps that are ``left`` save more than fits."""
+    problems, shape, gpu = [], model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=Gpu("", 0, 0))
+    if shape is None:
+        return problems
+    least = {"batch_size": 1, "gradient_accumulation_steps": 2} if cfg.find_batch_size else {}  # that it may find
+    parts = estimate_memory(replace(cfg, **least), shape, world_size)
+    if gpu.total and sum(parts.values()) > gpu.total << 20:
+        text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
+        advice = "--find-batch-size, --gradient-checkpointing, --model-size 를 쓰세요"
+        problems.append(f"GPU 메모리가 부족합니다: {text}. {advice}")
     have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
     needed = (count + (cfg.save_initial and not have)) * 4 * shape.parameter_count(cfg.vocab_size)
-    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)
-    problem = room_problem(cfg.output_dir, needed)
-    return [f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요"] if problem else []
+    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)  # which three have, one of them half-written
+    folder = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
+    if left and not node_rank(cfg) and needed > (free := shutil.disk_usage(folder).free):
+        figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        problems.append(f"디스크 공간이 부족합니다: {figures}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요")
+    return problems
 
 
 def named_peak_flops(gpu_name: str) -> float | None:
@@ -1060,16 +1027,6 @@ def named_peak_flops(gpu_name: str) -> float | None:
 def training_flops(parameters: int, layers: int, hidden: int, length: int) -> int:
     """FLOPs of a token, ``parameters`` without an untied input embedding (Chowdhery et al., PaLM, 2022, appendix B)."""
     return 6 * parameters + 12 * layers * hidden * length
-
-
-def estimated_time(cfg: TrainConfig, world_size: int, gpu_name: str, tokens: int) -> str | None:
-    """How long ``tokens`` take at an assumed MFU of 40 %; None where they, the model or the GPU's peak aren't known."""
-    shape, peak = model_shape(cfg), named_peak_flops(gpu_name)
-    if shape is None or peak is None or not tokens:
-        return None
-    parameters = replace(shape, tied=True).parameter_count(cfg.vocab_size)
-    flops = tokens * training_flops(parameters, shape.layers, shape.hidden, cfg.max_seq_length)
-    return f"{format_duration(flops / (0.4 * peak * world_size))} (MFU 40% 가정)"
 
 
 # --- the plan itself ---
@@ -1122,8 +1079,6 @@ def check_use(cfg: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What a run would start with on this machine."""
-
     cfg: TrainConfig  # complete
     files: list[Path]  # of the corpus
     gpus: list[Gpu]  # that it uses
@@ -1131,7 +1086,6 @@ class LaunchPlan:
     nodes: int  # machines
     step_tokens: int  # that all ranks read a step, as a checkpoint may have it
     steps: int  # of the whole run; 0 where only the prepared corpus tells
-    left: int  # of them
     exact: bool  # whether they are no estimate
     notes: list[str]  # what was adapted to the machine
 
@@ -1162,8 +1116,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         problems += error.problems
     if problems:
         raise EnvironmentProblem(problems)
-    left = max(0, steps - done)
-    short = disk_problems(cfg, left) + memory_problems(cfg, gpus, world_size)
+    short = room_problems(cfg, gpus, world_size, max(0, steps - done))
     if short and not cfg.is_test:
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
@@ -1174,7 +1127,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, left, exact, notes)
+    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, exact, notes)
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
@@ -1262,13 +1215,11 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     if shape and not cfg.find_batch_size:
         needed = memory_words(estimate_memory(cfg, shape, world_size))
         machine["예상 메모리"] = f"{'GPU' if on_gpu else '프로세스'}당 {needed}"
-    gpu = plan.gpus[0].name if plan.gpus else ""
-    machine["예상 시간"] = estimated_time(cfg, world_size, gpu, plan.left * plan.step_tokens)
     sections = {"🔧 하이퍼파라미터:": training, "📁 경로:": paths, "💾 저장 설정:": saving}
     sections["🚀 H100 설정:" if on_gpu else "🚀 실행 설정 (CPU):"] = machine
     lines = ["📋 학습 정보", "=" * 33, f"🎯 모드: {'테스트' if cfg.is_test else '실제 학습'} 모드 ({length})"]
     for title, rows in sections.items():
-        lines += [title, *(f"   • {label}: {text}" for label, text in rows.items() if text is not None)]
+        lines += [title, *(f"   • {label}: {text}" for label, text in rows.items())]
     return lines
 
 
@@ -1364,18 +1315,6 @@ def is_restart(info: dict[str, Any]) -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and info.get("run_id", run_id()) == run_id()
 
 
-def resume_after_restart(cfg: TrainConfig) -> TrainConfig:
-    """In a restarted worker go on from what this run wrote; leave if it is to stop or failed for a known reason."""
-    info = read_json(cfg.output_dir / "run_info.json")
-    if not is_restart(info):
-        return cfg
-    if info.get("state", "running") != "running" or "stop_requested" in info:
-        sys.exit()
-    begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
-    goes_on = begun and list_checkpoints(cfg.output_dir) and not cfg.is_test  # which starts over
-    return replace(cfg, resume="auto") if goes_on else cfg
-
-
 class StopFlag:
     """Turns SIGTERM and SIGINT, however often they come, into a flag for the loop, and holds the timer for hangs."""
 
@@ -1469,7 +1408,7 @@ def find_supervisor(cfg: TrainConfig) -> str:
     return ""
 
 
-def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
+def run_status(cfg: TrainConfig) -> dict[str, Any]:
     """How a run stands, as ``--status --json`` prints it; while it starts, nothing of the one before it."""
     pid, info = find_supervisor(cfg), read_json(cfg.output_dir / "run_info.json")
     if pid and str(info.get("run_id")).partition("-")[0] != pid:
@@ -1484,10 +1423,7 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
     records = read_metrics(cfg.output_dir) if info or not pid else []
     latest = {name: value for record in records for name, value in record.items()}
     ended = info.get("state") if info.get("state") != "running" else "failed"  # it died without a word
-    gpus, checkpoints = [], list_checkpoints(cfg.output_dir) if info or not pid else []
-    if with_gpus and pid and info.get("options", {}).get("device") == "cuda":
-        with suppress(EnvironmentProblem):  # the driver's trouble is for the run to tell
-            gpus = query_gpus(info["machine"].get("visible_devices"))[: info["world_size"]]
+    checkpoints = list_checkpoints(cfg.output_dir) if info or not pid else []
     return {
         "state": "running" if pid else ended,
         "stopping": bool(pid and info.get("stop_requested")),
@@ -1498,7 +1434,6 @@ def run_status(cfg: TrainConfig, with_gpus: bool = True) -> dict[str, Any]:
         "total_steps": info.get("total_steps"),
         **{name: {**latest, **info}.get(name) for name in STATUS_LINES},
         "seconds_left": seconds_left(records, info.get("total_steps")) if pid else None,
-        "gpus": [{"name": gpu.name, "used_mib": gpu.used, "total_mib": gpu.total, "use": gpu.use} for gpu in gpus],
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
 
@@ -1515,9 +1450,6 @@ def print_status(cfg: TrainConfig, as_json: bool = False) -> int:
     print(f"📊 상태: {state}" + (f" (PID {pid})" if pid else ""))
     lines = [] if step is None else [("스텝", f"{step:,}" + (f" / {total:,} ({step / total:.1%})" if total else ""))]
     lines += [(label, form(status[name])) for name, (label, form) in STATUS_LINES.items() if status[name]]
-    for index, gpu in enumerate(status["gpus"]):
-        use = "" if gpu["use"] is None else f", 사용률 {gpu['use']}%"
-        lines.append((f"GPU {index}", f"{gpu['used_mib']:,} / {gpu['total_mib']:,} MiB{use}"))
     for label, text in lines:
         print(f"   • {label}:{' ' * (19 - display_width(label))}{text}")
     return code
@@ -1542,13 +1474,12 @@ def follow_log(cfg: TrainConfig, pid: str, stream: Any) -> None:
                 show(text[:end].decode("utf-8", "replace"), end="")
                 text = text[end:]
                 if show is not print:
-                    set_bar(bar, run_status(cfg, with_gpus=False))
+                    set_bar(bar, run_status(cfg))
             if alive:
                 time.sleep(0.3)
 
 
 def set_bar(bar: Any, status: dict[str, Any]) -> None:
-    """Set the bar to the last logged step."""
     words = {name: form(status[name]) if status[name] else "-" for name, (_, form) in STATUS_LINES.items()}
     rest = "멈추는 중" if status["stopping"] else f"{words['seconds_left']} 남음"
     bar.n, bar.total = status["step"] or 0, status["total_steps"]
@@ -1572,7 +1503,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
             stream.seek(-sum(map(len, deque(stream, 10))), os.SEEK_CUR)
         elif mode == "stop":
             stream.seek(0, os.SEEK_END)
-            if run_status(cfg, with_gpus=False)["stopping"]:  # a second signal would end it unsaved
+            if run_status(cfg)["stopping"]:  # a second signal would end it unsaved
                 print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})")
             else:
                 print(f"🛑 중단 요청을 보냅니다 (PID {pid}). 현재 스텝을 마치고 저장합니다...")
@@ -1597,7 +1528,6 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
 def draw_curves(folder: str) -> None:
     """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
     os.nice(10)
-    import numpy as np
     from matplotlib.figure import Figure
 
     records, info = read_metrics(Path(folder), most=sys.maxsize), read_json(Path(folder) / "run_info.json")
@@ -1606,13 +1536,9 @@ def draw_curves(folder: str) -> None:
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for name in names:
             known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            steps, values = np.array(known).reshape(-1, 2).T
+            marker = "o" if "val" in name else ""
             if known:
-                axes.plot(steps, values, label=name, marker="o" if "val" in name else "", markersize=3, linewidth=1)
-            width = max(4, len(values) // 60)
-            if name == "loss" and len(values) > width:
-                mean = np.convolve(values, np.full(width, 1 / width), "valid")
-                axes.plot(steps[width - 1 :], mean, label="moving average")
+                axes.plot(*zip(*known, strict=True), label=name, marker=marker, markersize=3, linewidth=1)
         axes.set(title=title, xlabel="Step")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -1634,8 +1560,17 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 
 
 def set_up_config(typed: TrainConfig) -> TrainConfig:
-    """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does.
+
+    A restarted one goes on from what this run wrote, or leaves if it is to stop or failed for a known reason.
+    """
+    info, processes = read_json(typed.output_dir / "run_info.json"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if is_restart(info):
+        if info.get("state", "running") != "running" or "stop_requested" in info:
+            sys.exit()
+        begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
+        if begun and list_checkpoints(typed.output_dir) and not typed.is_test:  # which starts over
+            typed = replace(typed, resume="auto")
     if "H100_DUAL_RUN_ID" in os.environ or rank_and_world()[0]:
         device = typed.device if "H100_DUAL_RUN_ID" in os.environ else plan_device(typed, processes)[0]
         return resolve_config(typed, device)[0]
@@ -1660,7 +1595,7 @@ def standalone_main(argv: list[str]) -> tuple[TrainConfig, StopFlag | None]:
         checkpoint = cfg.generate or cfg.evaluate
         if checkpoint or cfg.device == "cpu":  # threads that spin leave no core to the loader and the saver
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        return (check_use(cfg), None) if checkpoint else (set_up_config(resume_after_restart(cfg)), StopFlag())
+        return (check_use(cfg), None) if checkpoint else (set_up_config(cfg), StopFlag())
     except (Refusal, OSError) as error:
         if is_local_main():
             complain(error)
@@ -1678,7 +1613,6 @@ import io
 import logging
 import lzma
 import multiprocessing
-import pickle
 import random
 import resource
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -1762,7 +1696,6 @@ def set_up_logging(cfg: TrainConfig, rank: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep warnings, and transformers' messages and bars, off the console."""
     logging.captureWarnings(True)
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
@@ -1799,13 +1732,9 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:  # each would count
         logger.debug(f"{name}={os.environ.pop(name)} is dropped")
     ddp_settings = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(
-        cpu=cfg.device == "cpu",
-        mixed_precision={"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision),  # of what FP8 leaves
-        kwargs_handlers=[ddp_settings, group],
-        log_with=trackers or None,
-        project_dir=str(cfg.logs_dir / "tensorboard"),
-    )
+    precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
+    details = {"kwargs_handlers": [ddp_settings, group], "project_dir": str(cfg.logs_dir / "tensorboard")}
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision=precision, log_with=trackers or None, **details)
     set_seed(cfg.seed)
     for name in {*trackers} - {*map(str, accelerator.log_with)}:
         logger.info(f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {sys.executable} -m pip install {name})")
@@ -1826,11 +1755,9 @@ Chunk = tuple[str, str, list[tuple[int, Any]]]
 
 @dataclass
 class Documents:
-    """The documents of a chunk, in order: NFC texts, languages, sources; and its bad records."""
-
     file: str = ""
     encoding: str = ""
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # in NFC, in the file's order, as the two below
     languages: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # "": none
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -2044,7 +1971,6 @@ def detect_language(text: str) -> str:
 
 
 def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
-    """Read the documents of a chunk, and where its bad records are."""
     file, encoding, records = chunk
     documents = Documents(file, encoding)
     for first, rows in records:
@@ -2138,12 +2064,9 @@ def parallel_map(function: Callable, items: Iterable, workers: int) -> Iterator[
     except OSError as error:  # their locks are files in /dev/shm
         logger.warning(f"⚠️  /dev/shm을 쓸 수 없어 프로세스 하나로 준비합니다 ({describe_error(error)[0]})")
         pool = None
-    if pool is None:
-        yield from map(function, items)
-        return
     try:
-        with pool:
-            yield from map_ahead(pool, call_worker, items, 2 * workers)
+        with pool or nullcontext():
+            yield from map_ahead(pool, call_worker, items, 2 * workers) if pool else map(function, items)
     except BrokenExecutor as error:
         raise RuntimeError("데이터를 준비하던 하위 프로세스가 죽었습니다 (메모리가 부족했을 수 있습니다)") from error
 
@@ -2342,8 +2265,6 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     """Write every document's tokens and the index; returns the report."""
     start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
     opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
-    if problem := room_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
-        raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict[str, int]] = {"language": {}, "source": {"": 0}}  # each with its number
     tally, by_language, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
@@ -2454,15 +2375,12 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     if lacking := [name for place, name in enumerate(names) if not (domain == place).any()]:
         have = ", ".join([*languages, *sources[1:]][:20])
         raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
-    hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
+    hashes, held, left_out = index["hash"], [], int((domain < 0).sum())
     for language in range(len(languages)):
         own = np.flatnonzero(index["language"] == language)
-        own = own[hashes[own] <= held_out_bound(hashes[own], index["bytes"][own], cfg.validation_split)]
-        held.append(own[np.argsort(hashes[own], kind="stable")])
-        late.append(np.arange(len(own)) >= LEAST_HELD_OUT_DOCUMENTS)
-    # As an evaluation takes them: by hash, after 30 of each language, as those of a small one reach further.
-    held, late = np.concatenate(held), np.concatenate(late)
-    held = held[np.lexsort((hashes[held], late))]
+        held.append(own[hashes[own] <= held_out_bound(hashes[own], index["bytes"][own], cfg.validation_split)])
+    held = np.concatenate(held)
+    held = held[np.argsort(hashes[held], kind="stable")]  # as an evaluation takes them
     domain[held] = -1
     lists = [list_pieces(offsets, np.flatnonzero(domain == place)) for place in range(len(names))]
     for place, pieces in enumerate([*lists, list_pieces(offsets, held)]):
@@ -2718,7 +2636,6 @@ def read_model_config(cfg: TrainConfig) -> Any:
 
 
 def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
-    """Configuration of the model to build, with what the tokenizer and the rows decide."""
     config = read_model_config(cfg)
     text = config.get_text_config()
     text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
@@ -2768,7 +2685,6 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
 
 
 def context_length(model: nn.Module, default: int = 2048) -> int:
-    """Tokens that a model was made for, where its configuration says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or default
 
 
@@ -2866,7 +2782,6 @@ class LMWithLoss(nn.Module):
 
 
 def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> LMWithLoss:
-    """The model with its loss as a run trains it."""
     loss_module = LMWithLoss(build_model(cfg, tokenizer, device))
     if cfg.precision == "fp8":
         from accelerate.utils.ao import convert_model_to_fp8_ao
@@ -3042,7 +2957,6 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
     loss_window: list[float] = field(default_factory=list)  # of the steps since the last line of the log
     evaluation: dict[str, float | None] = field(default_factory=dict)
-    evaluation_step: int | None = None
 
 
 @dataclass
@@ -3124,14 +3038,6 @@ def write_tensors(path: Path, content: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Map what ``write_tensors`` wrote into host memory; RuntimeError if something in it would be executed."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise RuntimeError(f"코드가 실행될 수 있어 열지 않습니다: {path} (다른 체크포인트를 쓰세요)") from error
-
-
 def flush_to_disk(paths: Iterable[Path]) -> None:
     """Have the disk hold what was written to files, and to directories' lists of names."""
     for path in paths:
@@ -3169,7 +3075,6 @@ def remove_directory(folder: Path) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of everything that decides how text becomes tokens."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=12).hexdigest()
 
 
@@ -3194,7 +3099,6 @@ def save_initial_model(run: Run) -> None:
 
 
 def training_info(run: Run, state: TrainState) -> dict[str, Any]:
-    """Content of ``training_info.json``."""
     seconds, report, rows = state.elapsed_seconds, run.corpus.report, run.corpus.rows(run.cfg.max_seq_length)
     info = {"layout_version": LAYOUT_VERSION, "total_steps": run.total_steps, **state.evaluation}
     info |= {name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))}
@@ -3231,11 +3135,9 @@ class Saver:
 
     def copy_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Copy a model's weights, tied ones into one buffer, and wait for this and the copies before it."""
-        first: dict[tuple, str] = {}
-        weights = {
-            name: self.copy(first.setdefault((value.data_ptr(), value.shape), name), value)
-            for name, value in model.state_dict().items()
-        }
+        first, weights = {}, {}
+        for name, value in model.state_dict().items():
+            weights[name] = self.copy(first.setdefault((value.data_ptr(), value.shape), name), value)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()  # the one wait of a save: the next step overwrites the sources
         return weights
@@ -3257,15 +3159,12 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
     if not run.is_main:
         return
     logger.info(f"💾 체크포인트 저장 중... (스텝 {state.step:,})")
-    content = {
-        "optimizer": {
-            name: {kind: run.saver.copy(f"{name} {kind}", value) for kind, value in run.optimizer.state[weight].items()}
-            for name, weight in run.model.named_parameters()
-            if weight in run.optimizer.state
-        },
-        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        "progress": asdict(state),
-    }
+    moments, copy = {}, run.saver.copy
+    for name, weight in run.model.named_parameters():
+        kinds = run.optimizer.state.get(weight, {})
+        moments[name] = {kind: copy(f"{name} {kind}", value) for kind, value in kinds.items()}
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
+    content = {"optimizer": moments, "scaler": scaler, "progress": asdict(state)}
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
     run.saver.step = state.step
     run.saver.pending = run.saver.executor.submit(write_checkpoint, run, weights, content, info)
@@ -3319,7 +3218,6 @@ def report_save(run: Run, is_last: bool = False) -> None:
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:
-    """What is left after a failure, in Korean."""
     try:
         newest, _ = newest_whole(list_checkpoints(cfg.output_dir))
     except OSError as error:
@@ -3331,10 +3229,10 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Go back to where a checkpoint was written; rank 0 reads it and gives it to the others, a tensor at a time."""
     content: dict[str, Any] = {}
     if run.is_main:
-        weights = read_tensors(folder / "pytorch_model.bin")
-        with refusing("모델과 맞지 않는 체크포인트입니다", folder):
+        with refusing("열 수 없거나 모델과 맞지 않는 체크포인트입니다", folder):
+            paths = (folder / "pytorch_model.bin", folder / "training_state" / "state.pt")
+            weights, content = (torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths)
             run.model.load_state_dict(weights)
-        content = read_tensors(folder / "training_state" / "state.pt")
     moments = content.pop("optimizer", {})
     shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
     content, shapes = broadcast_object_list([content, shapes])
@@ -3621,11 +3519,10 @@ def evaluate(run: Run) -> dict[str, float | None]:
 
 
 def evaluate_and_log(run: Run, state: TrainState, log: StepLog) -> None:
-    """Evaluate, say so, and keep the figures."""
     if len(run.corpus.val) == 0:
         return
     start = time.monotonic()
-    state.evaluation, state.evaluation_step = evaluate(run), state.step
+    state.evaluation = evaluate(run)
     run.evaluation_seconds = time.monotonic() - start
     log.write({"step": state.step, **state.evaluation})
     logger.info(f"📈 검증 (스텝 {state.step:,}, {run.evaluation_seconds:.1f}초)")
@@ -3678,8 +3575,6 @@ def generate_samples(run: Run, state: TrainState) -> None:
             quoted = [f"**{prompt}**\n\n> " + text.replace("\n", "\n> ") + "\n" for prompt, text in texts.items()]
             section = "\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""])
             append_whole(cfg.output_dir / "samples.md", section.encode())
-            with tracking(run):
-                run.accelerator.log({f"samples/{number}": text for number, text in enumerate(quoted, 1)}, state.step)
     except Exception as error:  # a model that can be trained but not generate, a full disk: no reason to end
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
@@ -3788,9 +3683,6 @@ def train(run: Run, state: TrainState) -> str:
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
     batches = make_loader(cfg, run.corpus, positions)
     log, profile, stopping = StepLog(run, state), start_profile(run, len(steps)), False
-    if start and start % cfg.eval_steps == 0 and state.evaluation_step != start:
-        evaluate_and_log(run, state, log)  # a stop had no time for it
-        log.restart_clock()
     while state.step < run.total_steps and not stopping:
         begun, is_first = time.monotonic(), state.step == start
         torch.manual_seed(hash((cfg.seed, state.step, accelerator.process_index)))  # what dropout draws needs no saving
@@ -3805,11 +3697,6 @@ def train(run: Run, state: TrainState) -> str:
             profile.step()
         if is_first:
             run.stop.arm(cfg.hang_timeout)  # what compiles later, for an evaluation, doesn't take long
-            if cfg.device == "cuda":
-                # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
-                # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
-                torch.cuda.synchronize()
-                time.sleep(0.3)
         else:
             keep_to_hours(run, time.monotonic() - begun)
         last = state.step == run.total_steps
@@ -3853,9 +3740,9 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
     path = cfg.output_dir / "run_info.json"
-    info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()  # what still holds
+    info, kept = read_json(path), ("step", "total_steps") if cfg.resume else ()  # what still holds
     if is_restart(info):
-        kept += ("restarts", "first_step", "failed_saves", "dataset")
+        kept += ("restarts", "first_step", "failed_saves")
         info["restarts"] = count = info.get("restarts", 0) + 1
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째)")
@@ -3874,7 +3761,6 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
 def build_run(
     cfg: TrainConfig, corpus: Corpus, stop: StopFlag, accelerator: Accelerator, point: ResumePoint | None = None
 ) -> Run:
-    """Create the model and the optimizer, and wrap them for training."""
     length, ranks = cfg.max_seq_length, accelerator.num_processes
     point = point or ResumePoint(cfg.tokens_per_step(ranks))
     step_tokens, rows = point.step_tokens, point.step_tokens // (ranks * length)
@@ -3945,12 +3831,9 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     run.saver.failed = read_json(cfg.output_dir / "run_info.json").get("failed_saves", 0)
     for name in ("metrics.jsonl", "samples.md"):
         cut_file(cfg.output_dir / name, state.step)
-    for path in list_checkpoints(cfg.output_dir):
-        if checkpoint_step(path) > state.step:  # the run will write its own
-            aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
-            logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
-    if corpus_name(cfg).startswith("hf:"):
-        begun["dataset"] = {"asked": corpus_name(cfg), "pinned": run.corpus.report["dataset"]}
+    for path in list_checkpoints(cfg.output_dir, after=state.step):  # the run will write its own
+        aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
     if cfg.device == "cuda":
         begun["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)

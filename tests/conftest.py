@@ -360,7 +360,7 @@ def with_gpus(place: Place, tmp_path: Path) -> Callable[..., None]:
     """Return a function that makes nvidia-smi report GPUs in ``place``, which PyTorch does not see."""
 
     def stub(count: int, used: int = 4, name: str = H100, total: int = 81559) -> None:
-        lines = [f"{index}, GPU-1{index}1f5c2b-stub, {name}, {total}, {used}, [N/A]" for index in range(count)]
+        lines = [f"{index}, GPU-1{index}1f5c2b-stub, {name}, {total}, {used}" for index in range(count)]
         write_program(tmp_path / "stubs" / "nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in lines))
         visible = ",".join(f"GPU-1{index}1f5c2b-stub" for index in range(count))
         path = f"{tmp_path / 'stubs'}:{os.environ['PATH']}"

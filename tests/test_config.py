@@ -136,12 +136,10 @@ def test_help_names_every_option_once_with_its_default():
     assert "1e-4" in text
 
 
-def test_the_time_of_a_run_is_told_at_a_named_mfu(tmp_path):
-    cfg = config(tmp_path, "--model-size", "1.3b", "--vocab-size", "65536", "--max-seq-length", "2048")
-    # 6 x 1,348.57 M parameters + 12 x 24 x 2048 x 2048 = 9.2994e9 FLOPs a token; twice 40 % of 989 TFLOP/s
-    assert t.estimated_time(cfg, 2, "NVIDIA H100 80GB HBM3", 10**9) == "3:15:54 (MFU 40% 가정)"
+def test_the_peak_of_a_gpu_is_known_by_its_name():
+    assert t.named_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     for unknown in ("", "NVIDIA GB10", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
-        assert t.estimated_time(cfg, 1, unknown, 10**9) is None
+        assert t.named_peak_flops(unknown) is None
 
 
 def test_results_of_a_training_run_are_not_touched_and_those_of_a_test_are_replaced(tmp_path):
@@ -240,7 +238,7 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     with pytest.raises(t.EnvironmentProblem, match=r"디스크 공간이 부족합니다.*--save-total-limit 2"):
         t.make_launch_plan(t.parse_args(argv), 1)
     free[0] += 1
-    assert t.make_launch_plan(t.parse_args(argv), 1).left == 1000
+    assert t.make_launch_plan(t.parse_args(argv), 1).steps == 1000
     free[0] = 0
     notes = t.make_launch_plan(t.parse_args(["--test", "--device=cpu", "--dummy-data", *places]), 1).notes
     assert "디스크 공간이 부족합니다" in notes[-1]
@@ -258,7 +256,7 @@ def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(tmp_path, monke
 
     def lacks(room: int, *more: str) -> bool:
         monkeypatch.setattr(t.shutil, "disk_usage", lambda path: usage._replace(free=room))
-        return t.disk_problems(config(tmp_path, "--resume", "--save-steps", "10", *more), 20) != []
+        return t.room_problems(config(tmp_path, "--resume", "--save-steps", "10", *more), [], 1, 20) != []
 
     assert lacks(5 * weights - 1)  # two more and one being written; the training state of one more, two times a model
     assert not lacks(5 * weights)

@@ -369,7 +369,7 @@ def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Pat
     ("0,0", "두 번"), ("0,GPU-0b", "두 번"), ("0,7", "없거나"), ("GPU-", "없거나"), ("MIG-6a7b", "MIG 장치"),
 ])  # fmt: skip
 def test_gpus_are_understood_by_name_or_refused(tmp_path, monkeypatch, visible, expected) -> None:
-    lines = [f"'{index}, GPU-{index}b1c, {H100} {index}, 81559, 4, [N/A]'" for index in range(3)]
+    lines = [f"'{index}, GPU-{index}b1c, {H100} {index}, 81559, 4'" for index in range(3)]
     write_program(tmp_path / "nvidia-smi", f"printf '%s\\n' {' '.join(lines)}")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     if expected.strip("012"):

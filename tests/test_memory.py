@@ -267,11 +267,11 @@ def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
 def test_the_least_that_a_search_may_find_is_what_has_to_fit(tmp_path: Path) -> None:
     cfg, _ = t.resolve_config(t.parse_args(["--train", "--batch-size", "24", "--no-compile"]), "cuda")
     gpu = t.Gpu("NVIDIA H100 PCIe", 81559, 4)
-    (text,) = t.memory_problems(cfg, [gpu, gpu], 2)
+    (text,) = t.room_problems(cfg, [gpu, gpu], 2, 0)
     assert_in_order(
         text, ["부족합니다", r"GPU당 [\d.]+ GiB", "가중치 5.0", "활성값", "로짓", "79.6 GiB", "--find-batch-size"]
     )
-    assert t.memory_problems(replace(cfg, find_batch_size=True), [gpu, gpu], 2) == []
+    assert t.room_problems(replace(cfg, find_batch_size=True), [gpu, gpu], 2, 0) == []
 
 
 @pytest.mark.usefixtures("with_cuda")

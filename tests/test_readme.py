@@ -290,11 +290,12 @@ def test_the_table_of_sizes_shows_the_estimates_of_the_launcher(place, with_gpus
         tokens = 20e6 * float(count[:-1].replace(",", ""))
         # A test goes on where a training run would be refused for the disk of this machine.
         options = ["--dry-run", "--model-size", name, "--dummy-data", "--gradient-accumulation-steps", "8"]
-        told = place.run(*options, "--max-steps", str(round(tokens / 2**17))).out
+        told = place.run(*options).out
         less = place.run(*options, "--gradient-checkpointing").out
         memory = [re.search(r"예상 메모리: GPU당 ([\d.]+) GiB", out)[1] for out in (told, less)]
-        days, hours, minutes = re.search(r"예상 시간: (?:(\d+)일 )?(\d+):(\d+):\d+ \(MFU 40% 가정\)", told).groups()
-        hours = 24 * int(days or 0) + int(hours) + int(minutes) / 60
+        width = [int(number) for number in shape[:2]]
+        flops = t.training_flops(float(count[:-1].replace(",", "")) * 1e6, *width, 2048) * tokens
+        hours = flops / (2 * 0.4 * t.named_peak_flops("NVIDIA H100 80GB HBM3")) / 3600
         time = f"{hours:.0f}시간" if hours > 0.9 else f"{60 * hours:.0f}분"
         rows.append([name, count, "{} × {}, {}, {}".format(*shape), *memory, f"{tokens / 1e8:.0f}억", time])
     assert [row[:7] for row in tables(section("3. 크기, 배치, 학습률 고르기"))[0][1:]] == rows

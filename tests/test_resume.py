@@ -233,7 +233,7 @@ def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
     info = t.read_json(tmp_path / "outputs" / "run_info.json")
     assert info["state"] == "stopped"
     last = t.list_checkpoints(tmp_path / "outputs")[-1]
-    assert t.checkpoint_step(last) == info["step"]
+    assert int(last.name[11:]) == info["step"]
     assert t.checkpoint_damage(last, thorough=True) is None
 
 
@@ -270,23 +270,3 @@ def test_a_passed_deadline_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
             signal.signal(number, handler)
     assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == [f"checkpoint-{state.step}"]
     assert 0 < state.step < 100000
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
-    typed = ("--eval-steps", "1", "--save-steps", "100")
-    whole, state = tiny_run(tmp_path / "whole", *typed), t.TrainState()
-    t.train(whole, state)
-    t.report_save(whole, is_last=True)
-    run, state = tiny_run(tmp_path / "stopped", *typed), t.TrainState()
-    run.stop.requested = True
-    assert t.train(run, state) == "stopped"
-    t.report_save(run, is_last=True)
-    assert (state.step, state.evaluation_step) == (1, None)
-    run = tiny_run(tmp_path / "stopped", *typed)
-    run.stop.requested = False
-    state = t.load_checkpoint(run, run.cfg.output_dir / "checkpoint-1")
-    assert t.train(run, state) == "finished"
-    t.report_save(run, is_last=True)
-    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
-    assert [line["step"] for line in timeless(tmp_path / "whole") if "val_loss" in line] == [1, 2, 3, 4]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import LoggerType
-from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned, write_program
+from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned
 from samples import config, read_metrics, tiny_run
 
 import train_h100_dual as t
@@ -139,32 +139,21 @@ def test_only_the_end_of_long_metrics_is_read(tmp_path):
     assert found[-1]["step"] == 1000
 
 
-def test_a_status_tells_everything_that_is_known(tmp_path, alive, monkeypatch, capsys):
+def test_a_status_tells_everything_that_is_known(tmp_path, alive, capsys):
     validation = {"step": 100, "val_bits_per_byte": 1.2, "val_bits_per_byte_ko": 0.9, "val_bits_per_byte_en": 1.5}
-    info = {
-        "options": {"device": "cuda"},
-        "world_size": 2,
-        "machine": {"visible_devices": "1,0"},
-        "restarts": 1,
-        "skipped_steps": 3,
-        "failed_saves": 2,
-    }
-    cfg = write_run(tmp_path, [*records(90, 100), validation], **info)
+    counts = {"restarts": 1, "skipped_steps": 3, "failed_saves": 2}
+    cfg = write_run(tmp_path, [*records(90, 100), validation], **counts)
     (cfg.output_dir / "checkpoint-90").mkdir()
-    gpus = ["0, GPU-a, NVIDIA H100, 81559, 61000, 97", "1, GPU-b, NVIDIA H100, 81559, 62000, [N/A]"]
-    write_program(tmp_path / "bin/nvidia-smi", "printf '%s\\n' " + " ".join(f"'{line}'" for line in gpus))
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     status = t.run_status(cfg)
     assert (status["state"], status["pid"], status["step"], status["total_steps"]) == ("running", 77, 100, 1000)
     assert (status["loss"], status["mfu"], status["val_bits_per_byte_ko"]) == (3.25, 0.45, 0.9)
     assert status["seconds_left"] == pytest.approx(450)
-    assert [(gpu["used_mib"], gpu["use"]) for gpu in status["gpus"]] == [(62000, None), (61000, 97)]
     assert [status[name] for name in ("skipped_steps", "restarts", "failed_saves")] == [3, 1, 2]
     assert t.print_status(cfg, as_json=False) == 0
     shown = capsys.readouterr().out
     phrases = [r"실행 중 \(PID 77\)", "100 / 1,000", "0:07:30", "3.2500", "1.2000", "98,512 토큰/s", "45.0%", "61.2 GB"]
     phrases += ["재시작: +1번", "저장: +2번", "스텝: +3번", "체크포인트: +checkpoint-90$"]
-    assert_in_order(shown, [*phrases, "GPU 0: +62,000 / 81,559 MiB$", "GPU 1: .*사용률 97%"])
+    assert_in_order(shown, phrases)
     values = [re.match(r"   • [^:]+: +", line)[0] for line in shown.splitlines()[1:]]
     assert len({t.display_width(head) for head in values}) == 1, "the values stand below each other"
     assert max(map(t.display_width, shown.splitlines())) <= 80
@@ -415,17 +404,12 @@ def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard would show: values by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    scalars = {tag: [(item.step, item.value) for item in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    texts = {
-        tag: [(item.step, item.tensor_proto.string_val[0].decode()) for item in events.Tensors(tag)]
-        for tag in events.Tags()["tensors"]
-    }
-    return scalars | texts
+    return {tag: [(item.step, item.value) for item in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_the_figures_of_the_metrics_and_the_samples(trained):
+def test_tensorboard_holds_the_figures_of_the_metrics(trained):
     found = tensorboard_events(trained.folder / "logs/tensorboard/h100_dual")
     lines = read_metrics(trained.folder)
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
@@ -433,9 +417,6 @@ def test_tensorboard_holds_the_figures_of_the_metrics_and_the_samples(trained):
         assert found[f"train/{name}"] == expected
     expected = [(line["step"], line["val_bits_per_byte_ko"]) for line in lines if "val_loss" in line]
     assert found["validation/bits_per_byte_ko"] == [(step, pytest.approx(value)) for step, value in expected]
-    texts = [value for tag, values in found.items() if tag.startswith("samples/") for value in values]
-    assert len(texts) == 4
-    assert any("**오늘 아침 서울에서**" in text for _, text in texts)
 
 
 def test_a_resumed_run_writes_no_point_twice(tmp_path):
