@@ -73,6 +73,7 @@ USAGE_ERROR, ENVIRONMENT_ERROR, NOT_RUNNING, STOPPED = 2, 1, 3, 130
 
 SMALL_CORPUS_BYTES = 16 << 20
 HEAD_BYTES = 1 << 20  # of a file, by which its encoding and format are told
+TITLE = r" ?= (?!= ).*\S =\s*$"  # of a wikitext article; "= =" stands around a section's
 MOST_SHOWN = 10  # files that are listed on the console
 CACHE_VERSION = 10  # of the token cache's format and of how texts are read and split
 FORMATS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": ",", ".tsv": "\t", ".txt": "text"}
@@ -784,7 +785,10 @@ def split_name(path: Path) -> tuple[str, str, str]:
     """Of a file's name in lower case the stem, the suffix that tells the format, and that of a packed file."""
     name = path.name.lower()
     packed = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
-    return *os.path.splitext(name.removesuffix(packed)), packed
+    name = name.removesuffix(packed)
+    stem, suffix = os.path.splitext(name)
+    is_split = suffix[1:] in ("train", *HELD_OUT)  # which tells no format: kowikitext_20200920.train
+    return (name, "", packed) if is_split else (stem, suffix, packed)
 
 
 def is_json_object(line: bytes | str) -> bool:
@@ -799,7 +803,9 @@ def file_format(path: Path) -> str:
     kind = FORMATS.get(suffix, "")
     if not suffix and not packed and path.is_file():
         with open(path, "rb") as file:
-            kind = "lines" if is_json_object(file.readline(HEAD_BYTES)) else ""
+            line = file.readline(HEAD_BYTES)
+        title = re.match(TITLE, line.decode(errors="replace"))
+        kind = "lines" if is_json_object(line) else "text" if title else ""
     return "" if packed and kind == "table" else kind
 
 
@@ -1647,7 +1653,6 @@ SPLIT_PATTERN = (
 FAST_PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace("{1,3}", ""))  # which both engines read alike: this, and Qwen2's
 CHUNK_BYTES = 4 << 20
 LONGEST_RECORD = 128 << 20  # of a file: more isn't meant to be one document
-TITLE = r" ?= (?!= ).*\S =\s*$"  # of a wikitext article; "= =" stands around a section's
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
 TOKENIZER_SAMPLE_CHARACTERS = 20 << 20

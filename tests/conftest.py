@@ -251,11 +251,11 @@ class Answer:
 class Terminal:
     """A command as the session of a pseudo-terminal of its own, as in an SSH session."""
 
-    def __init__(self, place: Place, *arguments: str, afterwards: str = 'exit "$code"'):
+    def __init__(self, place: Place, *arguments: str, pipe: str = "", afterwards: str = 'exit "$code"'):
         self.master, slave = pty.openpty()
         command = place.command(*arguments)
         # A shell that stays in front of the launcher, so that the launcher isn't the session's leader.
-        command["args"] = ["bash", "-c", f'"$@"; code=$?; {afterwards}', "terminal", *command["args"]]
+        command["args"] = ["bash", "-c", f'"$@" {pipe}; code=$?; {afterwards}', "terminal", *command["args"]]
         take_terminal = functools.partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0)
         self.process = subprocess.Popen(
             **command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal

@@ -14,7 +14,8 @@ import torch
 from conftest import list_tree
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import WILD_TEXTS, write_corpus
+from kinds import surrounded
+from samples import WILD_TEXTS, config, write_corpus
 
 import train_h100_dual as t
 
@@ -56,6 +57,18 @@ def test_at_temperature_zero_the_likeliest_tokens_follow_the_start_of_a_document
     text = t.generate_text(model, tokenizer, cfg)
     assert text == tokenizer.decode(expected[-12:], skip_special_tokens=True)
     assert t.generate_text(model, tokenizer, t.replace(cfg, seed=1, top_p=0.5)) == text
+
+
+@pytest.mark.parametrize("template", ["$A </s>", "<s> $A", "<s> $A </s>"])
+def test_a_prompt_goes_on_whatever_the_tokenizer_puts_around_a_text(tmp_path, template):
+    surrounded(template).save_pretrained(tmp_path)
+    tokenizer, prompt = t.load_tokenizer(tmp_path), "오늘 서울에서"
+    model = t.build_model(config(tmp_path, "--tokenizer", str(tmp_path)), tokenizer).eval()
+    ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+    start = tokenizer.convert_tokens_to_ids("<s>" if template.startswith("<s>") else "</s>")
+    expected = greedy(model, [start, *ids], 12)[-12:]
+    cfg = use("--generate", "x", "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
+    assert t.generate_text(model, tokenizer, cfg) == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_a_seed_gives_its_text_and_another_one_another(opened):

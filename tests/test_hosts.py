@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from conftest import H100, LAUNCHER, LONG_RUN, ROOT, Place, wait_for, write_program
-from faults import SMALL, assert_same_run, broken, undisturbed  # noqa: F401
+from conftest import H100, LAUNCHER, LONG_RUN, ROOT, Place, Terminal, wait_for, write_program
+from faults import SMALL, assert_checkpoints_open, assert_same_run, broken, timeless, undisturbed  # noqa: F401
 from samples import config
 from test_readme import code_blocks, section
 
@@ -25,6 +28,7 @@ FOREIGN = (
     "ACCELERATE_TORCH_DEVICE=meta PET_NNODES=2 PET_MAX_RESTARTS=7 RANK=3 WORLD_SIZE=8 LOCAL_RANK=1 GROUP_RANK=2 "
     "MASTER_ADDR=10.9.9.9 MASTER_PORT=1 PYTHONIOENCODING=ascii TORCHELASTIC_RESTART_COUNT=2 RUN_ID=7"
 )
+MEANT = "NCCL_DEBUG=WARN TORCH_NCCL_TRACE_BUFFER_SIZE=2000 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1"  # by a person
 root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="namespaces need root and unshare")
 
 
@@ -39,14 +43,14 @@ def unshared(command: dict, script: str, *kinds: str) -> dict:
 
 def test_what_is_not_meant_for_a_run_changes_nothing_and_is_told(broken, undisturbed: Place) -> None:
     place = broken("")
-    place.environment |= dict(pair.split("=") for pair in FOREIGN.split())
+    place.environment |= dict(pair.split("=") for pair in f"{FOREIGN} {MEANT}".split())
     command = place.command(*SMALL)
     command["env"] |= {"RANK": "3", "WORLD_SIZE": "8"}
     answer = place.execute(command)
     assert answer.code == 0, answer.text
     assert_same_run(place, undisturbed, 12)
     told = (place.logs / "training_detail_rank_0.log").read_text(encoding="utf-8").splitlines()[0]
-    assert {pair.partition("=")[0] for pair in FOREIGN.split()} - {"RUN_ID"} <= {*told.split()}
+    assert {*told.rpartition(": ")[2].split()} == {pair.partition("=")[0] for pair in FOREIGN.split()} - {"RUN_ID"}
 
 
 def test_the_script_by_hand_takes_no_variable_of_accelerate(tmp_path, monkeypatch) -> None:
@@ -76,18 +80,24 @@ def test_a_kernel_without_cgroups_limits_no_threads(monkeypatch) -> None:
     assert t.usable_cpus() == len(os.sched_getaffinity(0))
 
 
-# --- a container: PID 1, nothing but loopback, a read-only root, a name that doesn't resolve ---
+# --- a container: PID 1, nothing but loopback, a read-only root, a /tmp in memory, a name that doesn't resolve ---
 
 CONTAINER = """
 ip link set lo up
 hostname no-such-host.invalid
 umount -l /dev/shm
 mount --bind /dev/null /etc/passwd
-mount --bind "$PWD" "$PWD"
+mount --bind /tmp /mnt
+mount -t tmpfs none /tmp
+for folder in $BELOW_TMP; do
+  mkdir -p "$folder"
+  mount --bind "/mnt/${folder#/tmp/}" "$folder"
+done
 mount --bind / /
 mount -o remount,ro,bind /
 cd "$PWD"
-unset HOME
+unset HOME TMPDIR
+[[ ! -w /usr && -w /tmp ]]
 mkdir real
 ln -s real outputs
 """
@@ -99,22 +109,26 @@ awk '$4 == "0A" { print $2 }' /proc/net/tcp /proc/net/tcp6 >listening.txt
 "$1" --follow | head -n 1 >follow.txt
 "$1" --stop >stop.txt
 cp outputs/training.log console.txt
+echo "$$" >pid.txt
 step=$(ls outputs | sed -n 's/checkpoint-//p')
-"$@" --resume --foreground --max-steps $((step + 1)) >resume.txt 2>&1
+exec "$@" --resume --foreground --max-steps $((step + 1)) >resume.txt 2>&1
 """
 
 
 @root
-def test_the_whole_life_of_a_run_in_a_container(place: Place, warm_cache: Path) -> None:
+def test_the_whole_life_of_a_run_in_a_container(place: Place, tmp_path_factory) -> None:
     words = f'"$1" {" ".join(place.directories)} --'
     script = write_program(place.folder / "life", "set -eu" + LIFE.replace('"$1" --', words))
     command = place.command(*LONG_RUN.split(), "--num-gpus", "2")
     command["args"].insert(0, str(script))
-    command["env"] |= {"TMPDIR": str(place.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command["env"] |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    needed = tmp_path_factory.getbasetemp(), ROOT, Path(sys.prefix)  # what it writes to, and what it reads
+    command["env"]["BELOW_TMP"] = " ".join(str(path) for path in needed if path.is_relative_to("/tmp"))
     kinds = "mount", "net", "uts", "pid", "fork", "mount-proc"
     answer = place.execute(unshared(command, CONTAINER, *kinds), 200)
     shown = {path.stem: path.read_text(encoding="utf-8") for path in place.folder.glob("*.txt")}
     assert answer.code == 0, (answer.text, shown)
+    assert shown["pid"] == "1\n", "the launcher's own, in the foreground"
     assert "실행 중" in shown["status"] and shown["follow"] and "중단됨" in shown["stop"], shown
     assert "📚" in shown["console"] and "이어서 학습" in shown["resume"], shown
     loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
@@ -215,29 +229,74 @@ SHIM = """
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
-ssize_t write(int fd, const void *data, size_t size) {
+static int refuses(int fd, const char *name, int number) {
   char link[64], path[4096];
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
   ssize_t length = readlink(link, path, sizeof path - 1);
   path[length < 0 ? 0 : length] = 0;
-  if (strstr(path, "/.checkpoint-4.tmp/pytorch_model")) { errno = EDQUOT; return -1; }
+  if (!strstr(path, name)) return 0;
+  errno = number;
+  return 1;
+}
+ssize_t write(int fd, const void *data, size_t size) {
+  if (refuses(fd, "/.checkpoint-8.tmp/pytorch_model", ESTALE)) return -1;
+  if (refuses(fd, "/.checkpoint-12.tmp/pytorch_model", EDQUOT)) return -1;
   return ((ssize_t(*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(fd, data, size);
 }
+int fsync(int fd) {
+  if (refuses(fd, "/.checkpoint-10.tmp/pytorch_model", EIO)) return -1;
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
 """
+# A disk that becomes read-only at one save, and a directory that loses its rights at the next; then all is as before.
+MOUNTS = """
+real_save = save_checkpoint
+def save_checkpoint(run, state):
+    folder = run.cfg.output_dir
+    if run.is_main:
+        run.saver.busy(None)
+        if state.step == 4:
+            subprocess.run(["mount", "--bind", folder, folder], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        if state.step == 6:
+            subprocess.run(["umount", folder], check=True)
+            folder.chmod(0o500)
+        if state.step == 8:
+            folder.chmod(0o700)
+    real_save(run, state)
+"""
+REASONS = {
+    4: "읽기 전용 파일 시스템입니다",
+    6: "접근 권한이 없습니다",
+    8: "OSError: Stale file handle",
+    10: "OSError: Input/output error",
+    12: "디스크 할당량(quota)이 부족합니다",
+}
 
 
+@root
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the shim")
-def test_a_quota_that_is_used_up_costs_one_save(broken, tmp_path) -> None:
+def test_whatever_a_disk_refuses_costs_the_save_alone_and_is_told_with_its_place(broken, tmp_path) -> None:
     source, library = tmp_path / "shim.c", tmp_path / "shim.so"
     source.write_text(SHIM)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    place = broken("")
-    place.environment["LD_PRELOAD"] = str(library)
-    answer = place.run(*SMALL, "--max-steps", "8")
+    place = broken(MOUNTS)
+    command = place.command(*SMALL, "--max-steps", "14", "--save-steps", "2")
+    command["env"]["LD_PRELOAD"] = str(library)
+    lost = "-dac_override,-dac_read_search"  # of root's rights: it obeys a directory's
+    command["args"][:0] = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}", "--"]
+    answer = place.execute(unshared(command, ":", "mount"))
     assert answer.code == 0, answer.text
-    assert "할당량(quota)이 부족합니다, " in answer.out and "checkpoint-4. 다음 저장 때" in answer.out
-    assert [path.name for path in place.checkpoints()] == ["checkpoint-8"]
-    assert place.info()["failed_saves"] == 1
+    lines = [line for line in answer.out.splitlines() if "체크포인트를 저장하지 못했습니다" in line]
+    assert len(lines) == len(REASONS), answer.out
+    for line, (step, reason) in zip(lines, REASONS.items(), strict=True):
+        assert f"(스텝 {step}): {reason}" in line and f"./outputs/checkpoint-{step}. 다음 저장 때" in line
+        assert line.endswith("마지막 체크포인트: ./outputs/checkpoint-2")
+    assert [path.name for path in place.checkpoints()] == ["checkpoint-2", "checkpoint-14"]
+    assert_checkpoints_open(place)
+    assert [line["step"] for line in timeless(place) if "loss" in line] == [*range(1, 15)]
+    shown = place.run("--status").out
+    assert re.search(r"실패한 저장: +5번", shown), shown
 
 
 @pytest.mark.parametrize("number", ["EROFS", "EACCES", "ESTALE", "EIO", "EDQUOT", "ENOSPC"])
@@ -267,7 +326,9 @@ def test_a_failure_is_told_though_its_state_cannot_be_written(tmp_path, monkeypa
     assert "❌ 마지막 스텝(12)을 저장하지 못했습니다" in capsys.readouterr().out
 
 
-def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = None) -> tuple[int, Path]:
+def supervised(
+    tmp_path: Path, body: str, faults: str = "", text: str | None = None, notify: str = ""
+) -> tuple[int, Path]:
     """Run the supervisor over a stub of Python, with stubs of programs that fail; returns its code and its folder."""
     python = write_program(tmp_path / "bin" / "python", body)
     for name in faults.split():
@@ -276,8 +337,9 @@ def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = N
         (tmp_path / name).mkdir()
     launcher = tmp_path / LAUNCHER.name
     launcher.write_text(text or LAUNCHER.read_text(encoding="utf-8"), encoding="utf-8")
-    notify = f"env >'{tmp_path}/environment'; echo >'{tmp_path}/notified'"
-    words = [tmp_path / "outputs", tmp_path / "logs", notify, python, "1", "0", python, "-m", "torch.distributed.run"]
+    hear = f"env >'{tmp_path}/environment'; echo \"$1\" >'{tmp_path}/notified'"
+    heard = write_program(tmp_path / "notify", f"{hear}\n{notify}")
+    words = [tmp_path / "outputs", tmp_path / "logs", heard, python, "1", "0", python, "-m", "torch.distributed.run"]
     with open(tmp_path / "logs" / "training_console.log", "w") as log:
         path = f"{tmp_path / 'faults'}:{os.environ['PATH']}"
         code = subprocess.call(
@@ -286,7 +348,7 @@ def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = N
     return code, tmp_path
 
 
-@pytest.mark.parametrize("faults", ["", "tail stat flock", "rm"])
+@pytest.mark.parametrize("faults", ["", "tail stat flock cat grep", "rm"])
 @pytest.mark.parametrize(("agent", "finalize", "state", "code"), [
     ("exit 0", "echo finished", "finished", 0),
     ("exit 0", "exit 1", "finished", 0),
@@ -294,6 +356,7 @@ def supervised(tmp_path: Path, body: str, faults: str = "", text: str | None = N
     ("exit 1", "echo failed; exit 1", "failed", 1),
     ("exit 0", "echo failed", "failed", 1),
     ("exit 0", "echo stopped", "stopped", 0),  # by --max-hours
+    ('rm "$0"; exit 1', "", "failed", 1),  # its Python was removed, with an environment that is made anew
     ("kill -TERM $PPID; exit 0", "echo stopped", "stopped", 130),
 ])  # fmt: skip
 def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
@@ -304,6 +367,19 @@ def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
     assert (tmp_path / "notified").read_text().strip() == state
     assert "\nH100_" not in (tmp_path / "environment").read_text(), "a run that it starts would be taken for this one"
     assert (tmp_path / "logs" / "training.pid").exists() == (faults == "rm")
+
+
+@pytest.mark.parametrize("end", ["exit 7", "kill -KILL $$"])
+def test_a_notify_command_that_fails_is_told_and_changes_nothing(tmp_path: Path, end: str) -> None:
+    code, _ = supervised(tmp_path, 'case "$*" in *finalize*) echo finished ;; esac', notify=end)
+    assert (code, (tmp_path / "logs" / "training.pid").exists()) == (0, False)
+    assert "--notify 명령이 실패했습니다" in (tmp_path / "logs" / "training_console.log").read_text(encoding="utf-8")
+
+
+def test_a_torchrun_that_waits_for_ever_can_be_stopped(tmp_path: Path) -> None:
+    body = 'case "$*" in *torch.distributed.run*) kill -TERM $PPID; exec sleep 1000 ;; *finalize*) echo stopped ;; esac'
+    assert supervised(tmp_path, body)[0] == 130
+    assert (tmp_path / "notified").read_text().strip() == "stopped"
 
 
 def test_a_start_that_does_not_come_on_says_so_with_the_last_line_of_the_detail_log(tmp_path: Path) -> None:
@@ -325,16 +401,21 @@ def test_a_lock_that_can_not_be_opened_is_refused_in_a_sentence(place: Place) ->
     assert f"{place.outputs}/.lock" in complaint and "--output-dir" in complaint
 
 
-def test_a_link_to_nowhere_and_no_home_are_answered_in_a_sentence(place: Place) -> None:
-    place.outputs.symlink_to(place.folder / "gone")
+@pytest.mark.parametrize("name", ["outputs", "logs", "cache"])
+def test_a_link_to_nowhere_is_answered_in_a_sentence(place: Place, name: str) -> None:
+    (place.folder / name).symlink_to(place.folder / "gone")
+    answer = place.run("--test", "--dry-run", "--device", "cpu")
+    assert answer.code == 1
+    (complaint,) = answer.complaints
+    assert "대상이 없는 링크" in complaint and str(place.folder / name) in complaint, answer.text
+
+
+def test_without_a_home_the_cache_is_beside_the_script(place: Place) -> None:
     command = place.command("--test", "--dry-run", "--device", "cpu")
     command["env"] = {"PATH": command["env"]["PATH"]}
-    answer = place.execute(command)
-    assert answer.code == 1
-    assert [line for line in answer.complaints if "대상이 없는 링크" in line] == answer.complaints, answer.text
-    place.outputs.unlink()
     command["args"] = command["args"][:-2]  # its default place for the cache
-    assert "~" not in place.execute(command).text
+    answer = place.execute(command)
+    assert (answer.code, "~" in answer.text) == (0, False), answer.text
 
 
 def test_no_place_for_temporary_files_is_answered_in_a_sentence(place: Place) -> None:
@@ -353,12 +434,47 @@ def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Pat
     command["args"] = ["bash", "-c", '"$@" 2>&1 | head -n 1', "pipe", *command["args"]]
     pipe = subprocess.Popen(**command, stdout=subprocess.DEVNULL)
     place.wait_for_step()
-    assert place.run("--status").code == 0
+    look = place.command("--status")
+    look["args"] = ["bash", "-c", 'set -o pipefail; "$@" | head -n 1; echo "${PIPESTATUS[0]}"', "pipe", *look["args"]]
+    status = place.execute(look)
+    assert status.err == "" and re.fullmatch(r"📊 상태: 실행 중 .*\n(0|141)\n", status.out), status.text
     assert place.run("--stop").code == 0
     pipe.wait(60)
     assert notified.read_text().strip() == "stopped"
     assert not place.pid_file.exists()
     assert "🛑 학습을 중단했습니다" in place.console()
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    """A folder of another file system."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead_to_another_disk(
+    place: Place, warm_cache: Path, other_disk: Path
+) -> None:
+    place.cache, notified = warm_cache, place.folder / "notified"
+    for path in (place.outputs, place.logs):
+        (other_disk / path.name).mkdir()
+        path.symlink_to(other_disk / path.name)
+    assert other_disk.stat().st_dev != place.folder.stat().st_dev
+    options = [*LONG_RUN.split(), "--foreground", "--notify", f"echo >'{notified}'"]
+    terminal = Terminal(place, *options, pipe=f"2>&1 | tee '{place.folder}/shown'")
+    place.wait_for_step()
+    terminal.hang_up()
+    place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
+    size = place.console_log.stat().st_size
+    place.wait("more of the log", lambda: place.console_log.stat().st_size > size)
+    assert (place.outputs / "training.log").read_text(encoding="utf-8").startswith(place.console()[:size])
+    assert place.run("--status").code == 0
+    assert place.run("--stop").code == 0
+    place.wait_for_end(10)
+    assert "🛑 학습을 중단했습니다" in place.console()
+    assert notified.read_text().strip() == "stopped"
+    assert not place.pid_file.exists()
+    assert "스텝 1/" in (place.folder / "shown").read_text(encoding="utf-8")
 
 
 # --- GPUs by name ---

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tempfile
 import unicodedata
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import config
+from test_readme import section
 
 import train_h100_dual as t
 
@@ -97,11 +99,15 @@ def articles(texts: list[str]) -> bytes:
 
 
 MODU = ["--text-column", "document[].paragraph[].form"]
+SPOKEN = ["--text-column", "document[].utterance[].form"]
+SJML = ["--text-column", "SJML.text[].content"]
+PATHS = {"modu.json": MODU, "spoken.json": SPOKEN, "sjml.json": SJML}
 LAYOUTS: dict[str, tuple[str, Callable[[list[str]], bytes], list[str]]] = {  # a name, what writes it, options
     "JSON lines": ("a.jsonl", json_lines, []),
     "ndjson": ("a.NDJSON", json_lines, []),
     "JSON lines called .json": ("c4-ko.tfrecord-00000-of-01024.json", json_lines, []),
     "no suffix": ("wiki_00", json_lines, []),
+    "a split's name": ("corpus.train", json_lines, []),
     "array": ("namuwiki.json", pretty_array, []),
     "array on a line": ("a.json", lambda texts: to_json([{"text": text} for text in texts]), []),
     "object": ("modu.json", modu_written, MODU),
@@ -127,11 +133,12 @@ def clean(text: str) -> bool:
 )
 def test_any_list_of_documents_comes_back_the_same_from_any_layout(texts, layout, pack, size, head):
     name, write, options = LAYOUTS[layout]
-    pack = "" if name.endswith((".parquet", ".arrow")) or name == "wiki_00" else pack
+    unpacked = (".parquet", ".arrow", "wiki_00", ".train")
+    pack = "" if name.endswith(unpacked) else pack
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder, name + pack)
         path.write_bytes(PACK[pack](write(texts)))
-        if "line" not in layout and name != "wiki_00":  # a first line is told from the head
+        if "line" not in layout and not name.endswith(unpacked[2:]):  # a first line is told from the head
             patch.setattr(t, "HEAD_BYTES", head)
         found = read("--dataset-path", str(path), *options, size=size)
     assert (found.texts, found.bad) == (texts, [])
@@ -199,10 +206,10 @@ def publish(folder: Path, kind: str) -> list[str]:
         return [*named, *MODU]
     if kind == "Modu, spoken":
         put(folder / "SDRW1.json", modu_spoken(TEXTS))
-        return [*named, "--text-column", "document[].utterance[].form"]
+        return [*named, *SPOKEN]
     if kind == "AI-Hub":
         put(folder / "라벨링데이터" / "a.json", aihub(TEXTS))
-        return [*named, "--text-column", "SJML.text[].content"]
+        return [*named, *SJML]
     if kind == "AI-Hub, a file a document":
         for number, text in enumerate(TEXTS):
             put(
@@ -234,12 +241,34 @@ def publish(folder: Path, kind: str) -> list[str]:
         ]
         put(folder / "ratings.tsv", "".join("\t".join(row) + "\n" for row in rows))
         return [*named, "--text-column", "document"]
+    if kind == "kowikitext":
+        put(folder / "kowikitext_20200920.train", articles(TEXTS))
+        put(folder / "kowikitext_20200920.dev", articles(["held out"]))
     if kind == "CP949":
         put(
             folder / "소설.txt",
             "\r\n\r\n".join(text for text in TEXTS if "😀" not in text).replace("\n둘", "\r\n둘").encode("cp949"),
         )
     return named
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        ("모두의 말뭉치", ["Modu, written", "Modu, spoken"]),
+        ("AI-Hub", ["AI-Hub", "AI-Hub, a file a document"]),
+        ("NSMC", ["NSMC"]),
+        ("나무위키, WikiExtractor, kowikitext, FineWeb-2, HPLT, C4", ["namuwiki", "kowikitext", "C4", "HPLT"]),
+    ],
+)
+def test_the_readme_tells_with_which_options_a_published_corpus_is_read(folder, row, kinds):
+    (shown,) = (line for line in section("데이터").splitlines() if line.startswith(f"| {row} |"))
+    paths = {word.rpartition("/")[2] for word in re.findall(r"--dataset-path (\S+?)`? ", f"{shown} ")}
+    columns = set(re.findall(r"--text-column '?([^'`]+)", shown)) | set(re.findall(r"`([\w.]+)`처럼", shown))
+    assert paths
+    for kind in kinds:
+        _, _, *column = publish(folder, kind)
+        assert set(column[1:]) <= columns and bool(column) == bool(columns)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +279,7 @@ def publish(folder: Path, kind: str) -> list[str]:
         ("AI-Hub, a file a document", [TEXTS[0], TEXTS[2], TEXTS[1]]),  # in the order of paths
         ("NSMC", ['"따옴표로 시작해 닫지 않은 글', '그는 "좋다"고 했다']),
         ("CP949", TEXTS[:2]),
+        ("kowikitext", [f" = 제목 {n} = \n \n = = 소제목 = = \n{text}" for n, text in enumerate(TEXTS)]),
     ],
 )
 def test_a_published_corpus_is_read_as_it_comes(folder, kind, expected):
@@ -261,6 +291,26 @@ def test_a_language_beside_the_text_or_in_the_record_is_used(folder):
     put(folder / "a.json", json.dumps({"lang": "ko", "data": {"body": "abc"}}, indent=1))
     put(folder / "b.jsonl", to_json({"lang": "fr", "data": {"body": "abc"}, "source": {"no": "name"}}))
     assert read("--dataset-path", str(folder), "--text-column", "data.body").languages == ["ko", "fr"]
+
+
+def test_a_zst_file_of_several_frames_is_read_whole_and_one_of_too_long_a_window_is_told_how(folder):
+    frames = [PACK[".zst"](json_lines([text])) for text in TEXTS]
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"  # as pzstd and seekable files have them
+    path = put(folder / "multi.jsonl.zst", skippable.join([*frames, PACK[".zst"](b"")]))
+    assert read("--dataset-path", str(path)).texts == TEXTS
+    block = json_lines(["1"])
+    header = b"\x28\xb5\x2f\xfd\x00\xa8" + (len(block) << 3 | 1).to_bytes(3, "little")  # a window of 2 GiB
+    path = put(folder / "long31.jsonl.zst", header + block)
+    with pytest.raises(RuntimeError, match=rf"{path} .*zstd -d --long=31"):
+        read("--dataset-path", str(path))
+
+
+def test_a_column_of_lists_is_refused_with_the_path_that_reads_it(folder):
+    path = folder / "list_text.parquet"
+    pq.write_table(pa.table({"text": [["1", "2"], ["3"]], "id": [1, 2]}), path)
+    with pytest.raises(RuntimeError, match=r"글이 든 열: text\[\]"):
+        prepare(config(folder.parent, "--dataset-path", str(path)))
+    assert read("--dataset-path", str(path), "--text-column", "text[]").texts == ["1", "2", "3"]
 
 
 # --- bad records ---
@@ -297,14 +347,30 @@ def bad_table(kind: str) -> bytes:
         ("modu.json", modu_written(["1", "2", "3"]).replace(b'"2"', b"2"), 2),
         ("modu.json", modu_written(["1", "2", "3"]).replace(b'"2"', b'"\\ud800"'), 2),
         ("a.txt", b"1\n\n\xff\xff\xff\n\n3", 3),
+        ("wiki.train.txt", articles(["1", "2", "3"]).replace(b"\n2", b"\n\xff\xfe"), 5),
+        ("c4-ko.json.gz", gzip.compress(b'{"text": "1"}\n{"text": 2}\n{"text": "3"}\n'), 2),
+        ("1.jsonl.zst", PACK[".zst"](b'{"text": "1"}\n{"text": "\xff"}\n{"text": "3"}\n'), 2),
+        ("sjml.json", aihub(["1", "2", "3"]).replace(b'"2"', b"2"), 2),
+        ("spoken.json", modu_spoken(["1", "2", "3"]).replace(b'"form": "2"', b'"form": 2'), 2),
         ("a.txt", "1\n\n".encode("utf-16") + b"\x00\xd8" + "\n\n3".encode("utf-16-le"), 3),
     ],
 )
 def test_a_bad_record_of_any_layout_is_located_and_costs_no_other(folder, name, content, line):
     path = put(folder / name, content)
-    found = read("--dataset-path", str(path), *(MODU if name == "modu.json" else []))
-    assert found.texts == ["1", "3"]
+    found = read("--dataset-path", str(path), *PATHS.get(name, []))
+    assert [text.rpartition("\n")[2] for text in found.texts] == ["1", "3"]
     assert [(bad["file"], bad["line"]) for bad in found.bad] == [(str(path), line)]
+
+
+def test_a_bad_paragraph_of_a_cp949_file_is_located_and_costs_no_other(folder, monkeypatch):
+    monkeypatch.setattr(t, "HEAD_BYTES", 40)  # by which the encoding is told
+    texts = ["첫 글입니다. 학교에서 읽었다.", "둘째 글입니다. 서울에서 만났다.", "셋째 글입니다."]
+    paragraphs = [text.encode("cp949") for text in texts]
+    paragraphs.insert(2, b"\xb1\xff\xff")
+    path = put(folder / "소설.txt", b"\r\n\r\n".join(paragraphs))
+    found = read("--dataset-path", str(path))
+    assert found.texts == texts
+    assert [(bad["file"], bad["line"]) for bad in found.bad] == [(str(path), 5)]
 
 
 @pytest.mark.parametrize("null", ["null", '""', '"  \\n "'])

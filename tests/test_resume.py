@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from samples import ROOT, SMALL_MODEL, forked_run, options, read_metrics, tiny_run, torchrun
+from test_hosts import BOOKS, DAMAGE, STATES, damage
 
 import train_h100_dual as t
 
@@ -137,6 +138,35 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(alone, 
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert lines[20]["learning_rate"] > 0
     assert (tmp_path / "outputs" / "checkpoint-24").exists()
+
+
+@pytest.fixture(scope="module")
+def longer(alone, tmp_path_factory):
+    """What it comes to with two steps more, by the step of the checkpoint from which it goes on."""
+    folders = {}
+    for step in (10, 20):
+        folders[step] = tmp_path_factory.mktemp("longer")
+        shutil.copytree(alone, folders[step], dirs_exist_ok=True)
+        checkpoint = folders[step] / "outputs" / f"checkpoint-{step}"
+        forked_run(folders[step], *TWENTY, "--max-steps", "22", "--resume", str(checkpoint))
+    return folders
+
+
+@pytest.mark.slow  # test_hosts.py looks at the same through the functions that decide
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", [*BOOKS, *STATES])
+def test_whatever_is_torn_the_run_goes_on_from_the_newest_whole_checkpoint(alone, longer, tmp_path, name, kind):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    outputs, step = tmp_path / "outputs", 20 if name in BOOKS else 10
+    damage(outputs / (name if name in BOOKS else f"checkpoint-20/{name}"), kind)
+    shown = forked_run(tmp_path, *TWENTY, "--max-steps", "22", "--resume")
+    assert f"(스텝 {step}부터)" in shown, shown
+    assert "예상하지 못한" not in shown and "Traceback" not in shown, shown
+    assert "손상된 체크포인트를 건너뜁니다" in shown or name in BOOKS, shown
+    mine, other = (weights(folder, 22) for folder in (tmp_path, longer[step]))
+    assert all(torch.equal(mine[weight], other[weight]) for weight in other)
+    assert read_metrics(tmp_path)[-1]["step"] == 22
+    assert t.read_json(outputs / "run_info.json")["state"] == "finished"
 
 
 def test_a_finished_run_with_nothing_left_to_do_says_so_and_changes_nothing(alone, tmp_path):
