@@ -1883,7 +1883,10 @@ def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any
     # What can't be decoded becomes what is no UTF-8 either: a bad record.
     errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
     open_text = functools.partial(io.TextIOWrapper, stream, encoding, errors, newline="\n")
-    if kind == "json" and not is_json_object(head.partition("\n")[0]):
+    line, _, more = head.partition("\n")
+    # JSON lines, but for one object alone in which a path finds documents: a bad one is to cost no other.
+    is_lines = is_json_object(line) and (more.strip() or "[]" not in text_column)
+    if kind == "json" and not is_lines:
         return enumerate(json_records(open_text(), head, text_column), 1), encoding
     if kind in ("lines", "json"):
         return enumerate(stream if encoding == "utf-8" else open_text(), 1), encoding
