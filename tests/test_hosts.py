@@ -461,8 +461,8 @@ def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead
         path.symlink_to(other_disk / path.name)
     assert other_disk.stat().st_dev != place.folder.stat().st_dev
     options = [*LONG_RUN.split(), "--foreground", "--notify", f"echo >'{notified}'"]
-    terminal = Terminal(place, *options, pipe=f"2>&1 | tee '{place.folder}/shown'")
-    place.wait_for_step()
+    terminal, shown = Terminal(place, *options, pipe="2>&1 | tee shown"), place.folder / "shown"
+    place.wait("a step", lambda: shown.exists() and "스텝 1/" in shown.read_text(encoding="utf-8", errors="replace"))
     terminal.hang_up()
     place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
     size = place.console_log.stat().st_size
@@ -474,7 +474,6 @@ def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead
     assert "🛑 학습을 중단했습니다" in place.console()
     assert notified.read_text().strip() == "stopped"
     assert not place.pid_file.exists()
-    assert "스텝 1/" in (place.folder / "shown").read_text(encoding="utf-8")
 
 
 # --- GPUs by name ---

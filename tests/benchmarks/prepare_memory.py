@@ -5,6 +5,7 @@ Makes a corpus of the wanted size from the sentences of a smaller one, lets a ne
 with its own tokenizer, and meanwhile adds up the memory of that process and its helpers::
 
     python tests/benchmarks/prepare_memory.py ../shared/data/mixed_pretraining.jsonl.gz --gigabytes 5
+    python tests/benchmarks/prepare_memory.py ../shared/data/mixed_pretraining.jsonl.gz --gigabytes 2 --layout modu
 """
 
 from __future__ import annotations
@@ -26,21 +27,34 @@ sys.path.insert(0, str(ROOT))
 
 import train_h100_dual as ours
 
+# A file's name, what stands before, between and behind its documents, and the column: JSON lines; an array, as namuwiki
+# comes; one object, as the written corpus of Modu comes.
+LAYOUTS = {
+    "lines": ("jsonl", "", "\n", "\n", "text"),
+    "array": ("json", "[", ",\n", "]\n", "text"),
+    "modu": ("json", '{"id": "WB1", "document": [', ",\n", "]}\n", "document[].paragraph[].form"),
+}
 
-def make_corpus(source: Path, target: Path, size: int) -> None:
-    """Write about ``size`` bytes of JSON lines: documents in which one word in ten is made of halves of others.
+
+def make_corpus(source: Path, target: Path, size: int, layout: str) -> None:
+    """Write about ``size`` bytes of documents in which one word in ten is made of halves of others.
 
     So the vocabulary grows with the corpus as a real one's does.
     """
     draw, written = random.Random(0), 0
+    _, before, between, behind, _ = LAYOUTS[layout]
     temporary = target.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         while written < size:
             for documents in document_batches(ours, config(ours, source, target.parent)):
                 for text, language in zip(documents.texts, documents.languages, strict=True):
-                    line = json.dumps({"text": vary(text, draw), "lang": language}, ensure_ascii=False) + "\n"
-                    stream.write(line)
+                    content = {"text": vary(text, draw)}
+                    if layout == "modu":
+                        content = {"paragraph": [{"form": line} for line in content["text"].split("\n")]}
+                    line = json.dumps({**content, "lang": language}, ensure_ascii=False)
+                    stream.write((between if written else before) + line)
                     written += len(line.encode())
+        stream.write(behind)
     os.replace(temporary, target)
 
 
@@ -96,9 +110,9 @@ def watch(command: list[str], log: Path) -> tuple[float, tuple[int, int]]:
     return time.monotonic() - start, peak
 
 
-def prepare(corpus: str, folder: str, vocab_size: int) -> None:
+def prepare(corpus: str, folder: str, *options: str) -> None:
     """In a process of its own: prepare the corpus as a run's first rank does."""
-    cfg = config(ours, Path(corpus), Path(folder), f"--vocab-size={vocab_size}")
+    cfg = config(ours, Path(corpus), Path(folder), *options)
     ours.set_up_logging(cfg, 0)
     prepared = ours.prepare_corpus(cfg)
     ours.log_report(cfg, prepared)
@@ -139,18 +153,21 @@ def main() -> None:
     parser.add_argument("corpus", metavar="CORPUS", type=corpus_file, help="what the large corpus is made of")
     parser.add_argument("--gigabytes", type=float, default=5.0)
     parser.add_argument("--vocab-size", type=int, default=65536)
+    parser.add_argument("--layout", choices=LAYOUTS, default="lines")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/prepare_memory"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    big, log = args.folder / f"big-{args.gigabytes:g}.jsonl", args.folder / "prepare.log"
+    suffix, *_, column = LAYOUTS[args.layout]
+    big, log = args.folder / f"{args.layout}-{args.gigabytes:g}.{suffix}", args.folder / "prepare.log"
     if not big.exists():
-        make_corpus(args.corpus, big, int(args.gigabytes * 1e9))
+        make_corpus(args.corpus, big, int(args.gigabytes * 1e9), args.layout)
     shutil.rmtree(args.folder / "cache", ignore_errors=True)
     call = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prepare_memory; "
-    call += f"prepare_memory.prepare({str(big)!r}, {str(args.folder)!r}, {args.vocab_size})"
+    options = f"--vocab-size={args.vocab_size}", f"--text-column={column}"
+    call += f"prepare_memory.prepare(*{(str(big), str(args.folder), *options)!r})"
     seconds, peak = watch([sys.executable, "-c", call], log)
     print(log.read_text(), flush=True)
-    size, cfg = big.stat().st_size, config(ours, big, args.folder, f"--vocab-size={args.vocab_size}")
+    size, cfg = big.stat().st_size, config(ours, big, args.folder, *options)
     rows = {
         "corpus": f"{size / 1e9:.2f} GB",
         "preparing it, tokenizer included": f"{seconds:.0f} s ({size / 1e6 / seconds:.1f} MB/s)",
