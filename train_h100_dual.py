@@ -247,10 +247,7 @@ def parse_mix(text: str) -> str:
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
-    """Declare an option, its ``kind`` as ``parse_value`` reads it.
-
-    Defaults by situation: "base", "test" (mode), "cpu" (device), "cpu_test" (both); the last that applies counts.
-    """
+    """Declare an option; its default by "base", "test" (mode), "cpu" (device), "cpu_test" (both); the last to fit."""
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
@@ -356,10 +353,6 @@ class TrainConfig:
     # fmt: on
 
     @property
-    def is_test(self) -> bool:
-        return self.mode == "test"
-
-    @property
     def mix_counts(self) -> dict[str, int]:
         """Rows of each name among every ``MIX_WINDOW`` rows; empty without ``--mix``."""
         pairs = (part.rpartition("=") for part in (self.mix or "").split(",") if part)
@@ -430,7 +423,7 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
 def validate_config(cfg: TrainConfig) -> TrainConfig:
     """Return the options, or raise UsageProblem: some can't be meant, or not on ``cfg.device`` once that is known."""
     problems, size = [], cfg.vocab_size or 0
-    if cfg.resume and cfg.is_test:
+    if cfg.resume and cfg.mode == "test":
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
     if size % 128 and not (cfg.tokenizer or cfg.init_from):
         problems.append(f"--vocab-size {size}: 128의 배수여야 합니다. 가장 가까운 값: {round(size / 128) * 128}")
@@ -506,8 +499,7 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     """Ask nvidia-smi for the GPUs that a CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = "--query-gpu=index,uuid,name,memory.total,memory.used"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -544,7 +536,7 @@ def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[s
     if cfg.device == "cpu":
         return "cpu", [], [], []
     gpus, lacking = query_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[:num_gpus], []
-    if not gpus and cfg.device == "auto" and cfg.is_test:
+    if not gpus and cfg.device == "auto" and cfg.mode == "test":
         return "cpu", [], [f"GPU가 없어 CPU 프로세스 {num_gpus}개(gloo)로 실행합니다"], []
     if not gpus:
         return "cuda", [], [], ["GPU를 찾을 수 없습니다. CPU로 학습하려면 --device cpu 를 쓰세요"]
@@ -554,7 +546,7 @@ def plan_device(cfg: TrainConfig, num_gpus: int) -> tuple[str, list[Gpu], list[s
         if gpu.used > 1024:  # a driver and a display take less
             used = f"GPU {index} ({gpu.name})의 메모리 {gpu.used:,} MiB를 다른 프로세스가 씁니다"
             lacking.append(f"{used}. 비우거나 CUDA_VISIBLE_DEVICES 로 다른 GPU를 고르세요")
-    return ("cuda", gpus, lacking, []) if cfg.is_test else ("cuda", gpus, [], lacking)
+    return ("cuda", gpus, lacking, []) if cfg.mode == "test" else ("cuda", gpus, [], lacking)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -595,9 +587,6 @@ def display_path(path: Path) -> str:
     """A path as the person at the prompt can use it: relative where that is shorter."""
     relative = os.path.relpath(path)
     return min(str(path), relative if relative.startswith("..") else f"./{relative}", key=len)
-
-
-# --- where a run begins ---
 
 
 def list_checkpoints(output_dir: Path, after: int = -1) -> list[Path]:
@@ -778,7 +767,7 @@ def known_pin(cfg: TrainConfig) -> str | None:
 def uses_dummy_data(cfg: TrainConfig) -> bool:
     """Whether generated text stands in for a corpus: asked for, or a test without any at the default path."""
     default = cfg.dataset_path == TrainConfig.dataset_path and not cfg.dataset_path[0].exists()
-    return cfg.dummy_data or (cfg.is_test and default)
+    return cfg.dummy_data or (cfg.mode == "test" and default)
 
 
 def split_name(path: Path) -> tuple[str, str, str]:
@@ -1035,9 +1024,6 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
     return 6 * parameters + 12 * layers * hidden * length
 
 
-# --- the plan itself ---
-
-
 def source_problems(cfg: TrainConfig) -> list[str]:
     """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell."""
     problems, earlier = [], [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]
@@ -1123,7 +1109,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     if problems:
         raise EnvironmentProblem(problems)
     short = room_problems(cfg, gpus, world_size, max(0, steps - done))
-    if short and not cfg.is_test:
+    if short and cfg.mode == "train":
         raise EnvironmentProblem(short)
     notes += [*adapted, *point.notes, *short]
     if (own := read_config(cfg.model_config).get("vocab_size", cfg.vocab_size)) != cfg.vocab_size:
@@ -1223,7 +1209,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         machine["예상 메모리"] = f"{'GPU' if on_gpu else '프로세스'}당 {needed}"
     sections = {"🔧 하이퍼파라미터:": training, "📁 경로:": paths, "💾 저장 설정:": saving}
     sections["🚀 H100 설정:" if on_gpu else "🚀 실행 설정 (CPU):"] = machine
-    lines = ["📋 학습 정보", "=" * 33, f"🎯 모드: {'테스트' if cfg.is_test else '실제 학습'} 모드 ({length})"]
+    lines = ["📋 학습 정보", "=" * 33, f"🎯 모드: {'테스트' if cfg.mode == 'test' else '실제 학습'} 모드 ({length})"]
     for title, rows in sections.items():
         lines += [title, *(f"   • {label}: {text}" for label, text in rows.items())]
     return lines
@@ -1575,7 +1561,7 @@ def set_up_config(typed: TrainConfig) -> TrainConfig:
         if info.get("state", "running") != "running" or "stop_requested" in info:
             sys.exit()
         begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
-        if begun and list_checkpoints(typed.output_dir) and not typed.is_test:  # which starts over
+        if begun and list_checkpoints(typed.output_dir) and typed.mode == "train":  # which starts over
             typed = replace(typed, resume="auto")
     if "H100_DUAL_RUN_ID" in os.environ or rank_and_world()[0]:
         device = typed.device if "H100_DUAL_RUN_ID" in os.environ else plan_device(typed, processes)[0]
@@ -1630,18 +1616,17 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers.utils.logging as transformers_logging
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import GenerationConfig, TextStreamer
-from transformers.modeling_utils import AttentionInterface
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 END_OF_TEXT = "<|endoftext|>"
 # A word with the mark before it, up to three digits, punctuation with its line breaks, runs of space: Llama 3's
@@ -2485,7 +2470,7 @@ def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
     if most_lost > 0.01:
         problem = f"토크나이저가 쓰지 못하는 글자가 최대 {most_lost:.1%}입니다 (예: {report['lost_example']})"
-        if most_lost > LARGE_SHARE and not cfg.is_test:
+        if most_lost > LARGE_SHARE and cfg.mode == "train":
             raise RuntimeError(f"{problem}. 그 글자를 아는 --tokenizer 를 주거나, 빼고 말뭉치로 학습하세요")
         logger.warning(f"⚠️  {problem}")
 
@@ -3260,10 +3245,7 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
 
 
 class StepLog:
-    """Takes in a step's figures and tells them: on the console, in ``metrics.jsonl``, to the trackers.
-
-    They are added up over the ranks, so that all stop at the same step, and read one step late, without a wait.
-    """
+    """Tells a step's figures: added up over the ranks, so that all stop together, and read one step late, unwaited."""
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state = run, state
@@ -3727,9 +3709,6 @@ def train(run: Run, state: TrainState) -> str:
     return "finished" if state.step >= run.total_steps else "stopped"
 
 
-# --- main ---
-
-
 def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     """Take the output directory, clear what a test left there and begin ``run_info.json``: rank 0, to keep the lock."""
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
@@ -3824,7 +3803,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
         report_save(run, is_last=True)
         draw_curves_beside(run, wait=True)
         update_run_info(cfg.output_dir, state=ended, ended=timestamp(), step=state.step)
-        again = "" if cfg.is_test else " 이어서 하려면 처음 명령에 --resume 을 덧붙이세요"
+        again = "" if cfg.mode == "test" else " 이어서 하려면 처음 명령에 --resume 을 덧붙이세요"
         message = {"finished": "✅ 학습 완료!", "stopped": f"🛑 학습을 중단했습니다.{again}"}[ended]
         if point.info.get("step") == state.step:
             message = "✅ 이미 끝난 학습입니다. 더 하려면 --max-steps 를 늘리세요"
@@ -3859,7 +3838,7 @@ def train_quietly(run: Run, state: TrainState) -> str:
     start_trackers(run, state)
     length, tokens = run.cfg.max_seq_length, run.total_steps * run.step_tokens
     size, epochs = run.model.num_parameters() / 1e6, tokens / (run.corpus.rows(length) * length)
-    logger.info(f"🚀 학습 시작!\n테스트 모드: {run.cfg.is_test}\n최대 스텝: {run.total_steps:,}")
+    logger.info(f"🚀 학습 시작!\n테스트 모드: {run.cfg.mode == 'test'}\n최대 스텝: {run.total_steps:,}")
     logger.info(f"파라미터 {size:,.1f}M, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
     for (name, count), domain in zip(run.cfg.mix_counts.items(), run.corpus.domains, strict=False):
         share = count / MIX_WINDOW
