@@ -247,7 +247,7 @@ def parse_mix(text: str) -> str:
 
 
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
-    """Declare an option; ``default`` may go by "base", "test" (mode), "cpu", "cpu_test": the last that applies counts."""
+    """Declare an option; ``default`` may go by "base", "test" (mode), "cpu", "cpu_test": the last to apply counts."""
     defaults = default if isinstance(default, dict) else {"base": default}
     details = {"metavar": metavar or "|".join(kind), "kind": kind, "help": help_text, "defaults": defaults}
     if default and kind in (parse_path, parse_dataset):  # relative to the script, where a typed one is to the caller
