@@ -30,8 +30,8 @@ def broken_launcher(folder: Path, fault: str) -> Path:
     folder.mkdir(parents=True)
     shutil.copy(LAUNCHER, folder)
     text, mark = SCRIPT.read_text(encoding="utf-8"), 'if __name__ == "__main__":\n'
-    end = text.rindex(mark)
-    place = text.index(f"{mark}    typed_config") if fault.startswith(EARLY) else end
+    early, end = text.index(mark), text.rindex(mark)  # it stands before the imports that take time, and at the end
+    place = early if fault.startswith(EARLY) else end
     text = f"{text[:place]}{fault}\n\n{text[place:end]}{NO_CURVES}\n\n{text[end:]}"
     (folder / SCRIPT.name).write_text(text, encoding="utf-8")
     return folder / LAUNCHER.name

@@ -125,7 +125,7 @@ def test_the_whole_life_of_a_run_in_a_container(place: Place, tmp_path_factory) 
     needed = tmp_path_factory.getbasetemp(), ROOT, Path(sys.prefix)  # what it writes to, and what it reads
     command["env"]["BELOW_TMP"] = " ".join(str(path) for path in needed if path.is_relative_to("/tmp"))
     kinds = "mount", "net", "uts", "pid", "fork", "mount-proc"
-    answer = place.execute(unshared(command, CONTAINER, *kinds), 200)
+    answer = place.execute(unshared(command, CONTAINER, *kinds), 300)
     shown = {path.stem: path.read_text(encoding="utf-8") for path in place.folder.glob("*.txt")}
     assert answer.code == 0, (answer.text, shown)
     assert shown["pid"] == "1\n", "the launcher's own, in the foreground"

@@ -169,8 +169,12 @@ def test_a_stop_that_is_under_way_is_told(tmp_path, alive, monkeypatch, capsys):
 
 def test_a_status_does_not_tell_of_an_earlier_run_while_the_new_one_starts(tmp_path, alive):
     cfg = write_run(tmp_path, records(90, 100), run_id="66-1", state="finished")
+    (cfg.output_dir / "checkpoint-100").mkdir()
     status = t.run_status(cfg)
-    assert (status["state"], status["step"], status["loss"]) == ("running", None, None)
+    assert [status[name] for name in ("state", "step", "loss", "last_checkpoint")] == ["running", None, None, None]
+    (cfg.output_dir / "run_info.json").unlink()
+    (cfg.logs_dir / "training.pid").write_text("")
+    assert t.run_status(cfg)["last_checkpoint"].endswith("checkpoint-100"), "nothing runs, and this is what there is"
 
 
 def test_a_run_that_died_without_a_word_is_told_as_failed_and_one_without_a_launcher_as_running(tmp_path):
@@ -179,6 +183,11 @@ def test_a_run_that_died_without_a_word_is_told_as_failed_and_one_without_a_laun
         print(os.getpid(), end="", file=lock, flush=True)
         assert [t.run_status(cfg)[name] for name in ("state", "pid", "step")] == ["running", os.getpid(), 10]
         assert t.print_status(cfg) == 0
+        with subprocess.Popen("true") as dead:
+            os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # and it stays a zombie
+            lock.truncate(0)
+            os.pwrite(lock.fileno(), str(dead.pid).encode(), 0)
+            assert t.run_status(cfg)["state"] == "failed", "a supervisor that was killed: its ranks are about to go"
     assert [t.run_status(cfg)[name] for name in ("state", "pid")] == ["failed", None]
 
 
@@ -241,6 +250,21 @@ def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised):
     assert not supervised.heard.exists()
 
 
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_stop_before_the_run_has_begun_is_a_stop_and_not_the_state_of_an_earlier_run(supervised, machine):
+    place = supervised.place
+    t.update_run_info(place.outputs, run_id="66-1", state="stopped" if machine else "failed")
+    several = ["--nnodes", "2", "--node-rank", str(machine), "--rdzv-endpoint", "127.0.0.1:29500"]
+    stop = place.start("--stop", *several)
+    place.wait("the signal", supervised.heard.exists)
+    supervised.process.kill()
+    supervised.process.wait()
+    shown = place.finish(stop, 20)[0]
+    # The run's files are the first machine's: what another one finds there is this run's, of another supervisor.
+    assert ("시작되기 전에 중단했습니다" in shown, "상태: 중단됨" in shown) == (machine == 0, machine == 1)
+    assert (stop.returncode, "실패" in shown) == (0, False)
+
+
 def test_no_bar_stands_without_tqdm(tmp_path, monkeypatch):
     class Screen(io.StringIO):
         def isatty(self) -> bool:
@@ -294,6 +318,9 @@ def session(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Itera
         seen.left = terminal.wait_for_exit(20)
         seen.shown = terminal.text
         seen.alive = place.run("--status", "--json")
+        elsewhere = place.command("--status", "--json")
+        elsewhere["args"] += ["--logs-dir", str(place.folder / "other logs")]
+        seen.elsewhere = place.execute(elsewhere)
         watching = Terminal(place, "--follow")
         watching.wait_for_text("남음")
         stopping = place.run("--stop")
@@ -305,7 +332,7 @@ def session(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Itera
 
 def test_following_where_nothing_runs_says_so(session):
     assert session.before.code == 3
-    assert "실행 중인 학습이 없습니다" in session.before.out
+    assert re.search(r"로 실행 중인 학습이 없습니다: .*logs$", session.before.out, re.M)
 
 
 def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
@@ -314,6 +341,12 @@ def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
     assert "Traceback" not in session.shown
     assert session.alive.code == 0
     assert json.loads(session.alive.out)["state"] == "running"
+
+
+def test_a_run_is_told_also_to_whoever_names_other_logs(session):
+    here, there = json.loads(session.alive.out), json.loads(session.elsewhere.out)
+    assert session.elsewhere.code == 0
+    assert [there[name] for name in ("state", "pid", "started")] == [here[name] for name in ("state", "pid", "started")]
 
 
 def test_stop_waits_and_shows_the_save(session):
