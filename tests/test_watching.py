@@ -254,6 +254,8 @@ def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised):
 def test_a_stop_before_the_run_has_begun_is_a_stop_and_not_the_state_of_an_earlier_run(supervised, machine):
     place = supervised.place
     t.update_run_info(place.outputs, run_id="66-1", state="stopped" if machine else "failed")
+    for path in [*place.logs.iterdir()] if machine else []:
+        path.rename(path.with_stem(f"{path.stem}_node_{machine}"))
     several = ["--nnodes", "2", "--node-rank", str(machine), "--rdzv-endpoint", "127.0.0.1:29500"]
     stop = place.start("--stop", *several)
     place.wait("the signal", supervised.heard.exists)
