@@ -2368,12 +2368,15 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
     if lacking := [name for place, name in enumerate(names) if not (domain == place).any()]:
         have = ", ".join([*languages, *sources[1:]][:20])
         raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
-    hashes, held, left_out = index["hash"], [], int((domain < 0).sum())
+    hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
     for language in range(len(languages)):
         own = np.flatnonzero(index["language"] == language)
-        held.append(own[hashes[own] <= held_out_bound(hashes[own], index["bytes"][own], cfg.validation_split)])
-    held = np.concatenate(held)
-    held = held[np.argsort(hashes[held], kind="stable")]  # as an evaluation takes them
+        own = own[hashes[own] <= held_out_bound(hashes[own], index["bytes"][own], cfg.validation_split)]
+        held.append(own[np.argsort(hashes[own], kind="stable")])
+        late.append(np.arange(len(own)) >= LEAST_HELD_OUT_DOCUMENTS)
+    # As an evaluation takes them: by hash, after 30 of each language, as those of a small one reach further.
+    held, late = np.concatenate(held), np.concatenate(late)
+    held = held[np.lexsort((hashes[held], late))]
     domain[held] = -1
     lists = [list_pieces(offsets, np.flatnonzero(domain == place)) for place in range(len(names))]
     for place, pieces in enumerate([*lists, list_pieces(offsets, held)]):
