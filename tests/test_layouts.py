@@ -6,6 +6,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -353,6 +354,7 @@ def bad_table(kind: str) -> bytes:
         ("spoken.json", modu_spoken(["1", "2", "3"]).replace(b'"form": "2"', b'"form": 2'), 2),
         ("a.txt", "1\n\n".encode("utf-16") + b"\x00\xd8" + "\n\n3".encode("utf-16-le"), 3),
     ],
+    ids=itertools.count(),  # a packed file holds the time, and workers have to collect the same names
 )
 def test_a_bad_record_of_any_layout_is_located_and_costs_no_other(folder, name, content, line):
     path = put(folder / name, content)
