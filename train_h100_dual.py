@@ -86,7 +86,8 @@ LEFT_OUT = {  # what isn't read of a directory unless it is named: the reason, a
     r"|merges\.txt|cache-.*\.arrow|(run|model|training)_info\.json|(metrics|bad_lines)\.jsonl",
 }
 OWN_FILES = ("run_info.json", "training_info.json", "model_info.json", "training_console.log", "documents.bin")
-HELD_OUT = ("test", "valid", "validation", "dev", "heldout")  # splits, in names that have "train" elsewhere
+# Splits, in names that have "train" elsewhere.
+HELD_OUT = ("test", "eval", "val", "valid", "validation", "dev", "heldout")
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 # Model types whose input and output embeddings are one unless their config.json says otherwise.
@@ -381,7 +382,7 @@ def parse_args(argv: Iterable[str]) -> TrainConfig:
     line, unknown = parser.parse_known_args(list(argv))
     known = [*OPTIONS, *os.environ.get("LAUNCHER_OPTIONS", "").split()]
     for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:  # other words may be its value
-        close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.5)
+        close = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.65)
         advice = f"가장 가까운 옵션: {close[0]}" if close else "전체 옵션: --help"
         advice = "--dataset-path 의 패턴은 따옴표로 묶으세요: '*.jsonl'" if os.path.exists(word) else advice
         problems.append(f"알 수 없는 {'옵션' if word.startswith('-') else '인자'}: {word} ({advice})")
@@ -651,6 +652,9 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     if not checkpoints and read_json(place / "run_info.json").get("mode") == "train":
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, notes = newest_whole(checkpoints, thorough)
+    if checkpoint is None and cfg.resume != "auto" and not (place / "training_state").exists() and place.is_dir():
+        text = f"학습 상태(training_state)가 없는 체크포인트입니다. 상태는 최근 2개에만 남습니다: {display_path(place)}"
+        raise EnvironmentProblem(f"{text}. 다른 체크포인트나 --init-from 을 쓰세요")
     if checkpoint is None:
         advice = "가중치 파일이 온전한 것이 있으면 --init-from 과 새 --output-dir 로 이어받을 수 있습니다"
         raise EnvironmentProblem([f"이어서 학습할 온전한 체크포인트가 없습니다: {place} ({advice})", *notes])
@@ -734,7 +738,8 @@ def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     if not earlier or goes_on or replaces or is_restart(info):
         return []
-    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--resume 이나 다른 --output-dir 를 쓰세요)"]
+    advice = "다른 --output-dir 와 --logs-dir 를" if cfg.mode == "test" else "--resume 이나 다른 --output-dir 를"
+    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({advice} 쓰세요)"]
 
 
 def node_rank(cfg: TrainConfig) -> int:
@@ -756,12 +761,13 @@ def corpus_name(cfg: TrainConfig) -> str:
 
 
 def known_pin(cfg: TrainConfig) -> str | None:
-    """The hub's data set with the commit that the checkpoints which ``--resume`` goes on from were trained on."""
-    for folder in [cfg.resume] if isinstance(cfg.resume, Path) else list_checkpoints(cfg.output_dir)[::-1]:
-        info = read_json(folder / "training_info.json")
-        if cfg.resume and info.get("options", {}).get("dataset_path") == corpus_name(cfg):
-            return info.get("corpus", {}).get("dataset")
-    return None
+    """The hub's data set with the commit that a run which goes on (restarted, --resume) began with."""
+    info = read_json(cfg.output_dir / "run_info.json")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # of this run or, on other machines, theirs
+    goes_on, known = cfg.resume is not None or restarted, info.get("dataset", {})
+    if isinstance(cfg.resume, Path) and (info := read_json(cfg.resume / "training_info.json")):  # in any directory
+        known = {"asked": info["options"]["dataset_path"], "pinned": info["corpus"].get("dataset")}
+    return known["pinned"] if goes_on and known.get("asked") == corpus_name(cfg) else None
 
 
 def uses_dummy_data(cfg: TrainConfig) -> bool:
@@ -824,11 +830,11 @@ def list_directory(folder: Path, own: set[str]) -> dict[Path, str]:
     # Splits are told apart without the numbers of their shards, as in test-00000-of-00012.parquet.
     stems = {path: re.sub(r"[-_.]?\d+(-of-\d+)?", "", split_name(path)[0]) for path in paths if not reasons[path]}
     held_out = {stem.replace("train", word) for stem in stems.values() if "train" in stem for word in HELD_OUT}
-    unpacked: dict[tuple, Path] = {}
+    unpacked: dict[str, Path] = {}
     for path, stem in stems.items():
         if stem in held_out:
             reasons[path] = "train과 나란히 있는 검증·시험 데이터"
-        elif unpacked.setdefault(split_name(path)[:2], path) != path and path.is_file():
+        elif unpacked.setdefault(path.name[: -len(split_name(path)[2]) or None], path) != path and path.is_file():
             reasons[path] = "이미 읽는 것"
     return reasons
 
@@ -1605,6 +1611,7 @@ import io
 import logging
 import lzma
 import multiprocessing
+import pickle
 import random
 import resource
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -2022,7 +2029,10 @@ class Tally:
             problem = f"{file}: {counts['records']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다"
             shown = [line for line in self.bad if not halves or line["file"] == file][:5]
             places = ("{file}:{line}: {reason}".format(**line) for line in shown)
-            raise RuntimeError("\n   ".join([f"{problem} (허용: 전체의 1%, 한 파일의 절반). 처음 몇 줄:", *places]))
+            rest = [f"그 밖에 절반을 읽지 못한 파일: {', '.join(halves[1:MOST_SHOWN])}"] if len(halves) > 1 else []
+            rest += [f"모두: {display_path(self.path)}"] if self.path else []
+            problem += " (허용: 전체의 1%, 한 파일의 절반). 처음 몇 줄:"
+            raise RuntimeError("\n   ".join([problem, *places, *rest]))
         if not counts["documents"]:
             raise RuntimeError(f"문서가 하나도 없습니다: {corpus} (빈 글 {counts['empty']:,}개)")
 
@@ -2212,7 +2222,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
 
     The typed --validation-split doesn't count: one tokenizer serves them all, and is the same when it is made again.
     """
-    # Chunks at even distances, whatever the format: all are cut, which is cheap, and only these are parsed.
+    # Chunks at even distances, whatever the format: all are read, and of lines, the large corpora, only these parsed.
     step, drawn, size = math.ceil(estimated_bytes(files) / SAMPLE_BYTES) or 1, {}, 0
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
         documents = parse_chunk(chunk, cfg.text_column)
@@ -2258,6 +2268,10 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     """Write every document's tokens and the index; returns the report."""
     start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
     opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
+    needed, free = estimated_bytes(files) * opening.itemsize // 4, shutil.disk_usage(folder.parent).free
+    if needed > free:
+        figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+        raise RuntimeError(f"디스크 공간이 부족합니다: {folder.parent} 에 {figures}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict[str, int]] = {"language": {}, "source": {"": 0}}  # each with its number
     tally, by_language, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
@@ -2367,7 +2381,8 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
         domain = np.where(number < 0, domain, number)
     if lacking := [name for place, name in enumerate(names) if not (domain == place).any()]:
         have = ", ".join([*languages, *sources[1:]][:20])
-        raise UsageProblem([f"--mix: 말뭉치에 '{', '.join(lacking)}' 문서가 없습니다 (있는 이름: {have})"])
+        problem = f"--mix: '{', '.join(lacking)}'에 드는 문서가 없습니다. source가 lang보다 먼저입니다"
+        raise UsageProblem([f"{problem} (있는 이름: {have})"])
     hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
     for language in range(len(languages)):
         own = np.flatnonzero(index["language"] == language)
@@ -2462,7 +2477,7 @@ def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
     logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
     most_lost = report["lost"] / max(1, report["characters"])
     for name, row in report["by_language"].items():
-        held, share, lost = report["val_by_language"][name], row["bytes"] / report["bytes"], row["lost"]
+        held, share, lost = report["val_by_language"].get(name, 0), row["bytes"] / report["bytes"], row["lost"]
         lost /= max(1, row["characters"])
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
         lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / max(1, row["eojeols"])
@@ -2602,7 +2617,8 @@ def looks_ahead(model: nn.Module) -> bool:
     """Whether what comes later changes what a model predicts, as in an encoder."""
     tokens = torch.arange(8, device=model.device).repeat(2, 1)
     tokens[1, -1] = 8
-    one, other = model.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
+    with attention_kernels("math"):  # flash and cuDNN, where they alone are allowed, take no fp32
+        one, other = model.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-3)
 
 
@@ -3225,9 +3241,12 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
     """Go back to where a checkpoint was written; rank 0 reads it and gives it to the others, a tensor at a time."""
     content: dict[str, Any] = {}
     if run.is_main:
-        with refusing("열 수 없거나 모델과 맞지 않는 체크포인트입니다", folder):
-            paths = (folder / "pytorch_model.bin", folder / "training_state" / "state.pt")
+        paths = (folder / "pytorch_model.bin", folder / "training_state" / "state.pt")
+        try:  # a disk that doesn't answer for a moment is no known cause: a restart may find it well
             weights, content = (torch.load(path, "cpu", weights_only=True, mmap=True) for path in paths)
+        except pickle.UnpicklingError as error:
+            raise RuntimeError(f"코드가 실행될 수 있어 열지 않습니다: {folder} (다른 체크포인트를 쓰세요)") from error
+        with refusing("모델과 맞지 않는 체크포인트입니다", folder):
             run.model.load_state_dict(weights)
     moments = content.pop("optimizer", {})
     shapes = {name: {kind: value.to("meta") for kind, value in kinds.items()} for name, kinds in moments.items()}
@@ -3690,6 +3709,11 @@ def train(run: Run, state: TrainState) -> str:
             profile.step()
         if is_first:
             run.stop.arm(cfg.hang_timeout)  # what compiles later, for an evaluation, doesn't take long
+            if cfg.device == "cuda":
+                # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
+                # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
+                torch.cuda.synchronize()
+                time.sleep(0.3)
         else:
             keep_to_hours(run, time.monotonic() - begun)
         last = state.step == run.total_steps
@@ -3730,9 +3754,9 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
         for name in ("metrics.jsonl", "samples.md", "training_curves.png"):
             (cfg.output_dir / name).unlink(missing_ok=True)
     path = cfg.output_dir / "run_info.json"
-    info, kept = read_json(path), ("step", "total_steps") if cfg.resume else ()  # what still holds
+    info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()  # what still holds
     if is_restart(info):
-        kept += ("restarts", "first_step", "failed_saves")
+        kept += ("restarts", "first_step", "failed_saves", "dataset")
         info["restarts"] = count = info.get("restarts", 0) + 1
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째)")
@@ -3824,6 +3848,8 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     for path in list_checkpoints(cfg.output_dir, after=state.step):  # the run will write its own
         aside = path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         logger.info(f"⚠️  스텝 {state.step:,} 뒤의 체크포인트를 옮겨 두었습니다: {display_path(aside)}")
+    if corpus_name(cfg).startswith("hf:"):
+        begun["dataset"] = {"asked": corpus_name(cfg), "pinned": run.corpus.report["dataset"]}
     if cfg.device == "cuda":
         begun["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)
@@ -3831,8 +3857,8 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
         before, now = point.info["total_steps"], run.total_steps
         if before != now:
-            rates = (learning_rate_at(min(state.step, n - 1), n, cfg, run.warmup_steps) for n in (before, now))
-            change = "다음 스텝의 학습률: {:.2e} → {:.2e}".format(*rates)
+            rate = learning_rate_at(min(state.step, now - 1), now, cfg, run.warmup_steps)
+            change = f"학습률: 마지막 스텝 {point.info['learning_rate']:.2e} → 다음 스텝 {rate:.2e}"
             logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. {change} (워밍업은 처음처럼 {run.warmup_steps:,}스텝)")
 
 

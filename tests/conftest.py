@@ -41,8 +41,8 @@ H100 = "NVIDIA H100 PCIe"
 
 
 # Files in the order in which their tests take long: the longest begins first, so that no worker is left with it alone.
-LONGEST = ["test_saves", "test_stops", "test_launcher_lifecycle", "test_faults", "test_checkpoint", "test_resume"]
-LONGEST += ["test_optimizer", "test_memory", "test_launcher_options", "test_watching", "test_data", "test_readme"]
+LONGEST = ["test_hosts", "test_saves", "test_launcher_lifecycle", "test_stops", "test_faults", "test_watching"]
+LONGEST += ["test_resume", "test_checkpoint", "test_memory", "test_optimizer", "test_launcher_options", "test_data"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -165,18 +165,22 @@ def test_a_run_that_goes_on_reads_the_commit_it_began_with_also_without_the_hub(
         path.mkdir()
     hub["rows"] = [{"text": text} for text in wild_documents(100)]
     first = t.prepare_corpus(cfg)
-    info = {"options": {"dataset_path": "hf:org/name"}, "corpus": first.report}
-    for checkpoint in (cfg.output_dir / "checkpoint-5", tmp_path / "elsewhere" / "checkpoint-5"):
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "training_info.json").write_text(json.dumps(info))
+    pinned = {"asked": "hf:org/name", "pinned": first.report["dataset"]}
+    (cfg.output_dir / "run_info.json").write_text(json.dumps({"dataset": pinned, "mode": "train"}))
     hub["sha"] = "second"
     assert t.prepare_corpus(cfg).path != first.path  # a new run takes the newest
     monkeypatch.setattr("huggingface_hub.dataset_info", None)  # a call would fail
     resumed = t.replace(cfg, resume="auto")
     assert t.prepare_corpus(resumed).path == first.path
-    assert t.known_pin(resumed) == first.report["dataset"], "by which the plan finds the prepared corpus"
+    assert t.make_launch_plan(t.replace(resumed, max_steps=None), 1).exact, "the plan knows its tokens"
+    checkpoint = tmp_path / "elsewhere" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    info = {"options": {"dataset_path": "hf:org/name"}, "corpus": first.report}
+    (checkpoint / "training_info.json").write_text(json.dumps(info))
     resumed = t.replace(cfg, resume=checkpoint, output_dir=tmp_path / "new")
     assert t.prepare_corpus(resumed).path == first.path
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # also on a machine whose run_id is another than rank 0's
+    assert t.prepare_corpus(cfg).path == first.path
 
 
 def test_a_hub_that_can_not_be_reached_is_named(tmp_path, hub):
@@ -657,7 +661,7 @@ def test_documents_that_a_mix_does_not_name_are_left_out_and_said(tmp_path, capl
 
 
 def test_a_mix_of_what_the_corpus_has_not_is_refused_with_what_it_has(tmp_path):
-    with pytest.raises(t.UsageProblem, match=r"'fr' .*이름: ko, en, news, chat\)"):
+    with pytest.raises(t.UsageProblem, match=r"'fr'.*이름: ko, en, news, chat\)"):
         prepared(tmp_path, labelled_documents(), "--mix", "ko=0.5,fr=0.5")
 
 

@@ -408,6 +408,21 @@ def test_a_file_of_which_half_is_bad_is_refused_with_the_columns_that_hold_text(
     assert str(path) in (cfg.logs_dir / "bad_lines.jsonl").read_text()
 
 
+def test_all_files_that_are_refused_are_named_at_once(folder):
+    put(folder / "a.jsonl", json_lines(TEXTS))
+    for name in ("about.json", "meta.json"):
+        put(folder / name, '{"license": "CC"}')
+    cfg = config(folder.parent, "--dataset-path", str(folder))
+    with pytest.raises(RuntimeError, match=r"(?s)about\.json: .*그 밖에 .*meta\.json\n.*bad_lines\.jsonl"):
+        prepare(cfg)
+
+
+def test_names_that_differ_in_case_are_two_files(folder):
+    put(folder / "A.jsonl", '{"text": "하나"}')
+    put(folder / "a.jsonl", '{"text": "둘"}')
+    assert read("--dataset-path", str(folder)).texts == ["하나", "둘"]
+
+
 def test_a_broken_json_file_and_one_without_end_are_named_with_what_to_do(folder, monkeypatch):
     for rest in (b'[{"text": "1"}, {"text": "2"', b'[{"text": "1"}] {"text": "2"}'):
         path = put(folder / "a.json", rest)

@@ -147,6 +147,11 @@ def test_an_encoder_is_refused_unless_it_is_made_a_decoder(tmp_path):
                 t.build_model(cfg, Words())
 
 
+def test_a_model_is_built_where_only_kernels_without_fp32_are_allowed(tmp_path):
+    with t.attention_kernels("cudnn"):  # as a run with --attention does, flash's too on a GPU
+        assert t.build_model(config(tmp_path), Words()).config._attn_implementation == t.ATTENTION_NAME
+
+
 def test_a_vocabulary_larger_than_that_of_existing_weights_is_refused(tmp_path, model):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="513"):

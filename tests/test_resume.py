@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from samples import ROOT, SMALL_MODEL, forked_run, options, read_metrics, tiny_run, torchrun
+from samples import ROOT, SMALL_MODEL, config, forked_run, options, read_metrics, tiny_run, torchrun
 from test_hosts import BOOKS, DAMAGE, STATES, damage
 
 import train_h100_dual as t
@@ -128,11 +128,20 @@ def test_the_other_optimizer_goes_on_bit_for_bit_too_and_is_not_exchanged(undist
     assert f"쓸 값: --optimizer {other}" in done.stderr
 
 
+def test_a_checkpoint_whose_state_was_removed_for_newer_ones_is_no_damaged_one(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
+    checkpoint = tmp_path / "outputs" / "checkpoint-10"
+    shutil.rmtree(checkpoint / "training_state")
+    with pytest.raises(t.EnvironmentProblem, match="최근 2개에만") as problem:
+        t.find_resume_point(config(tmp_path, "--train", "--resume", str(checkpoint)), 1)
+    assert "손상" not in str(problem.value)
+
+
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(alone, tmp_path):
     shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     shown = forked_run(tmp_path, *TWENTY, "--resume", "--max-steps", "24")
     assert "20 → 24" in shown
-    rates = re.search(r"다음 스텝의 학습률: (\S+) → (\S+)", shown)
+    rates = re.search(r"학습률: 마지막 스텝 (\S+) → 다음 스텝 (\S+)", shown)
     assert 0 < float(rates[1]) < float(rates[2]) <= 1e-3
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 25))
