@@ -361,7 +361,7 @@ def test_a_checkpoint_whose_pickle_would_run_code_is_refused(trained, tmp_path, 
     torch.save({"weight": torch.zeros(2), "more": Bomb(tmp_path / "was here")}, folder / name)
     sign(folder)
     assert t.checkpoint_damage(folder, thorough=True) is None
-    with pytest.raises(RuntimeError, match="열 수 없거나"):
+    with pytest.raises(RuntimeError, match="코드가 실행될 수 있어"):
         t.load_checkpoint(run, folder)
     assert not (tmp_path / "was here").exists()
     torch.load(folder / name, weights_only=False)  # the bomb is a real one
