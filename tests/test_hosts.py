@@ -116,6 +116,7 @@ exec "$@" --resume --foreground --max-steps $((step + 1)) >resume.txt 2>&1
 
 
 @root
+@pytest.mark.slow
 def test_the_whole_life_of_a_run_in_a_container(place: Place, tmp_path_factory) -> None:
     words = f'"$1" {" ".join(place.directories)} --'
     script = write_program(place.folder / "life", "set -eu" + LIFE.replace('"$1" --', words))
