@@ -59,7 +59,8 @@ def has_hangul(text: str) -> bool:
 def answer_quickly(place: Place, *arguments: str) -> Answer:
     """Run the launcher, up to three times where the machine is loaded; assert that it answers within a second."""
     answers: list[Answer] = []
-    while len(answers) < 3 and not (answers and answers[-1].seconds <= 1):
+    # An answer's time holds that of a child of an earlier test, if starting this one is what reaps it.
+    while len(answers) < 3 and not (answers and max(answers[-1].seconds, answers[-1].cpu_seconds) <= 1):
         answers.append(place.run(*arguments))
     # On a loaded machine the clock tells about the others; the computing is the launcher's own.
     assert min(answer.cpu_seconds for answer in answers) <= 1
