@@ -996,6 +996,14 @@ def memory_words(parts: dict[str, int]) -> str:
     return f"{sum(parts.values()) / 2**30:.1f} GiB (추정: {' + '.join(words)})"
 
 
+def disk_problem(folder: Path, needed: int) -> str | None:
+    """A sentence without its full stop if the disk of ``folder`` has no ``needed`` bytes left."""
+    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
+    return f"디스크 공간이 부족합니다: {figures}" if needed > free else None
+
+
 def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int) -> list[str]:
     """Sentences if a run needs more than its smallest GPU has, or the steps that are ``left`` save more than fits."""
     problems, shape, gpu = [], model_shape(cfg), min(gpus, key=lambda gpu: gpu.total, default=Gpu("", 0, 0))
@@ -1011,10 +1019,8 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
     needed = (count + (cfg.save_initial and not have)) * 4 * shape.parameter_count(cfg.vocab_size)
     needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)  # which three have, one of them half-written
-    folder = next(parent for parent in (cfg.output_dir, *cfg.output_dir.parents) if parent.exists())
-    if left and not node_rank(cfg) and needed > (free := shutil.disk_usage(folder).free):
-        figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-        problems.append(f"디스크 공간이 부족합니다: {figures}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요")
+    if left and not node_rank(cfg) and (problem := disk_problem(cfg.output_dir, needed)):
+        problems.append(f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요")
     return problems
 
 
@@ -2268,10 +2274,8 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     """Write every document's tokens and the index; returns the report."""
     start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
     opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
-    needed, free = estimated_bytes(files) * opening.itemsize // 4, shutil.disk_usage(folder.parent).free
-    if needed > free:
-        figures = f"{needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
-        raise RuntimeError(f"디스크 공간이 부족합니다: {folder.parent} 에 {figures}. 다른 --cache-dir 를 쓰세요")
+    if problem := disk_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
+        raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict[str, int]] = {"language": {}, "source": {"": 0}}  # each with its number
     tally, by_language, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}, ""
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
