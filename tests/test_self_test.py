@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Place
 from samples import torchrun
 
 BODY = """
@@ -96,3 +97,11 @@ def test_what_is_wrong_is_named_with_what_to_try(
     text = examine(tmp_path, fault, *options, **environment, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
     assert sentence in text
     assert "--no-self-test" in text
+
+
+def test_a_run_by_hand_refuses_gpus_that_pytorch_can_not_use(place: Place, with_gpus: Callable[..., None]) -> None:
+    with_gpus(1)
+    command = place.command("--train", "--dummy-data")
+    answer = place.execute({**command, "args": [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]})
+    assert answer.code == 1
+    assert "nvidia-smi의 GPU를 PyTorch" in answer.text
