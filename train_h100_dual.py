@@ -1902,19 +1902,18 @@ def self_test_worker(cfg: TrainConfig, parent: int, answers: Any) -> None:
     """One rank's part in a process of its own; sends what it tries, then a problem or what all have found."""
     enter_worker(None, parent)
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of itself on stderr
-    (rank, ranks), on_gpu, found, part = rank_and_world(), cfg.device == "cuda", {}, "compute"
+    (rank, ranks), on_gpu, part, found = rank_and_world(), cfg.device == "cuda", "compute", {}
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    parts = {"compute": measure_tflops, "attention": functools.partial(check_attention, cfg)}
-    if cfg.compile:
-        parts = {"compile": check_compiler, **parts}
+    measures = {"compile": check_compiler} if cfg.compile else {}
+    measures |= {"compute": measure_tflops, "attention": functools.partial(check_attention, cfg)}
     try:
         if on_gpu:
             torch.cuda.set_device(device)
-        for part, measure in parts.items():
+        for part, measure in measures.items():
             answers.send((part, None, None))
-            found[part], part = measure(device), "reduce"
+            found[part] = measure(device)
+        part, everything = "reduce", [found]
         answers.send((part, None, None))
-        everything = [found]
         if ranks > 1:
             loopback_only(ranks)
             os.environ["TORCHELASTIC_RESTART_COUNT"] = "self-test"  # a file of its own in store_url
