@@ -325,7 +325,9 @@ class TrainConfig:
         "--compile": (True, "torch.compile 사용 (GPU 기본)"),
     }, {"base": True, "cpu": False})
     num_gpus: int = option("N", (int, 1, 64), "사용할 GPU 수", default=2)
-    attention: str = option("", ("auto", "cudnn", "flash", "efficient", "math"), "어텐션 커널", default="auto")
+    attention: str = option("", ("auto", "cudnn", "flash", "fa3", "efficient", "math"), "어텐션 커널", default="auto")
+    bf16_allreduce: bool = switch({"--bf16-allreduce": (True, "기울기를 BF16으로 주고받음 (GPU 사이가 느릴 때)")})
+    self_test: bool = switch({"--no-self-test": (False, "시작할 때의 머신 점검을 건너뜀 (GPU)")}, True)
     gradient_checkpointing: bool = switch({"--gradient-checkpointing": (True, "활성값을 다시 계산해 메모리 절약")})
     find_batch_size: bool = switch({"--find-batch-size": (True, "GPU 메모리에 들어갈 때까지 배치 크기를 절반씩 줄임")})
     profile: bool = switch({"--profile": (True, "몇 스텝을 프로파일해 시간이 어디에 쓰였는지 보여 줌")})
@@ -1158,6 +1160,17 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
         print("\n\n".join("\n".join(lines) for lines in blocks))
 
 
+def require_cuda() -> None:
+    """EnvironmentProblem where this PyTorch can't use the GPUs that nvidia-smi reports."""
+    import torch
+
+    if not torch.cuda.is_available():
+        version = importlib.metadata.version("torch")
+        package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+        text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버를 올리거나 맞는 것을 설치하세요"
+        raise EnvironmentProblem(f"{text}: {sys.executable} -m pip install {package}")
+
+
 def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, fp8 = plan.cfg, [], plan.cfg.precision == "fp8"
@@ -1165,10 +1178,7 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
     if version and plan.gpus:
         import torch
 
-        if not torch.cuda.is_available():
-            package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-            text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버를 올리거나 맞는 것을 설치하세요"
-            raise EnvironmentProblem(f"{text}: {sys.executable} -m pip install {package}")
+        require_cuda()
         if fp8 and torch.cuda.get_device_capability() < (8, 9):
             raise EnvironmentProblem("--fp8: FP8은 compute capability 8.9부터 있습니다. --bf16 을 쓰세요")
         if fp8 and importlib.util.find_spec("torchao") is None:
@@ -1620,6 +1630,7 @@ import multiprocessing
 import pickle
 import random
 import resource
+import sysconfig
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -1629,12 +1640,13 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.benchmark
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DDPCommunicationHookType, broadcast, broadcast_object_list, gather_object, set_seed
 from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import GenerationConfig, TextStreamer
@@ -1711,6 +1723,13 @@ def store_url() -> str:
     return f"file://{folder}/ranks-{count}" if folder else "env://"
 
 
+def loopback_only(world_size: int) -> None:
+    """On one machine let nobody else connect."""
+    if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+
+
 def build_accelerator(cfg: TrainConfig) -> Accelerator:
     """Create the process group and the precision policy; of accumulation, which is ``train_step``'s, it isn't told."""
     if cfg.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -1729,12 +1748,11 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     rank, world_size = rank_and_world()
     numbers = f"?rank={rank}&world_size={world_size}" if cfg.device == "cuda" else ""  # else accelerate adds them
     group = InitProcessGroupKwargs(init_method=store_url() + numbers, timeout=patience)
-    if world_size == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # one machine: nobody else may connect
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    loopback_only(world_size)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:  # each would count
         logger.debug(f"{name}={os.environ.pop(name)} is dropped")
-    ddp_settings = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    hook = DDPCommunicationHookType.BF16 if cfg.bf16_allreduce else DDPCommunicationHookType.NO
+    ddp_settings = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
     precision = {"fp32": "no", "fp8": "bf16"}.get(cfg.precision, cfg.precision)  # of what FP8 leaves
     details = {"kwargs_handlers": [ddp_settings, group], "project_dir": str(cfg.logs_dir / "tensorboard")}
     accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision=precision, log_with=trackers or None, **details)
@@ -1742,6 +1760,163 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
     for name in {*trackers} - {*map(str, accelerator.log_with)}:
         logger.info(f"⚠️  {name} 패키지가 없어 기록을 보내지 않습니다 (설치: {sys.executable} -m pip install {name})")
     return accelerator
+
+
+# ==== Self-test: what is wrong with the machine, told before the corpus is touched ====
+
+SELF_TEST_SECONDS = 120  # that a part of it may take: NCCL itself waits for as long as --hang-timeout
+SLOW_LINK = 100  # GB/s
+SELF_TEST_ADVICE = {  # its parts in their order, and what to try where one fails or hangs
+    "compile": "torch.compile을 쓸 수 없습니다. --no-compile 로 시작할 수 있습니다",
+    "compute": "GPU가 계산을 마치지 못합니다. nvidia-smi 와 dmesg(Xid)를 보고 다른 GPU를 고르세요",
+    "attention": "어텐션 커널을 쓸 수 없습니다. --attention math 로 시작할 수 있습니다",
+    "reduce": "GPU 사이의 통신이 되지 않습니다. 컨테이너라면 --ipc=host 를, 아니면 NCCL_P2P_DISABLE=1 을 써 보세요 "
+    "(BIOS의 ACS나 IOMMU가 P2P를 멈추게 합니다)",
+}
+
+
+def check_compiler(device: torch.device) -> float:
+    """Compile one line; returns the seconds that it took."""
+    begun = time.perf_counter()
+    try:
+        torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(1024, device=device)).item()
+    except Exception as error:  # each backend and each compiler has its own
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            raise RuntimeError("C 컴파일러가 없습니다 (apt install gcc)") from error
+        if not header.exists():
+            raise RuntimeError(f"{header} 파일이 없습니다 (apt install python3-dev)") from error
+        raise
+    return time.perf_counter() - begun
+
+
+def measure_tflops(device: torch.device) -> float:
+    """BF16 matrix products, in TFLOP/s."""
+    size = 8192 if device.type == "cuda" else 256
+    names = {"a": torch.randn(size, size, device=device, dtype=torch.bfloat16), "torch": torch}
+    timer = torch.utils.benchmark.Timer("torch.mm(a, a)", globals=names)
+    timer.blocked_autorange(min_run_time=0.5)  # until the clock has risen
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
+
+
+def check_attention(cfg: TrainConfig, device: torch.device) -> list[str]:
+    """Run attention forward and backward beside the plain kernel in fp32; returns the GPU's two longest kernels."""
+    shape, results, names = model_shape(cfg) or PRESETS["1.3b"], [], []
+    length, dtype = min(cfg.max_seq_length, 2048), {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision)
+    like = torch.randn(4, 1, length, (shape.query or shape.hidden) // shape.head, shape.head, device=device)
+    for kernel, kind in (("math", torch.float32), (cfg.attention, dtype or torch.bfloat16)):
+        # Views of (batch, tokens, heads, size), as a layer has them.
+        *inputs, gradient = like.to(kind).transpose(2, 3)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with attention_kernels(kernel), torch.profiler.profile() as profile:
+            output = causal_attention(None, *inputs, None)[0]
+            output.backward(gradient.transpose(1, 2))
+        results.append([output.detach(), *(x.grad for x in inputs)])
+        kernels = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        names = [re.split(r"[<(]", event.key)[0].split("::")[-1] for event in kernels[:2]]
+    for exact, seen in zip(*results, strict=True):
+        error = ((seen.float() - exact).norm() / exact.norm()).item()
+        if not error < 0.02:  # also a NaN; bf16 itself differs by 0.003
+            raise RuntimeError(f"fp32와 {error:.2%} 다릅니다 ({', '.join(names)})")
+    return names
+
+
+def measure_reduce(device: torch.device) -> float:
+    """GB/s that cross a link, 2 (n - 1) / n of the bytes each way, while 256 MiB are added up over the ranks."""
+    data, ranks = torch.ones((256 if device.type == "cuda" else 4) << 18, device=device), dist.get_world_size()
+    for count in (1, 5):  # the first connects
+        dist.barrier()
+        begun = time.perf_counter()
+        for _ in range(count):
+            dist.all_reduce(data)
+        dist.barrier()
+    return 5 * data.nbytes * 2 * (ranks - 1) / ranks / (time.perf_counter() - begun) / 1e9
+
+
+def self_test_worker(cfg: TrainConfig, parent: int, answers: Any) -> None:
+    """One rank's part in a process of its own; sends what it tries, then a problem or what all have found."""
+    enter_worker(None, parent)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of itself on stderr
+    (rank, ranks), on_gpu, part, found = rank_and_world(), cfg.device == "cuda", "compute", {}
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    measures = {"compile": check_compiler} if cfg.compile else {}
+    measures |= {"compute": measure_tflops, "attention": functools.partial(check_attention, cfg)}
+    try:
+        if on_gpu:
+            torch.cuda.set_device(device)
+        for part, measure in measures.items():
+            answers.send((part, None, None))
+            found[part] = measure(device)
+        part, everything = "reduce", [found]
+        answers.send((part, None, None))
+        if ranks > 1:
+            loopback_only(ranks)
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "self-test"  # a file of its own in store_url
+            store, _, _ = next(dist.rendezvous(f"{store_url()}?rank={rank}&world_size={ranks}"))
+            store = dist.PrefixStore("self-test", store)
+            limit = timedelta(seconds=SELF_TEST_SECONDS)
+            backend = "nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+            found["reduce"] = measure_reduce(device)
+            everything *= ranks
+            dist.all_gather_object(everything, found)
+        answers.send((part, None, everything))
+    except Exception as error:  # whatever a driver, a compiler or NCCL says
+        answers.send((part, describe_error(error)[0], None))
+
+
+def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
+    """Try this rank's compiler, GPU and links, and return what each rank measured; EnvironmentProblem says what fails.
+
+    It happens in a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    spawn = multiprocessing.get_context("spawn")
+    worker = spawn.Process(target=self_test_worker, args=(cfg, os.getpid(), sender), daemon=True)
+    worker.start()
+    sender.close()
+    part, problem, everything = "compute", None, None
+    try:
+        while everything is None and problem is None:
+            if receiver.poll(SELF_TEST_SECONDS):
+                part, problem, everything = receiver.recv()
+            else:
+                problem = f"{SELF_TEST_SECONDS}초 안에 끝나지 않았습니다"
+    except EOFError:
+        worker.join()
+        problem = f"점검하던 프로세스가 죽었습니다 (코드 {worker.exitcode})"
+    finally:
+        worker.kill()
+        worker.join()
+    if problem:
+        raise EnvironmentProblem(f"머신 점검: {SELF_TEST_ADVICE[part]}. 이유: {problem} (점검 끄기: --no-self-test)")
+    return everything
+
+
+def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None:
+    """Tell what the machine can do and what is odd about it, and keep it with the run; rank 0."""
+    found, speeds = everything[0], [found["compute"] for found in everything]
+    logger.info("🩺 머신 점검")
+    if "compile" in found:
+        logger.info(f"✅ 컴파일: {found['compile']:.1f}초")
+    logger.info(f"✅ 계산: {', '.join(f'{speed:,.0f}' for speed in speeds)} TFLOP/s (BF16 행렬곱)")
+    logger.info(f"✅ 어텐션: {', '.join(found['attention']) or cfg.attention} (fp32와 비교)")
+    if slow := [rank for rank, speed in enumerate(speeds) if speed < 0.9 * max(speeds)]:
+        advice = "온도와 전력 제한을 보세요: nvidia-smi -q -d PERFORMANCE"
+        logger.warning(f"⚠️  랭크 {', '.join(map(str, slow))}의 GPU가 10% 넘게 느려 모두 기다리게 합니다. {advice}")
+    if "reduce" in found:
+        links = {"cuda": "PCIe", "cpu": "gloo"}[cfg.device]
+        with suppress(OSError):  # without nvidia-smi
+            matrix = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
+            links = "NVLink" if re.search(r"\bNV\d+\b", matrix) else links
+        logger.info(f"✅ 통신: {found['reduce']:,.1f} GB/s (all-reduce, {links})")
+        if found["reduce"] < SLOW_LINK and not cfg.bf16_allreduce:
+            logger.warning("⚠️  GPU 사이가 느립니다. --bf16-allreduce 는 주고받는 양을 절반으로 줄입니다")
+        if (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
+            advice = "컨테이너라면 --ipc=host 나 --shm-size=8g 를 쓰세요"
+            logger.warning(f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. {advice}")
+    update_run_info(cfg.output_dir, self_test=everything)
 
 
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
@@ -2595,7 +2770,10 @@ def attention_kernels(attention: str) -> Any:
     """Context in which SDPA takes the kernel of this value of ``--attention``, or tries "auto"'s in their order."""
     # cuDNN's, the fastest on Hopper, has given NaN going backward (pocket-tts PR 264, pytorch 196678): only by name.
     flash, efficient, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "efficient": efficient, "math": plain}
+    named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "fa3": flash, "efficient": efficient, "math": plain}
+    if attention == "fa3":
+        with refusing("--attention fa3: FlashAttention 3을 쓸 수 없습니다. auto 를 쓰세요", "flash_attn_interface"):
+            activate_flash_attention_impl("FA3")
     return sdpa_kernel(named.get(attention, [flash, efficient, plain]), set_priority=True)
 
 
@@ -3720,6 +3898,10 @@ def train(run: Run, state: TrainState) -> str:
                 time.sleep(0.3)
         else:
             keep_to_hours(run, time.monotonic() - begun)
+        if state.step == start + 3 and cfg.device == "cuda":  # from now on it takes no more
+            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
+            words = "   GPU 메모리: 최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB"
+            logger.info(words.format(*(count / 1e9 for count in peaks)))
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
@@ -3733,9 +3915,10 @@ def train(run: Run, state: TrainState) -> str:
                 save_checkpoint(run, state)
                 if run.is_main and not last and not stopping:
                     draw_curves_beside(run)
+            gc.collect()
             run.stop.heartbeat()
             log.restart_clock()
-        if state.step % 500 == 0:
+        elif state.step % 500 == 0:
             gc.collect()
     return "finished" if state.step >= run.total_steps else "stopped"
 
@@ -3805,6 +3988,10 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
     """The whole run on one rank; never returns, as DDP, let go of, waits for gloo's threads with the GIL held."""
     rank, world_size = rank_and_world()
     lock = claim_output(cfg, world_size) if rank == 0 else None
+    if cfg.self_test and cfg.device == "cuda" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        everything = self_test(cfg)
+        if rank == 0:
+            report_self_test(cfg, everything)
     corpus = prepare_corpus(cfg)
     # Armed only now: the others wait for the first one's tokenisation, however long it takes.
     minutes, detail_log = cfg.hang_timeout + (COMPILE_MINUTES if cfg.compile else 0), logging.getLogger().handlers[0]
@@ -3944,8 +4131,14 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
             use_checkpoint(cfg)
             return 0
         if cfg.device == "cuda":
-            # Kernels shall outlive a container's /tmp; one cache for each attention, which a graph's key doesn't name.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cfg.cache_dir / "compiled" / cfg.attention))
+            require_cuda()
+            # Kernels shall outlive a container's /tmp, where they stay only instead of a disk over the network, whose
+            # locks don't hold; one cache for each attention, which a graph's key doesn't name.
+            disks = [disk for disk in psutil.disk_partitions(all=True) if cfg.cache_dir.is_relative_to(disk.mountpoint)]
+            kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype
+            remote = kind.startswith(("nfs", "cifs", "lustre"))
+            folder = Path(f"/tmp/h100_dual_{os.getuid()}") if remote else cfg.cache_dir
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled" / cfg.attention))
         set_up_logging(cfg, rank_and_world()[0])
         run_training(cfg, stop)
     except Exception as error:

@@ -173,6 +173,13 @@ def test_the_attention_that_really_runs_is_found_out(tmp_path, model, typed, ker
         assert t.attention_backend(model, config(tmp_path, "--attention", typed), 2) == kernel
 
 
+@pytest.mark.parametrize("precision", ["--fp32", "--bf16"])
+@pytest.mark.parametrize("kernel", ["auto", "flash", "math"])
+def test_each_kernel_of_this_machine_agrees_with_plain_attention_both_ways(tmp_path, kernel, precision):
+    cfg = t.replace(config(tmp_path, precision), attention=kernel)  # on a CPU flash can't be typed
+    assert t.check_attention(cfg, torch.device("cpu")) == []
+
+
 def test_a_kernel_that_can_not_run_here_is_refused_by_its_name(tmp_path, model):
     cfg = t.replace(config(tmp_path), attention="cudnn")  # on a CPU the options refuse it themselves
     with t.attention_kernels("cudnn"), pytest.raises(t.EnvironmentProblem, match="--attention cudnn"):

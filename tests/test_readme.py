@@ -29,7 +29,7 @@ SECTIONS = [
 FOREIGN_OPTIONS = {
     *("--standalone", "--nproc-per-node", "--shutdown-timeout", "--index-url", "--all", "--gpus", "--signal"),
     *("--logdir", "--dtype", "--outfile", "--outtype", "--model", "--model_args", "--batch_size", "--tasks"),
-    "--shm-size",
+    "--ipc",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from samples import ROOT, tiny_run, torchrun
@@ -12,22 +14,25 @@ import train_h100_dual as t
 CLIP_NOTHING = ("--max-grad-norm", "1e6")
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory) -> dict:
+def find_together(folder: Path, *more: str) -> dict:
     """What the worker found in one start; a row and four micro-steps on each rank."""
-    folder = tmp_path_factory.mktemp("together")
-    options = ["--batch-size", "1", "--gradient-accumulation-steps", "4", *CLIP_NOTHING]
+    options = ["--batch-size", "1", "--gradient-accumulation-steps", "4", *CLIP_NOTHING, *more]
     done = torchrun(ROOT / "tests" / "two_ranks_worker.py", [str(folder), *options])
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "together.pt", weights_only=True)
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> dict:
+    return find_together(tmp_path_factory.mktemp("together"))
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     largest = max(value.abs().max().item() for value in theirs.values())
     assert largest > 0.01
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert (ours[name] - value).abs().max().item() <= 1e-5 * largest, name
+        assert (ours[name] - value).abs().max().item() <= tolerance * largest, name
 
 
 def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(together, tmp_path):
@@ -35,6 +40,13 @@ def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(togethe
     micro_steps = ("--batch-size", "2", "--gradient-accumulation-steps", "4", *CLIP_NOTHING)
     assert_close(step_gradients(tiny_run(tmp_path, *micro_steps)), whole)
     assert_close(together["gradients"], whole)
+
+
+@pytest.mark.slow
+def test_gradients_that_cross_in_bf16_are_rounded_and_no_more(together, tmp_path):
+    rounded = find_together(tmp_path, "--bf16-allreduce")["gradients"]
+    assert_close(rounded, together["gradients"], 2**-7)
+    assert any(not torch.equal(rounded[name], value) for name, value in together["gradients"].items())
 
 
 def test_an_evaluation_by_two_ranks_finds_what_one_does(together, tmp_path):

@@ -1,6 +1,6 @@
 """What a save costs the steps around it: written beside training, against waiting for it.
 
-    python tests/benchmarks/save_speed.py FOLDER [--layers 16] [--rounds 5]
+    python tests/benchmarks/save_speed.py FOLDER [--layers 16] [--rounds 5] [--device cuda]
 
 FOLDER is where the checkpoints go; it has to hold two of them, and it is left empty.  The model is
 the 125m preset with more layers, as the generated text supports but a small vocabulary.
@@ -9,28 +9,27 @@ the 125m preset with more layers, as the generated text supports but a small voc
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import median_and_range, model_options, provenance, seconds, table
-from samples import tiny_run
+from samples import NeverStop, options
 
 import train_h100_dual as t
 
 
-def build(folder: Path, layers: int, tokens: int) -> t.Run:
+def build(folder: Path, layers: int, tokens: int, device: str) -> t.Run:
     """A run of one row a step that saves only where it is told to."""
     preset = t.PRESETS["125m"]
     heads = preset.hidden // preset.head
     shape = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_attention_heads": heads}
-    words = f"--max-seq-length {tokens} --batch-size 1 --max-steps 1000000 --save-total-limit 1"
-    run = tiny_run(folder, *model_options(folder, num_hidden_layers=layers, **shape), *words.split())
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return run
+    words = f"--max-seq-length {tokens} --batch-size 1 --max-steps 1000000 --save-total-limit 1 --dummy-data"
+    words = options(folder, *model_options(folder, num_hidden_layers=layers, **shape), *words.split())
+    cfg = t.resolve_config(t.parse_args([*words, "--device", device]), device)[0]
+    cfg.output_dir.mkdir(parents=True)
+    return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
 
 
 def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:
@@ -38,7 +37,7 @@ def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:
 
     def step() -> float:
         state.step += 1
-        return seconds(t.train_step, run, batches, 1e-4)
+        return seconds(lambda: t.train_step(run, batches, 1e-4).tolist())  # until a GPU is done with it
 
     def save() -> float:
         return seconds(t.save_checkpoint, run, state)
@@ -70,12 +69,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    folder = options.folder / "save_speed"
-    run, state = build(folder, options.layers, options.tokens), t.TrainState()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    folder = args.folder / "save_speed"
+    run, state = build(folder, args.layers, args.tokens, args.device), t.TrainState()
     batches = t.make_loader(run.cfg, run.corpus, t.rank_positions(run.cfg, 0, 1, range(1_000_000)))
     measure(run, state, batches)  # allocates the buffers
-    rounds = [measure(run, state, batches) for _ in range(options.rounds)]
+    rounds = [measure(run, state, batches) for _ in range(args.rounds)]
     parameters = sum(weight.numel() for weight in run.model.parameters())
     written = sum(buffer.nbytes for buffer in run.saver.buffers.values())
     size = f"{parameters / 1e6:.1f} M parameters, {written / 1e9:.2f} GB a checkpoint"
