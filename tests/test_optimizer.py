@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ import train_h100_dual as t
 
 
 def rates(cfg: t.TrainConfig, total: int = 200) -> list[float]:
-    warmup = math.ceil(cfg.warmup_ratio * total)
-    return [t.learning_rate_at(step, total, cfg, warmup) / cfg.learning_rate for step in range(total)]
+    run = SimpleNamespace(cfg=cfg, total_steps=total, warmup_steps=math.ceil(cfg.warmup_ratio * total), peak_rate=1.0)
+    return [t.learning_rate_at(run, step) for step in range(total)]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ def test_the_rate_warms_up_and_follows_its_schedule(tmp_path, schedule, at_half,
     if schedule is None:  # wsd
         assert set(found[10:162]) == {1.0}  # four fifths of 190
         assert found[181] == pytest.approx(0.5)
+        longer = rates(dataclasses.replace(cfg, decay_ratio=0.5))
+        assert set(longer[10:106]) == {1.0}
+        assert longer[152] == pytest.approx(0.5, abs=0.01)
 
 
 def batches(run: t.Run, count: int = 4) -> list[torch.Tensor]:
