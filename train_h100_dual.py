@@ -348,6 +348,7 @@ class TrainConfig:
         "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", {"base": 3, "test": 0},
         group="장애 대응")
+    skip_spikes: bool = switch({"--no-skip-spikes": (False, "손실이나 기울기가 튄 스텝도 건너뛰지 않음")}, True)
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
     generate: Path | None = option("CHECKPOINT", parse_path, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
         group="체크포인트 사용")
@@ -1728,7 +1729,6 @@ import pickle
 import random
 import resource
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -1772,6 +1772,7 @@ LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CP
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before the step asks
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
+SPIKE_WINDOW = 128  # steps by which a loss or a gradient norm is judged
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
@@ -3084,8 +3085,7 @@ class TrainState:
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
     loss: float | None = None
-    skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps were skipped
-    recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
+    skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps gave NaN
     loss_window: list[float] = field(default_factory=list)  # of the steps since the last line of the log
     evaluation: dict[str, float | None] = field(default_factory=dict)
     evaluation_step: int | None = None
@@ -3107,6 +3107,7 @@ class Run:
     total_steps: int
     warmup_steps: int  # of the run as it began, however long it has become
     peak_rate: float  # as typed, or what "auto" found
+    spike_window: torch.Tensor  # loss, gradient norm and whether it was skipped of the last steps, on the device
     stop: StopFlag
     backend: str  # of attention, as it really runs
     saver: Saver
@@ -3312,6 +3313,7 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
             if weight in run.optimizer.state
         },
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        "spike_window": run.saver.copy("spike_window", run.spike_window),
         "progress": asdict(state),
     }
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
@@ -3395,7 +3397,9 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
             run.optimizer.state[weight][kind] = broadcast(moment)
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
-    return TrainState(**content["progress"])
+    run.spike_window.copy_(content.get("spike_window", run.spike_window))
+    known = TrainState.__dataclass_fields__  # older versions kept more
+    return TrainState(**{name: value for name, value in content["progress"].items() if name in known})
 
 
 # ==== Metrics =========================================================================
@@ -3431,8 +3435,6 @@ class StepLog:
     def push(self, step: int, stats: torch.Tensor) -> bool:
         """Hand in the figures (4 float32 on the device) of a step, and ``pop`` the one before it."""
         mark = None
-        if dist.is_initialized():
-            dist.all_reduce(stats)  # NCCL holds up the stream and not the host
         if self.pinned:
             stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
             mark.record()
@@ -3449,30 +3451,34 @@ class StepLog:
             mark.synchronize()
             moment = self.moment + self.mark.elapsed_time(mark) / 1000
         self.moment, self.mark = moment, mark
-        loss, grad_norm, skipped, asked = stats.tolist()
-        self.judge(step, loss, bool(skipped))
+        loss, grad_norm, verdict, asked = stats.tolist()
+        self.judge(step, loss, grad_norm, verdict)
         self.handle(step, moment, loss, grad_norm)
         return bool(asked)
 
-    def judge(self, step: int, loss: float, skipped: bool) -> None:
-        """Tell of a step that was skipped or stands out; RuntimeError, on all ranks, where skipping more can't help."""
-        run, state, recent = self.run, self.state, self.state.recent_losses
+    def judge(self, step: int, loss: float, grad_norm: float, verdict: float) -> None:
+        """Tell of a step that stands out (2) or isn't finite (1); RuntimeError, on all ranks, where NaN come too often.
+
+        A spike is skipped like a NaN, unless the person or FP16, whose scaler skips by itself, leaves it to this line.
+        """
+        run, state = self.run, self.state
+        state.loss = loss
+        if not verdict:
+            return
         rows = run.step_tokens // run.cfg.max_seq_length
         place = f"데이터 행 위치 {(step - 1) * rows:,}–{step * rows - 1:,}"
-        state.loss = loss
-        if not skipped:
-            if len(recent) == 100 and loss > fmean(recent) + 6 * pstdev(recent):
-                usual = f"앞선 100스텝 평균 {fmean(recent):.4f}"
-                logger.warning(f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, {usual}, {place})")
-            state.recent_losses = [*recent[-99:], loss]
+        what = "손실이나 기울기가 NaN/Inf라" if verdict == 1 else f"손실({loss:.4f})이나 기울기({grad_norm:.3f})가 튀어"
+        if verdict == 2 and not skips_spikes(run):
+            logger.warning(f"⚠️  스텝 {step:,}: {what}올랐습니다 ({place})")
             return
         state.skipped_steps += 1
-        state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000] + [step]
-        so_far = f"모두 {state.skipped_steps}번, {place}"
-        logger.warning(f"⚠️  스텝 {step:,}: 손실이나 기울기가 NaN/Inf라 갱신을 건너뜁니다 ({so_far})")
+        logger.warning(f"⚠️  스텝 {step:,}: {what} 갱신을 건너뜁니다 (모두 {state.skipped_steps}번, {place})")
         if run.is_main:
             with suppress(OSError):  # a full disk
                 update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
+        if verdict == 2:
+            return
+        state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000] + [step]
         often, scaler = len(state.skipped_recently), run.accelerator.scaler
         in_a_row = state.skipped_recently[-5:] == [*range(step - 4, step + 1)]
         is_searching = scaler is not None and scaler.get_scale() >= 1  # FP16's skips steps to find its scale
@@ -3786,11 +3792,31 @@ def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     return loss * (value - value + 1)
 
 
+def skips_spikes(run: Run) -> bool:
+    return run.cfg.skip_spikes and run.accelerator.scaler is None
+
+
+def find_spike(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Whether a step stands out by 6 standard deviations, on the device (OLMo-core's skip-step optimizer).
+
+    Of values that are the same on all ranks.  Before the window is full it holds NaN, which nothing is above; what
+    isn't finite never enters it.  After three skips in a row the step is taken: the loss may really have changed.
+    """
+    window, values = run.spike_window, torch.stack([loss, grad_norm])
+    usual = window[:2]
+    is_high = (values > usual.mean(1) + 6 * usual.std(1)).any() & torch.isfinite(values).all()
+    spike = is_high & ~window[2, -3:].bool().all()
+    skipped = spike.float() * skips_spikes(run)
+    shifted = torch.cat([window[:, 1:], torch.cat([values, skipped[None]])[:, None]], 1)
+    window.copy_(torch.where(torch.isfinite(values).all(), shifted, window))
+    return spike
+
+
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
     """One optimizer step: accumulate, clip, step; the host never waits for the device.
 
-    Returns four float32 there, to be added up over the ranks: loss, gradient norm and whether the step was skipped,
-    each divided by the number of ranks, and the requests to stop.
+    Returns four float32 there, the same on every rank: loss, gradient norm, whether the step was taken (0), wasn't
+    finite (1) or is a spike (2), and the requests to stop.
     """
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
@@ -3803,17 +3829,20 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
         total += loss.detach()
         run.stop.heartbeat()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.cfg.max_grad_norm)
-    skipped = ~torch.isfinite(grad_norm)
+    asked = torch.full((), float(run.stop.requested), device=accelerator.device)
+    shared = torch.stack([total / accelerator.num_processes, asked])
+    if dist.is_initialized():
+        dist.all_reduce(shared)  # NCCL holds up the stream and not the host
+    grad_norm = grad_norm.float()
+    skipped, spike = ~torch.isfinite(grad_norm), find_spike(run, shared[0], grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     if accelerator.scaler is None:  # which, under FP16, skips such a step; else the optimizer reads this on the device
-        run.optimizer.optimizer.found_inf = skipped.float()
+        run.optimizer.optimizer.found_inf = (skipped | (spike & run.cfg.skip_spikes)).float()
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
     run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    asked = torch.full((), float(run.stop.requested), device=accelerator.device)
-    shares = torch.stack([total, grad_norm.float(), skipped.float()]) / accelerator.num_processes
-    return torch.cat([shares, asked[None]])
+    return torch.stack([shared[0], grad_norm, torch.where(skipped, 1.0, 2.0 * spike), shared[1]])
 
 
 def keep_to_hours(run: Run, step_seconds: float) -> None:
@@ -3944,7 +3973,8 @@ def build_run(
     peak, text = peak_rate(cfg, count, steps * step_tokens, point.info)
     if cfg.learning_rate == "auto":
         logger.info(f"학습률: {text}")
-    counts = size, rows // size, step_tokens, steps, warmup, peak
+    window = torch.full((3, SPIKE_WINDOW), torch.nan, device=accelerator.device)
+    counts = size, rows // size, step_tokens, steps, warmup, peak, window
     # Of a run that goes on, as long as before; else 12 bytes a parameter at 200 MB/s, as on a slow disk.
     seconds = point.info.get("save_seconds") or 12 * loss_module.model.num_parameters() / 200e6
     return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver(), seconds)
