@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers.models.llama.modeling_llama  # noqa: F401  - before the workers are forked
 from common import Words, config, corpus_file, median_and_range, provenance, table
 
 import train_h100_dual as t
@@ -514,7 +513,8 @@ def run_campaign(options: argparse.Namespace, tokens: Path, begun: float) -> Non
     chosen = options.stages.split(",") if options.stages else STAGES
     trials = [trial for stage in STAGES if stage in chosen for trial in getattr(stages, stage)()]
     parts = ensembles([trial for trial in dict.fromkeys(trials) if trial not in have])
-    context, count = multiprocessing.get_context("fork"), options.workers  # all is imported, and nothing has threads
+    # Not forked: on a machine with a GPU importing the libraries is enough for CUDA to refuse a forked process.
+    context, count = multiprocessing.get_context("spawn"), options.workers
     counter = {"lock": context.Lock(), "next": context.Value("i", 0), "workers": count}
     work_arguments = parts, counter, tokens, options.results, options.device, begun + options.budget
     print(f"{sum(map(len, parts))} runs in {len(parts)} ensembles, {count} workers, {options.device}", flush=True)
