@@ -103,7 +103,9 @@ DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("token
 # What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
 FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
-LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "precision")
+LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm")
+LEARNING_OPTIONS += ("precision",)
+RATE_LAW = {"adamw": 1.79, "muon": 1.79}  # the constant of --learning-rate auto
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,10 @@ def parse_mix(text: str) -> str:
     return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in zip(names, rows, strict=True))
 
 
+def parse_rate(text: str) -> float | str:
+    return text if text == "auto" else parse_value((float, 1e-9, 1), text)
+
+
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
     """Declare an option; ``default`` may go by "base", "test" (mode), "cpu", "cpu_test": the last to apply counts."""
     defaults = default if isinstance(default, dict) else {"base": default}
@@ -306,12 +312,13 @@ class TrainConfig:
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: Path | str | None = option("PATH|ID", parse_source, "기존 가중치에서 이어서 사전학습")
     batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4, group="학습 하이퍼파라미터")
-    learning_rate: float = option("LR", (float, 1e-9, 1), "학습률", default=1e-4)
+    learning_rate: float | str = option("LR|auto", parse_rate, "학습률 (auto: 모델과 데이터의 크기로)", default=1e-4)
     max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", {"base": 2048, "cpu_test": 256})
     gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", {"base": 8, "test": 1})
     optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
     lr_schedule: str = option("", ("wsd", "cosine", "linear", "constant"), "학습률 스케줄", default="wsd")
     warmup_ratio: float = option("F", SHARE, "워밍업 비율", default=0.05)
+    decay_ratio: float = option("F", (float, 0.01, 1), "wsd가 끝에서 내려가는 구간의 비율", default=0.2)
     weight_decay: float = option("F", (float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
     max_grad_norm: float = option("F", (float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
     precision: str | None = switch({
@@ -342,6 +349,7 @@ class TrainConfig:
         "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
     max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", {"base": 3, "test": 0},
         group="장애 대응")
+    skip_spikes: bool = switch({"--no-skip-spikes": (False, "손실이나 기울기가 튄 스텝도 건너뛰지 않음")}, True)
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
     generate: Path | None = option("CHECKPOINT", parse_path, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
         group="체크포인트 사용")
@@ -430,6 +438,9 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append("--resume: 테스트 모드에서는 이어서 학습하지 않습니다. --train --resume 을 쓰세요")
     if size % 128 and not (cfg.tokenizer or cfg.init_from):
         problems.append(f"--vocab-size {size}: 128의 배수여야 합니다. 가장 가까운 값: {round(size / 128) * 128}")
+    if cfg.learning_rate == "auto" and cfg.init_from:
+        text = "--learning-rate auto: --init-from 에는 쓸 수 없습니다 (처음부터 학습할 때의 값입니다)"
+        problems.append(f"{text}. 그 모델이 처음 쓴 학습률의 1/5~1/2을 숫자로 주세요")
     if cfg.generate and not cfg.prompt:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
@@ -462,6 +473,12 @@ def format_value(value: Any) -> str:
 def format_duration(seconds: float) -> str:
     """Days, hours, minutes and seconds as 3일 1:02:03."""
     return re.sub(r" days?, ", "일 ", str(timedelta(seconds=round(seconds))))
+
+
+def format_count(count: float) -> str:
+    """A number of parameters or tokens in three digits: 1.21B, 614k."""
+    unit, size = next(pair for pair in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if count >= pair[1] or not pair[0])
+    return f"{count / size:.3g}{unit}"
 
 
 def help_text() -> str:
@@ -671,7 +688,9 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     if tokens != typed:
         notes.append(f"스텝당 토큰({tokens:,})이 같도록 기울기 누적을 {accumulation} → {tokens // batch} 로 맞춥니다")
     before, after = info["options"], options_of(cfg)
-    changed = [f"{name} {before[name]} → {after[name]}" for name in LEARNING_OPTIONS if before[name] != after[name]]
+    before = {name: before.get(name, after[name]) for name in LEARNING_OPTIONS}  # an older version knew fewer
+    names = [name for name in LEARNING_OPTIONS if after[name] not in (before[name], "auto")]
+    changed = [f"{name} {before[name]} → {after[name]}" for name in names]
     notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
     return ResumePoint(tokens, checkpoint, info, tuple(notes))
 
@@ -905,6 +924,26 @@ def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) ->
     return steps
 
 
+def auto_rate(optimizer: str, parameters: int, tokens: int) -> float:
+    """Step Law (Li et al., 2025): the best peak rate for the parameters without embeddings and the run's tokens."""
+    return float(f"{RATE_LAW[optimizer] * parameters**-0.713 * tokens**0.307:.1e}")
+
+
+def peak_rate(cfg: TrainConfig, parameters: int, tokens: int, info: dict[str, Any]) -> tuple[float | None, str]:
+    """The rate that the schedule rises to, and what is said of it; ``info``: of the checkpoint that a run goes on from.
+
+    ``auto`` keeps the checkpoint's, whatever the length is now; None where what it needs isn't known yet (0).
+    """
+    if cfg.learning_rate != "auto":
+        return cfg.learning_rate, format_value(cfg.learning_rate)
+    rate = auto_rate(cfg.optimizer, parameters, tokens) if parameters and tokens else None
+    basis = f"파라미터 {format_count(parameters)}, 토큰 {format_count(tokens)}"
+    if info:
+        rate, fresh = info["options"]["learning_rate"], rate
+        basis = "체크포인트의 값" + (f", 새로 시작하면 {format_value(fresh)}" if fresh else "")
+    return rate, f"{format_value(rate)} (auto: {basis})" if rate else "auto (데이터를 준비한 뒤 정해집니다)"
+
+
 # --- the model that is to come, and the room that it takes ---
 
 
@@ -1093,6 +1132,7 @@ class LaunchPlan:
     step_tokens: int  # that all ranks read a step, as a checkpoint may have it
     steps: int  # of the whole run; 0 where only the prepared corpus tells
     exact: bool  # whether they are no estimate
+    info: dict[str, Any]  # training_info.json of the checkpoint that it goes on from
     notes: list[str]  # what was adapted to the machine
 
 
@@ -1133,7 +1173,9 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
-    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, exact, notes)
+    if cfg.learning_rate == "auto" and cfg.max_hours:
+        notes.append("--max-hours 로 먼저 끝나면 auto가 헤아린 토큰 수보다 짧고, 학습률이 다 내려가지 않습니다")
+    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, exact, point.info, notes)
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
@@ -1209,11 +1251,19 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     parameters = f"{shape.parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({model})" if shape else "읽은 뒤 정해집니다"
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
-    run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{'' if plan.exact else ' (추정)'}"
+    estimated = "" if plan.exact else " (추정)"
+    run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{estimated}"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
-    training |= {"학습률": format_value(cfg.learning_rate), "최대 시퀀스 길이": cfg.max_seq_length}
+    matrices = shape.matrix_parameters() if shape else 0
+    rate = peak_rate(cfg, matrices, tokens, plan.info)[1]
+    training |= {"학습률": rate + (estimated if "토큰" in rate else "")}
+    if matrices and tokens and not (cfg.is_test or cfg.learning_rate == "auto" or cfg.init_from or plan.info):
+        best, default = auto_rate("muon", matrices, tokens), OPTIONS["--learning-rate"].default
+        if cfg.learning_rate == default or not best / 3 <= cfg.learning_rate <= 3 * best:
+            training["권장"] = f"--optimizer muon --learning-rate auto ({format_value(best)}){estimated}"
+    training |= {"최대 시퀀스 길이": cfg.max_seq_length}
     training |= {"Mixed Precision": cfg.precision, "모델 컴파일": str(cfg.compile).lower()}
     training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
     training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters, "스텝당 토큰": f"{plan.step_tokens:,}"}
@@ -1632,7 +1682,6 @@ import random
 import resource
 import sysconfig
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import numpy as np
@@ -1672,10 +1721,10 @@ LEAST_HELD_OUT_DOCUMENTS = 30
 LARGE_SHARE = 0.05  # of characters that a tokenizer can't write, and of the bytes that a language has to have for it
 MOST_EVALUATION_TOKENS = 2_000_000
 LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
-WSD_DECAY = 0.2  # the share of the steps after the warm-up in which "wsd" falls to zero
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before the step asks
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
+SPIKE_WINDOW = 128  # steps by which a loss or a gradient norm is judged
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
 logger = logging.getLogger("h100_dual")
 
@@ -3004,7 +3053,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
             (matrices if weight.dim() >= 2 else vectors).append(weight)
     groups = [{"params": hidden}, {"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    settings = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "betas": (0.9, 0.95), "fused": True}
+    settings = {"weight_decay": cfg.weight_decay, "betas": (0.9, 0.95), "fused": True}  # each step sets the rate
     return Muon(groups, alone, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
@@ -3080,13 +3129,14 @@ class Muon(torch.optim.AdamW):
             weight.add_(update, alpha=rate)
 
 
-def learning_rate_at(step: int, total: int, cfg: TrainConfig, warmup: int) -> float:
-    """Learning rate of the ``step``-th of ``total`` steps, counted from 0: it rises for ``warmup`` of them."""
+def learning_rate_at(run: Run, step: int, total: int | None = None) -> float:
+    """Learning rate of the ``step``-th of all steps (or of ``total``), counted from 0."""
+    total, warmup, ratio = total or run.total_steps, run.warmup_steps, run.cfg.decay_ratio
     if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
+        return run.peak_rate * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    factors = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "wsd": min(1.0, left / WSD_DECAY)}
-    return cfg.learning_rate * factors.get(cfg.lr_schedule, 1.0)  # of "constant"
+    factors = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "wsd": min(1.0, left / ratio)}
+    return run.peak_rate * factors.get(run.cfg.lr_schedule, 1.0)  # of "constant"
 
 
 def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Accelerator) -> int:
@@ -3147,8 +3197,7 @@ class TrainState:
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
     loss: float | None = None
-    skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps were skipped
-    recent_losses: list[float] = field(default_factory=list)  # of the last 100 steps that were not
+    skipped_recently: list[int] = field(default_factory=list)  # which of the last 1,000 steps gave NaN
     loss_window: list[float] = field(default_factory=list)  # of the steps since the last line of the log
     evaluation: dict[str, float | None] = field(default_factory=dict)
 
@@ -3168,6 +3217,8 @@ class Run:
     step_tokens: int  # of all ranks
     total_steps: int
     warmup_steps: int  # of the run as it began, however long it has become
+    peak_rate: float  # as typed, or what "auto" found
+    spike_window: torch.Tensor  # loss, gradient norm and whether it was skipped of the last steps, on the device
     stop: StopFlag
     backend: str  # of attention, as it really runs
     saver: Saver
@@ -3297,14 +3348,15 @@ def training_info(run: Run, state: TrainState) -> dict[str, Any]:
     info = {"layout_version": LAYOUT_VERSION, "total_steps": run.total_steps, **state.evaluation}
     info |= {name: value for name, value in asdict(state).items() if not isinstance(value, (list, dict))}
     info["epoch"] = state.tokens_seen / (rows * run.cfg.max_seq_length)
-    info["learning_rate"] = learning_rate_at(max(0, state.step - 1), run.total_steps, run.cfg, run.warmup_steps)
+    info["learning_rate"] = learning_rate_at(run, max(0, state.step - 1))
     info["tokens_per_second"] = state.tokens_seen / seconds if seconds else None
     info |= {"world_size": run.accelerator.num_processes, "mode": run.cfg.mode, "attention_backend": run.backend}
     info["save_seconds"] = run.save_seconds  # of the save before: this one's aren't known yet
     info |= {"corpus": report, "data_fingerprint": report["fingerprint"], "warmup_steps": run.warmup_steps}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
-    batch = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
-    return info | {"options": options_of(run.cfg) | batch, **provenance()}
+    chosen = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.gradient_accumulation_steps}
+    chosen["learning_rate"] = run.peak_rate
+    return info | {"options": options_of(run.cfg) | chosen, **provenance()}
 
 
 class Saver:
@@ -3359,6 +3411,7 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
         moments[name] = {kind: copy(f"{name} {kind}", value) for kind, value in kinds.items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
     content = {"optimizer": moments, "scaler": scaler, "progress": asdict(state)}
+    content["spike_window"] = copy("spike_window", run.spike_window)
     weights, info = run.saver.copy_weights(run.model), training_info(run, state)
     run.saver.step = state.step
     run.saver.pending = run.saver.executor.submit(write_checkpoint, run, weights, content, info)
@@ -3442,7 +3495,9 @@ def load_checkpoint(run: Run, folder: Path) -> TrainState:
             run.optimizer.state[weight][kind] = broadcast(moment)
     if run.accelerator.scaler and content["scaler"]:
         run.accelerator.scaler.load_state_dict(content["scaler"])
-    return TrainState(**content["progress"])
+    run.spike_window.copy_(content.get("spike_window", run.spike_window))
+    known = TrainState.__dataclass_fields__  # older versions kept more
+    return TrainState(**{name: value for name, value in content["progress"].items() if name in known})
 
 
 # ==== Metrics =========================================================================
@@ -3475,8 +3530,6 @@ class StepLog:
     def push(self, step: int, stats: torch.Tensor) -> bool:
         """Hand in the figures (4 float32 on the device) of a step, and ``pop`` the one before it."""
         mark = None
-        if dist.is_initialized():
-            dist.all_reduce(stats)  # NCCL holds up the stream and not the host
         if self.pinned:
             stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
             mark.record()
@@ -3493,30 +3546,34 @@ class StepLog:
             mark.synchronize()
             moment = self.moment + self.mark.elapsed_time(mark) / 1000
         self.moment, self.mark = moment, mark
-        loss, grad_norm, skipped, asked = stats.tolist()
-        self.judge(step, loss, bool(skipped))
+        loss, grad_norm, verdict, asked = stats.tolist()
+        self.judge(step, loss, grad_norm, verdict)
         self.handle(step, moment, loss, grad_norm)
         return bool(asked)
 
-    def judge(self, step: int, loss: float, skipped: bool) -> None:
-        """Tell of a step that was skipped or stands out; RuntimeError, on all ranks, where skipping more can't help."""
-        run, state, recent = self.run, self.state, self.state.recent_losses
+    def judge(self, step: int, loss: float, grad_norm: float, verdict: float) -> None:
+        """Tell of a step that stands out (2) or isn't finite (1); RuntimeError, on all ranks, where NaN come too often.
+
+        A spike is skipped like a NaN, unless the person or FP16, whose scaler skips by itself, leaves it to this line.
+        """
+        run, state = self.run, self.state
+        state.loss = loss
+        if not verdict:
+            return
         rows = run.step_tokens // run.cfg.max_seq_length
         place = f"데이터 행 위치 {(step - 1) * rows:,}–{step * rows - 1:,}"
-        state.loss = loss
-        if not skipped:
-            if len(recent) == 100 and loss > fmean(recent) + 6 * pstdev(recent):
-                usual = f"앞선 100스텝 평균 {fmean(recent):.4f}"
-                logger.warning(f"⚠️  스텝 {step:,}: 손실이 튀었습니다 ({loss:.4f}, {usual}, {place})")
-            state.recent_losses = [*recent[-99:], loss]
+        what = "손실이나 기울기가 NaN/Inf라" if verdict == 1 else f"손실({loss:.4f})이나 기울기({grad_norm:.3f})가 튀어"
+        if verdict == 2 and not skips_spikes(run):
+            logger.warning(f"⚠️  스텝 {step:,}: {what}올랐습니다 ({place})")
             return
         state.skipped_steps += 1
-        state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000] + [step]
-        so_far = f"모두 {state.skipped_steps}번, {place}"
-        logger.warning(f"⚠️  스텝 {step:,}: 손실이나 기울기가 NaN/Inf라 갱신을 건너뜁니다 ({so_far})")
+        logger.warning(f"⚠️  스텝 {step:,}: {what} 갱신을 건너뜁니다 (모두 {state.skipped_steps}번, {place})")
         if run.is_main:
             with suppress(OSError):  # a full disk
                 update_run_info(run.cfg.output_dir, skipped_steps=state.skipped_steps)
+        if verdict == 2:
+            return
+        state.skipped_recently = [earlier for earlier in state.skipped_recently if earlier > step - 1000] + [step]
         often, scaler = len(state.skipped_recently), run.accelerator.scaler
         in_a_row = state.skipped_recently[-5:] == [*range(step - 4, step + 1)]
         is_searching = scaler is not None and scaler.get_scale() >= 1  # FP16's skips steps to find its scale
@@ -3541,7 +3598,7 @@ class StepLog:
         record = {
             "step": step,
             "loss": sum(losses) / len(losses),
-            "learning_rate": learning_rate_at(step - 1, run.total_steps, run.cfg, run.warmup_steps),
+            "learning_rate": learning_rate_at(run, step - 1),
             "grad_norm": grad_norm,
             "tokens_per_second": speed,
             "mfu": speed * self.flops / (self.peak * run.accelerator.num_processes) if self.peak else None,
@@ -3827,11 +3884,31 @@ def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     return loss * (value - value + 1)
 
 
+def skips_spikes(run: Run) -> bool:
+    return run.cfg.skip_spikes and run.accelerator.scaler is None
+
+
+def find_spike(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Whether a step stands out by 6 standard deviations, on the device (OLMo-core's skip-step optimizer).
+
+    Of values that are the same on all ranks.  Before the window is full it holds NaN, which nothing is above; what
+    isn't finite never enters it.  After three skips in a row the step is taken: the loss may really have changed.
+    """
+    window, values = run.spike_window, torch.stack([loss, grad_norm])
+    usual = window[:2]
+    is_high = (values > usual.mean(1) + 6 * usual.std(1)).any() & torch.isfinite(values).all()
+    spike = is_high & ~window[2, -3:].bool().all()
+    skipped = spike.float() * skips_spikes(run)
+    shifted = torch.cat([window[:, 1:], torch.cat([values, skipped[None]])[:, None]], 1)
+    window.copy_(torch.where(torch.isfinite(values).all(), shifted, window))
+    return spike
+
+
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
     """One optimizer step: accumulate, clip, step; the host never waits for the device.
 
-    Returns four float32 there, to be added up over the ranks: loss, gradient norm and whether the step was skipped,
-    each divided by the number of ranks, and the requests to stop.
+    Returns four float32 there, the same on every rank: loss, gradient norm, whether the step was taken (0), wasn't
+    finite (1) or is a spike (2), and the requests to stop.
     """
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
@@ -3844,17 +3921,20 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
         total += loss.detach()
         run.stop.heartbeat()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.cfg.max_grad_norm)
-    skipped = ~torch.isfinite(grad_norm)
+    asked = torch.full((), float(run.stop.requested), device=accelerator.device)
+    shared = torch.stack([total / accelerator.num_processes, asked])
+    if dist.is_initialized():
+        dist.all_reduce(shared)  # NCCL holds up the stream and not the host
+    grad_norm = grad_norm.float()
+    skipped, spike = ~torch.isfinite(grad_norm), find_spike(run, shared[0], grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     if accelerator.scaler is None:  # which, under FP16, skips such a step; else the optimizer reads this on the device
-        run.optimizer.optimizer.found_inf = skipped.float()
+        run.optimizer.optimizer.found_inf = (skipped | (spike & run.cfg.skip_spikes)).float()
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
     run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    asked = torch.full((), float(run.stop.requested), device=accelerator.device)
-    shares = torch.stack([total, grad_norm.float(), skipped.float()]) / accelerator.num_processes
-    return torch.cat([shares, asked[None]])
+    return torch.stack([shared[0], grad_norm, torch.where(skipped, 1.0, 2.0 * spike), shared[1]])
 
 
 def keep_to_hours(run: Run, step_seconds: float) -> None:
@@ -3881,7 +3961,7 @@ def train(run: Run, state: TrainState) -> str:
         begun, is_first = time.monotonic(), state.step == start
         torch.manual_seed(hash((cfg.seed, state.step, accelerator.process_index)))  # what dropout draws needs no saving
         with log_waiting("첫 스텝을 컴파일하는 중") if cfg.compile and is_first else nullcontext():
-            stats = train_step(run, batches, learning_rate_at(state.step, run.total_steps, cfg, run.warmup_steps))
+            stats = train_step(run, batches, learning_rate_at(run, state.step))
         state.step += 1
         state.tokens_seen += run.step_tokens
         state.elapsed_seconds = time.monotonic() - log.begun
@@ -3978,7 +4058,13 @@ def build_run(
     loss_module = build_loss(cfg, corpus.tokenizer, accelerator.device)
     ddp, optimizer = accelerator.prepare(loss_module, build_optimizer(loss_module.model, cfg))
     backend = attention_backend(loss_module.model, cfg, size)
-    counts = size, rows // size, step_tokens, steps, warmup
+    shape = model_shape(cfg)  # the plan's, so that both say one rate; what it couldn't tell is counted
+    count = shape.matrix_parameters() if shape else loss_module.model.num_parameters(exclude_embeddings=True)
+    peak, text = peak_rate(cfg, count, steps * step_tokens, point.info)
+    if cfg.learning_rate == "auto":
+        logger.info(f"학습률: {text}")
+    window = torch.full((3, SPIKE_WINDOW), torch.nan, device=accelerator.device)
+    counts = size, rows // size, step_tokens, steps, warmup, peak, window
     # Of a run that goes on, as long as before; else 12 bytes a parameter at 200 MB/s, as on a slow disk.
     seconds = point.info.get("save_seconds") or 12 * loss_module.model.num_parameters() / 200e6
     return Run(cfg, accelerator, corpus, loss_module, ddp, optimizer, *counts, stop, backend, Saver(), seconds)
@@ -4048,7 +4134,7 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
         before, now = point.info["total_steps"], run.total_steps
         if before != now:
-            rate = learning_rate_at(min(state.step, now - 1), now, cfg, run.warmup_steps)
+            rate = learning_rate_at(run, min(state.step, now - 1))
             change = f"학습률: 마지막 스텝 {point.info['learning_rate']:.2e} → 다음 스텝 {rate:.2e}"
             logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. {change} (워밍업은 처음처럼 {run.warmup_steps:,}스텝)")
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import H100, LAUNCHER, LONG_RUN, ROOT, Place, Terminal, wait_for, write_program
@@ -499,9 +500,9 @@ def test_gpus_are_understood_by_name_or_refused(tmp_path, monkeypatch, visible, 
 
 
 def test_a_longer_run_does_not_warm_up_again(tmp_path) -> None:
-    cfg = config(tmp_path)
-    rates = [t.learning_rate_at(step, 1000, cfg, 1) for step in range(20, 800)]  # 20 steps' warm-up of 0.05
-    assert {*rates} == {cfg.learning_rate}
+    run = SimpleNamespace(cfg=config(tmp_path), total_steps=1000, warmup_steps=1, peak_rate=1e-3)
+    rates = [t.learning_rate_at(run, step) for step in range(20, 800)]  # 20 steps' warm-up of 0.05
+    assert {*rates} == {1e-3}
 
 
 # --- Slurm ---

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ import train_h100_dual as t
 
 
 def rates(cfg: t.TrainConfig, total: int = 200) -> list[float]:
-    warmup = math.ceil(cfg.warmup_ratio * total)
-    return [t.learning_rate_at(step, total, cfg, warmup) / cfg.learning_rate for step in range(total)]
+    run = SimpleNamespace(cfg=cfg, total_steps=total, warmup_steps=math.ceil(cfg.warmup_ratio * total), peak_rate=1.0)
+    return [t.learning_rate_at(run, step) for step in range(total)]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ def test_the_rate_warms_up_and_follows_its_schedule(tmp_path, schedule, at_half,
     if schedule is None:  # wsd
         assert set(found[10:162]) == {1.0}  # four fifths of 190
         assert found[181] == pytest.approx(0.5)
+        longer = rates(dataclasses.replace(cfg, decay_ratio=0.5))
+        assert set(longer[10:106]) == {1.0}
+        assert longer[152] == pytest.approx(0.5, abs=0.01)
 
 
 def batches(run: t.Run, count: int = 4) -> list[torch.Tensor]:
@@ -192,9 +196,9 @@ def test_five_such_steps_in_a_row_end_the_run(tmp_path):
     run, state = tiny_run(tmp_path), t.TrainState()
     log = t.StepLog(run, state)
     for step in range(1, 10):
-        log.judge(step, 7.0, skipped=step != 5)
+        log.judge(step, 7.0, 1.0, float(step != 5))
     with pytest.raises(RuntimeError, match="다섯 스텝 연속으로 손실이나 기울기가 NaN/Inf"):
-        log.judge(10, 7.0, skipped=True)
+        log.judge(10, 7.0, 1.0, 1.0)
     assert state.skipped_steps == 9
 
 
@@ -202,26 +206,68 @@ def test_more_than_one_in_a_hundred_of_the_last_thousand_ends_the_run(tmp_path):
     run, state = tiny_run(tmp_path, "--logging-steps", "100000", "--max-steps", "100000"), t.TrainState()
     log = t.StepLog(run, state)
     for step in range(1, 4000):  # ten in every thousand may be
-        log.judge(step, 7.0, skipped=step % 100 == 0)
+        log.judge(step, 7.0, 1.0, float(step % 100 == 0))
     assert state.skipped_steps == 39
     assert len(state.skipped_recently) == 10
     with pytest.raises(RuntimeError, match="최근 1,000스텝 가운데 11스텝"):
         for step in (4001, 4002):
-            log.judge(step, 7.0, skipped=True)
+            log.judge(step, 7.0, 1.0, 1.0)
 
 
-def test_a_spike_of_the_loss_is_told_with_its_rows(tmp_path, caplog):
-    run, state = tiny_run(tmp_path, "--logging-steps", "100000", "--max-steps", "100000"), t.TrainState()
-    log = t.StepLog(run, state)
-    for step in range(1, 130):
-        wave = 0.1 if step % 2 else -0.1  # a standard deviation of 0.1
-        loss = 5 + wave + {50: 30, 105: 0.4, 120: 0.8}.get(step, 0)
-        log.judge(step, loss, skipped=False)
-        if step == 104:
-            state.recent_losses = [5 + (0.1 if n % 2 else -0.1) for n in range(100)]
-    (line,) = [text for text in caplog.messages if "튀었습니다" in text]
-    assert "스텝 120:" in line
-    assert "238–239" in line  # the rows of step 120, two a step
+def usual_steps(run: t.Run, loss: float, grad_norm: float) -> None:
+    """Fill the window with steps about these figures, a hundredth up and down."""
+    wave = torch.tensor([0.99, 1.01]).repeat(t.SPIKE_WINDOW // 2)
+    run.spike_window.copy_(torch.stack([loss * wave, grad_norm * wave, 0 * wave]))
+
+
+@pytest.mark.parametrize("optimizer", t.OPTIMIZERS)
+def test_a_spike_is_skipped_and_changes_nothing_but_the_window(tmp_path, optimizer, caplog):
+    run = tiny_run(tmp_path, "--optimizer", optimizer)
+    batch, log = batches(run, 1)[0], t.StepLog(run, t.TrainState())
+    loss, grad_norm, verdict, _ = t.train_step(run, iter([batch]), 1e-3).tolist()
+    assert verdict == 0
+    usual_steps(run, loss, grad_norm)
+    before, state = weights(run), moments(run)
+    hook = run.model.model.norm.weight.register_hook(lambda gradient: gradient * 1e4)
+    for step in range(3):
+        stats = t.train_step(run, iter([batch]), 1e-3).tolist()
+        assert stats[2] == 2
+        log.judge(step + 2, *stats[:3])
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(state, moments(run), strict=True))
+    assert "스텝 2:" in caplog.text
+    assert "2–3" in caplog.text  # its rows, two a step
+    assert log.state.skipped_steps == 3
+    assert not log.state.skipped_recently, "it never ends a run"
+    assert t.train_step(run, iter([batch]), 1e-3)[2].item() == 0, "after three in a row it isn't chance any more"
+    assert not torch.equal(before[0], weights(run)[0])
+    hook.remove()
+
+
+def test_a_spike_is_only_told_where_the_person_wants_it_taken(tmp_path, caplog):
+    run = tiny_run(tmp_path, "--no-skip-spikes")
+    usual_steps(run, 1.0, 100.0)  # this loss is a spike beside it
+    before, log = weights(run), t.StepLog(run, t.TrainState())
+    for step in range(5):
+        stats = t.train_step(run, iter(batches(run, 1)), 1e-3).tolist()
+        log.judge(step + 1, *stats[:3])
+    assert "스텝 1: 손실" in caplog.text
+    assert "건너뜁니다" not in caplog.text
+    assert log.state.skipped_steps == 0
+    assert not torch.equal(before[0], weights(run)[0])
+
+
+def test_a_lasting_jump_of_the_loss_trains_on_and_what_is_not_finite_never_enters_the_window(tmp_path):
+    run, generator, skipped = tiny_run(tmp_path), torch.Generator().manual_seed(0), []
+    for step in range(400):
+        loss = torch.randn((), generator=generator) * 0.02 + (3 if step < 200 else 6)
+        if step in (20, 150):
+            loss = torch.full((), torch.nan)
+        skipped += [step] * t.find_spike(run, loss, 1 + 0.1 * torch.rand((), generator=generator)).item()
+        assert (step < 128) == run.spike_window.isnan().any().item()
+    assert skipped[:3] == [200, 201, 202]
+    assert 203 not in skipped
+    assert len(skipped) <= 6
 
 
 def test_a_loss_that_is_not_finite_poisons_its_gradients_and_any_other_is_untouched():
@@ -316,6 +362,7 @@ def test_a_saved_and_loaded_optimizer_takes_the_same_next_step(tmp_path, optimiz
     typed = ("--optimizer", optimizer)
     run = tiny_run(tmp_path, *typed)
     rows = batches(run, 3)
+    usual_steps(run, 7.0, 3.0)
     for batch in rows[:2]:
         t.train_step(run, iter([batch]), 1e-3)
     t.save_checkpoint(run, t.TrainState(step=2, tokens_seen=2 * run.step_tokens))
@@ -326,3 +373,4 @@ def test_a_saved_and_loaded_optimizer_takes_the_same_next_step(tmp_path, optimiz
     t.train_step(other, iter(rows[2:]), 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(other), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(moments(run), moments(other), strict=True))
+    assert torch.equal(run.spike_window, other.spike_window)

@@ -58,7 +58,7 @@ def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingA
     """Translate our options; whatever has no counterpart there keeps Trainer's default."""
     if cfg.optimizer != "adamw":
         sys.exit(f"--optimizer {cfg.optimizer}: give --optimizer adamw, which Trainer has too")
-    decay = round((steps - math.ceil(cfg.warmup_ratio * steps)) * t.WSD_DECAY)
+    decay = round((steps - math.ceil(cfg.warmup_ratio * steps)) * cfg.decay_ratio)
     return transformers.TrainingArguments(
         output_dir=str(cfg.output_dir),
         max_steps=steps,
