@@ -38,7 +38,7 @@ TOOLS = (  # what the launcher may take for granted on a machine where nothing i
     " touch tr"
 )
 H100 = "NVIDIA H100 PCIe"
-
+pytest_plugins = ["faults"]  # its fixtures: broken, undisturbed
 
 # Files in the order in which their tests take long: the longest begins first, so that no worker is left with it alone.
 LONGEST = ["test_hosts", "test_saves", "test_launcher_lifecycle", "test_stops", "test_faults", "test_watching"]

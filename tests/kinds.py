@@ -89,6 +89,7 @@ def sentencepiece_bpe() -> Tokenizer:
 
 
 KINDS = {
+    "our own": lambda: t.train_tokenizer(TEXTS, 640).backend_tokenizer,
     "byte-level": byte_level_bpe,
     "merges lacking": without_some_merges,
     "added tokens": with_added_tokens,

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LAUNCHER, SCRIPT, wait_for
-from samples import ROOT, WILD_TEXTS, config, options, tiny_run
+from samples import ROOT, WILD_TEXTS, Bomb, config, options, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train_h100_dual as t
@@ -36,15 +36,6 @@ def test_everything_that_a_run_knows_of_itself_comes_back(trained, tmp_path):
     assert torch.equal(fresh.spike_window[:, -4:], run.spike_window[:, -4:])
     assert fresh.spike_window[:, -4:].isfinite().all()
     assert all(torch.equal(a, b) for a, b in zip(fresh.model.parameters(), run.model.parameters(), strict=True))
-
-
-def test_the_tree_is_what_the_documents_promise(trained):
-    _, _, output = trained
-    model = {"pytorch_model.bin", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in (output / "initial_model").iterdir()} == model | {"model_info.json"}
-    found = {path.name for path in (output / "checkpoint-4").iterdir()}
-    assert found == model | {"training_info.json", "training_state"}
-    assert [path.name for path in t.list_checkpoints(output)] == ["checkpoint-4"]
 
 
 def test_it_opens_in_transformers_with_every_weight_bit_for_bit(trained):
@@ -201,40 +192,6 @@ def test_any_flipped_bit_is_damage(trained, tmp_path, name, place):
     assert t.checkpoint_damage(tmp_path / "checkpoint-4", thorough=True)
 
 
-def test_a_file_cut_off_or_lost_is_damage_at_the_first_look(trained, tmp_path):
-    for name in ("pytorch_model.bin", "training_state/state.pt", "training_info.json", "tokenizer.json"):
-        folder = tmp_path / name.replace("/", "-") / "checkpoint-4"
-        shutil.copytree(trained[2] / "checkpoint-4", folder)
-        os.truncate(folder / name, 10)
-        assert name in t.checkpoint_damage(folder, thorough=False)
-        (folder / name).unlink()
-        assert name in t.checkpoint_damage(folder, thorough=False)
-        assert t.newest_whole([folder])[0] is None
-
-
-def test_the_newest_whole_checkpoint_is_found_and_every_damaged_one_is_named(trained, tmp_path):
-    run, _, output = trained
-    for step in (4, 8, 12, 16):
-        shutil.copytree(output / "checkpoint-4", tmp_path / f"checkpoint-{step}")
-    flip_bit(tmp_path / "checkpoint-12" / "pytorch_model.bin")
-    (tmp_path / "checkpoint-16" / "config.json").unlink()
-    cfg = t.replace(run.cfg, output_dir=tmp_path, resume="auto")
-    point = t.find_resume_point(cfg, 1, thorough=True)
-    assert point.checkpoint == tmp_path / "checkpoint-8"
-    assert len(point.notes) == 2
-    assert "checkpoint-16 (config.json 파일이 없거나" in point.notes[0]
-    assert "checkpoint-12 (pytorch_model.bin 파일의 내용이" in point.notes[1]
-    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트를 .*checkpoint-12 \(pytorch_model.bin"):
-        t.find_resume_point(t.replace(cfg, resume=tmp_path / "checkpoint-12"), 1, thorough=True)
-    for step in (4, 8):
-        (tmp_path / f"checkpoint-{step}" / "config.json").unlink()
-    with pytest.raises(t.EnvironmentProblem) as refused:
-        t.find_resume_point(cfg, 1, thorough=True)
-    assert [
-        f"checkpoint-{step} (" in text for step, text in zip((16, 12, 8, 4), refused.value.problems[1:], strict=True)
-    ]
-
-
 class Killed:
     """Python's writes to the disk, counted; at the chosen one the process dies, a write half done."""
 
@@ -342,16 +299,6 @@ def test_killed_at_any_write_of_a_save_every_checkpoint_is_whole(tmp_path):
     assert boundary > 40
     assert seen == {True, False}
     assert t.checkpoint_damage(t.list_checkpoints(output)[-1], thorough=True) is None
-
-
-class Bomb:
-    """What a pickle may hold: something to call when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_state/state.pt"])
@@ -503,15 +450,3 @@ def test_what_a_training_run_left_is_not_removed_even_if_a_launcher_seems_to_hav
     with pytest.raises(RuntimeError, match="이전 학습의 결과가 있습니다"):
         t.claim_output(cfg, 1)
     assert t.list_checkpoints(cfg.output_dir)
-
-
-def test_what_json_has_no_word_for_becomes_null(tmp_path):
-    t.write_json(tmp_path / "a.json", {"loss": float("nan"), "more": {"norm": float("inf"), "step": 3}})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None, "more": {"norm": None, "step": 3}}
-
-
-def test_nothing_is_lost_when_metrics_are_cut_back(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val_loss": 1}\n{"step": 3}\n{"st')
-    t.cut_file(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "val_loss": 1}\n'

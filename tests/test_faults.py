@@ -11,18 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Place, assert_in_order, cleaned
-from faults import (  # noqa: F401
-    FIRST_TIME,
-    KILL,
-    SECOND_TIME,
-    SMALL,
-    assert_same_run,
-    at_step,
-    at_steps,
-    broken,
-    broken_launcher,
-    undisturbed,
-)
+from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_step, at_steps, broken_launcher
 
 import train_h100_dual as t
 

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import list_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from kinds import surrounded
-from samples import WILD_TEXTS, config, write_corpus
+from samples import WILD_TEXTS, Bomb, config, write_corpus
 
 import train_h100_dual as t
 
@@ -73,8 +74,12 @@ def test_a_prompt_goes_on_whatever_the_tokenizer_puts_around_a_text(tmp_path, te
 
 def test_a_seed_gives_its_text_and_another_one_another(opened):
     cfg = use("--generate", "x", "--prompt", "오늘", "--max-new-tokens", "20", "--temperature", "1.5")
-    texts = [t.generate_text(*opened, t.replace(cfg, seed=seed)) for seed in (1, 1, 2)]
+    before, ticks = torch.get_rng_state(), []
+    streamer = SimpleNamespace(put=ticks.append, end=lambda: None)
+    texts = [t.generate_text(*opened, t.replace(cfg, seed=seed), streamer) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+    assert len(ticks) >= 3 * 20, "the timer for hangs hears of every token"
+    assert torch.equal(torch.get_rng_state(), before), "a run's own draws stay as they were"
     # Of so few tokens only the likeliest remains.
     narrow = [t.generate_text(*opened, t.replace(cfg, seed=seed, top_p=0.01, temperature=0.5)) for seed in (1, 2)]
     assert narrow[0] == narrow[1]
@@ -251,16 +256,6 @@ def test_a_dry_run_shows_the_command_alone(place, checkpoint):
 
 
 # --- what a directory may hold ---
-
-
-class Bomb:
-    """What a pickle may hold: something to call when it is read."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.mkdir, (self.path,)
 
 
 def test_nothing_of_a_checkpoint_is_executed(checkpoint, tmp_path):

@@ -12,13 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import H100, LAUNCHER, LONG_RUN, ROOT, Place, Terminal, wait_for, write_program
-from faults import SMALL, assert_checkpoints_open, assert_same_run, broken, timeless, undisturbed  # noqa: F401
+from faults import SMALL, assert_checkpoints_open, assert_same_run, timeless
 from samples import config
 from test_readme import code_blocks, section
 
@@ -212,13 +211,16 @@ def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged
     outputs: t.TrainConfig, name: str, kind: str
 ) -> None:
     damage(outputs.output_dir / "checkpoint-12" / name, kind)
-    point = t.find_resume_point(outputs, 2, thorough=True)
+    thorough = kind == "NULs"  # whatever changes the size shows at the first look
+    point = t.find_resume_point(outputs, 2, thorough=thorough)
     assert point.checkpoint.name == "checkpoint-8"
-    assert "checkpoint-12" in point.notes[0]
+    assert f"checkpoint-12 ({name} 파일" in point.notes[0] or name == t.MANIFEST
+    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트를 .*checkpoint-12 \("):
+        t.find_resume_point(t.replace(outputs, resume=outputs.output_dir / "checkpoint-12"), 2, thorough=thorough)
     damage(outputs.output_dir / "checkpoint-8" / name, kind)
     with pytest.raises(t.EnvironmentProblem) as refused:
-        t.find_resume_point(outputs, 2, thorough=True)
-    assert "checkpoint-12" in str(refused.value) and "checkpoint-8" in str(refused.value)
+        t.find_resume_point(outputs, 2, thorough=thorough)
+    assert all(f"checkpoint-{step} (" in str(refused.value) for step in (12, 8))
     assert "--resume 없이" not in str(refused.value)
 
 
@@ -299,24 +301,6 @@ def test_whatever_a_disk_refuses_costs_the_save_alone_and_is_told_with_its_place
     assert [line["step"] for line in timeless(place) if "loss" in line] == [*range(1, 15)]
     shown = place.run("--status").out
     assert re.search(r"실패한 저장: +5번", shown), shown
-
-
-@pytest.mark.parametrize("number", ["EROFS", "EACCES", "ESTALE", "EIO", "EDQUOT", "ENOSPC"])
-def test_a_disk_that_refuses_is_told_with_the_path_and_counted_once_it_can_be(
-    tmp_path, trained, number, caplog
-) -> None:
-    run, failed = trained[0], Future()
-    failed.set_exception(OSError(getattr(errno, number), os.strerror(getattr(errno, number)), "/data/x"))
-    run.saver.pending, run.saver.step, run.saver.failed = failed, 7, 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "update_run_info", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
-        t.report_save(run)
-    assert "checkpoint-7" in caplog.text and "/data/x" in caplog.text and "예상하지" not in caplog.text
-    done: Future = Future()
-    done.set_result(None)
-    run.saver.pending = done
-    t.report_save(run)
-    assert t.read_json(run.cfg.output_dir / "run_info.json")["failed_saves"] == 1
 
 
 def test_a_failure_is_told_though_its_state_cannot_be_written(tmp_path, monkeypatch, capsys) -> None:
@@ -429,24 +413,6 @@ def test_no_place_for_temporary_files_is_answered_in_a_sentence(place: Place) ->
     assert not place.processes()
 
 
-def test_a_reader_that_has_seen_enough_ends_no_run(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
-    notified = place.folder / "notified"
-    command = place.command(*LONG_RUN.split(), "--foreground", "--notify", f"echo >'{notified}'")
-    command["args"] = ["bash", "-c", '"$@" 2>&1 | head -n 1', "pipe", *command["args"]]
-    pipe = subprocess.Popen(**command, stdout=subprocess.DEVNULL)
-    place.wait_for_step()
-    look = place.command("--status")
-    look["args"] = ["bash", "-c", 'set -o pipefail; "$@" | head -n 1; echo "${PIPESTATUS[0]}"', "pipe", *look["args"]]
-    status = place.execute(look)
-    assert status.err == "" and re.fullmatch(r"📊 상태: 실행 중 .*\n(0|141)\n", status.out), status.text
-    assert place.run("--stop").code == 0
-    pipe.wait(60)
-    assert notified.read_text().strip() == "stopped"
-    assert not place.pid_file.exists()
-    assert "🛑 학습을 중단했습니다" in place.console()
-
-
 @pytest.fixture
 def other_disk() -> Iterator[Path]:
     """A folder of another file system."""
@@ -470,7 +436,10 @@ def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead
     size = place.console_log.stat().st_size
     place.wait("more of the log", lambda: place.console_log.stat().st_size > size)
     assert (place.outputs / "training.log").read_text(encoding="utf-8").startswith(place.console()[:size])
-    assert place.run("--status").code == 0
+    look = place.command("--status")
+    look["args"] = ["bash", "-c", 'set -o pipefail; "$@" | head -n 1; echo "${PIPESTATUS[0]}"', "pipe", *look["args"]]
+    status = place.execute(look)
+    assert status.err == "" and re.fullmatch(r"📊 상태: 실행 중 .*\n(0|141)\n", status.out), status.text
     assert place.run("--stop").code == 0
     place.wait_for_end(10)
     assert "🛑 학습을 중단했습니다" in place.console()

@@ -15,26 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Place, assert_in_order
-from faults import SMALL, broken, weights  # noqa: F401 - a fixture
-from samples import config, options, tiny_run
+from faults import SMALL, weights
+from samples import Words, config, options, tiny_run
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen3Config
 
 import train_h100_dual as t
-
-
-class Words:
-    """As much of a tokenizer as building a model takes."""
-
-    bos_token_id = eos_token_id = 0
-
-    def __init__(self, size: int = 500):
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"": self.size - 1}
 
 
 class LiveTensors(TorchDispatchMode):
@@ -364,10 +352,7 @@ def test_the_search_leaves_no_model_behind(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [
-        torch.OutOfMemoryError(),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-    ],
+    [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")],
 )
 def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeError) -> None:
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")

@@ -9,22 +9,10 @@ import math
 
 import pytest
 import torch
-from samples import config, options
+from samples import Words, config, options
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import train_h100_dual as t
-
-
-class Words:
-    """As much of a tokenizer as building a model takes."""
-
-    bos_token_id = eos_token_id = 0
-
-    def __init__(self, size: int = 500):
-        self.size = size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"": self.size - 1}
 
 
 @pytest.fixture(scope="module")

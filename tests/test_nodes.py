@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Place, assert_in_order, cleaned
-from faults import (
-    SMALL,
-    assert_same_run,
-    undisturbed,  # noqa: F401
-)
+from faults import SMALL, assert_same_run
 
 ONE_EACH = [*SMALL, "--num-gpus", "1"]  # two ranks on two machines, as the undisturbed run has on one
 
@@ -35,11 +31,7 @@ def test_a_dry_run_shows_the_machines_and_a_command_with_their_meeting_place(pla
 
 
 @pytest.mark.slow
-def test_two_machines_train_stop_together_and_go_on(
-    tmp_path: Path,
-    warm_cache: Path,
-    undisturbed: Place,
-) -> None:
+def test_two_machines_train_stop_together_and_go_on(tmp_path: Path, warm_cache: Path, undisturbed: Place) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"

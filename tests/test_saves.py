@@ -17,14 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCHER, Place, cleaned
-from faults import (  # noqa: F401
-    SMALL,
-    assert_checkpoints_open,
-    assert_same_run,
-    broken,
-    slow_save,
-    undisturbed,
-)
+from faults import SMALL, assert_checkpoints_open, assert_same_run, slow_save
 
 import train_h100_dual as t
 

@@ -16,16 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCHER, SCRIPT, Place, Terminal, write_program
-from faults import (  # noqa: F401
-    FIRST_TIME,
-    KILL,
-    SLEEP_EARLY,
-    SMALL,
-    assert_checkpoints_open,
-    at_step,
-    broken,
-    slow_save,
-)
+from faults import FIRST_TIME, KILL, SLEEP_EARLY, SMALL, assert_checkpoints_open, at_step, slow_save
 
 import train_h100_dual as t
 
@@ -204,9 +195,7 @@ def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew
             assert_ended_by_ctrl_c(terminal)
 
 
-def test_a_stop_while_rank_0_trains_the_tokenizer_or_tokenises_is_clean_and_the_next_run_does_it(
-    broken,
-) -> None:
+def test_a_stop_while_rank_0_trains_the_tokenizer_or_tokenises_is_clean_and_the_next_run_does_it(broken) -> None:
     slow = """
 real_train, real_write = train_tokenizer, write_stream
 def dawdle(stage):

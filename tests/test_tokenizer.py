@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import random
 import tempfile
 import unicodedata
 from collections.abc import Callable
@@ -36,16 +35,6 @@ def test_the_vocabulary_is_a_multiple_of_128_and_no_larger_than_the_corpus_suppo
     assert len(small) < 512
 
 
-@pytest.mark.parametrize("text", WILD_TEXTS)
-def test_text_comes_back_up_to_nfc_also_after_saving(tokenizer, tmp_path, text):
-    tokenizer.save_pretrained(tmp_path)
-    opened = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(opened).__name__ in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    for source in (text, unicodedata.normalize("NFD", text)):
-        ids = opened(source, split_special_tokens=True).input_ids
-        assert opened.decode(ids) == unicodedata.normalize("NFC", text)
-
-
 # --- the engines ---
 
 
@@ -53,28 +42,6 @@ def own_ids(backend: Tokenizer, text: str) -> list[int]:
     """What ``tokenizers`` gives, with special tokens' names as text."""
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
-
-
-def random_text(draw: random.Random) -> str:
-    """Some characters from anywhere in Unicode, half of them from ranges that matter here."""
-    ranges = [(0, 0x7F), (0xAC00, 0xD7A3), (0x1100, 0x11FF), (0x3130, 0x318F), (0x1F300, 0x1FAFF), (0x2000, 0x206F)]
-    characters = []
-    for _ in range(draw.randint(0, 60)):
-        low, high = draw.choice([*ranges, *[(0, 0xD7FF), (0xE000, 0x10FFFF)] * 3])
-        characters.append(chr(draw.randint(low, high)) * draw.choice((1, 1, 1, 4)))
-    return "".join(characters)
-
-
-def test_the_fast_engine_gives_the_same_ids_on_10000_random_strings(tokenizer):
-    draw = random.Random(0)
-    texts = [*WILD_TEXTS, "한글 각 \U0001f1f0\U0001f1f7 'LL 12345\r\n\n x", *(random_text(draw) for _ in range(10_000))]
-    texts = [unicodedata.normalize("NFC", text) for text in texts]
-    encode, engine = t.make_encoder(tokenizer)
-    assert engine == "tiktoken"
-    ordinary = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    pairs = zip(texts, encode(texts), ordinary, strict=True)
-    different = [text for text, (fast, _), slow in pairs if fast.tolist() != slow.ids]
-    assert different == []
 
 
 @pytest.mark.parametrize("run", [" ", "\u00a0", "\n", " \n", "ㅋ"])
@@ -108,7 +75,19 @@ PIECES = [
     "'LL",
     "\r\n",
 ]
-PIECES += [" ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ", "👩‍👩‍👧‍👦", "e\u0301\u0323", "ſ", "hello", " world"]
+PIECES += [
+    " ",
+    "  ",
+    "\t",
+    "\u00a0",
+    "ㅋㅋㅋㅋ",
+    "👩‍👩‍👧‍👦",
+    "e\u0301\u0323",
+    "ſ",
+    "hello",
+    " world",
+    "\U0001f1f0\U0001f1f7",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +96,7 @@ PIECES += [" ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ", "👩‍👩‍👧‍👦
 def test_any_text_gets_the_ids_of_the_tokenizer_itself(kind, parts):
     own, encode, engine = one_of(kind)
     text = unicodedata.normalize("NFC", "".join(parts))
-    assert engine == ("tiktoken" if kind in ("byte-level", "merges lacking") else "tokenizers")
+    assert engine == ("tiktoken" if kind in ("our own", "byte-level", "merges lacking") else "tokenizers")
     ((ids, lost),) = encode([text])
     assert ids.tolist() == own_ids(own, text)
     assert kind == "unigram" or not lost
@@ -166,12 +145,6 @@ def prepare(folder, texts: list[str], *more: str) -> t.Corpus:
 
 def stream_of(corpus: t.Corpus) -> list[int]:
     return corpus.domains[0].read(0, len(corpus.domains[0])).tolist()
-
-
-def test_a_tokenizer_can_be_brought_along(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "mine")
-    corpus = prepare(tmp_path, [f"문서 {index}" for index in range(100)], "--tokenizer", str(tmp_path / "mine"))
-    assert t.tokenizer_fingerprint(corpus.tokenizer) == t.tokenizer_fingerprint(tokenizer)
 
 
 def test_truncation_and_padding_of_a_saved_tokenizer_are_switched_off_and_said(tmp_path, caplog, monkeypatch):
