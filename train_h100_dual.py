@@ -1826,16 +1826,19 @@ SELF_TEST_ADVICE = {  # its parts in their order, and what to try where one fail
 
 def check_compiler(device: torch.device) -> float:
     """Compile one line; returns the seconds that it took."""
-    begun = time.perf_counter()
+    begun, header = time.perf_counter(), Path(sysconfig.get_path("include"), "Python.h")
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(1024, device=device)).item()
     except Exception as error:  # each backend and each compiler has its own
-        header = Path(sysconfig.get_path("include"), "Python.h")
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise RuntimeError("C 컴파일러가 없습니다 (apt install gcc)") from error
-        if not header.exists():
-            raise RuntimeError(f"{header} 파일이 없습니다 (apt install python3-dev)") from error
-        raise
+        compilers = [name for name in (os.environ.get("CC", "cc"), "gcc", "clang") if shutil.which(name)]
+        if compilers and header.exists():
+            raise
+        advice = (
+            f"{header} 파일이 없습니다 (apt install python3-dev)"
+            if compilers
+            else "C 컴파일러가 없습니다 (apt install gcc)"
+        )
+        raise RuntimeError(advice) from error
     return time.perf_counter() - begun
 
 
@@ -1852,6 +1855,7 @@ def check_attention(cfg: TrainConfig, device: torch.device) -> list[str]:
     """Run attention forward and backward beside the plain kernel in fp32; returns the GPU's two longest kernels."""
     shape, results, names = model_shape(cfg) or PRESETS["1.3b"], [], []
     length, dtype = min(cfg.max_seq_length, 2048), {"fp32": torch.float32, "fp16": torch.float16}.get(cfg.precision)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of itself on stderr
     like = torch.randn(4, 1, length, (shape.query or shape.hidden) // shape.head, shape.head, device=device)
     for kernel, kind in (("math", torch.float32), (cfg.attention, dtype or torch.bfloat16)):
         # Views of (batch, tokens, heads, size), as a layer has them.
@@ -1883,36 +1887,28 @@ def measure_reduce(device: torch.device) -> float:
     return 5 * data.nbytes * 2 * (ranks - 1) / ranks / (time.perf_counter() - begun) / 1e9
 
 
-def self_test_worker(cfg: TrainConfig, parent: int, answers: Any) -> None:
-    """One rank's part in a process of its own; sends what it tries, then a problem or what all have found."""
-    enter_worker(None, parent)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler tells of itself on stderr
-    (rank, ranks), on_gpu, part, found = rank_and_world(), cfg.device == "cuda", "compute", {}
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    measures = {"compile": check_compiler} if cfg.compile else {}
-    measures |= {"compute": measure_tflops, "attention": functools.partial(check_attention, cfg)}
+def try_part(cfg: TrainConfig, part: str, found: dict[str, Any]) -> Any:
+    """Try one part of the self-test, in its process; the last one, "reduce", gives what every rank has ``found``."""
+    rank, ranks = rank_and_world()
+    device = torch.device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")) if cfg.device == "cuda" else 0)
+    measures = {"compile": check_compiler, "compute": measure_tflops}
+    measures["attention"] = functools.partial(check_attention, cfg)
     try:
-        if on_gpu:
+        if cfg.device == "cuda":
             torch.cuda.set_device(device)
-        for part, measure in measures.items():
-            answers.send((part, None, None))
-            found[part] = measure(device)
-        part, everything = "reduce", [found]
-        answers.send((part, None, None))
-        if ranks > 1:
-            loopback_only(ranks)
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = "self-test"  # a file of its own in store_url
-            store, _, _ = next(dist.rendezvous(f"{store_url()}?rank={rank}&world_size={ranks}"))
-            store = dist.PrefixStore("self-test", store)
-            limit = timedelta(seconds=SELF_TEST_SECONDS)
-            backend = "nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
-            found["reduce"] = measure_reduce(device)
-            everything *= ranks
-            dist.all_gather_object(everything, found)
-        answers.send((part, None, everything))
-    except Exception as error:  # whatever a driver, a compiler or NCCL says
-        answers.send((part, describe_error(error)[0], None))
+        if part in measures:
+            return measures[part](device)
+        loopback_only(ranks)
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "self-test"  # a file of its own in store_url
+        store = next(dist.rendezvous(f"{store_url()}?rank={rank}&world_size={ranks}"))[0]
+        backend, limit = "nccl" if cfg.device == "cuda" else "gloo", timedelta(seconds=SELF_TEST_SECONDS)
+        store = dist.PrefixStore("self-test", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+        everything = [None] * ranks
+        dist.all_gather_object(everything, found | {"reduce": measure_reduce(device)})
+        return everything
+    except Exception as error:  # whatever a driver, a compiler or NCCL says, in words: not all errors can be pickled
+        raise EnvironmentProblem(describe_error(error)[0]) from error
 
 
 def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
@@ -1920,27 +1916,23 @@ def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
 
     It happens in a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
     """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    spawn = multiprocessing.get_context("spawn")
-    worker = spawn.Process(target=self_test_worker, args=(cfg, os.getpid(), sender), daemon=True)
-    worker.start()
-    sender.close()
-    part, problem, everything = "compute", None, None
+    unneeded = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}
+    found: dict[str, Any] = {}
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (None, os.getpid()))
     try:
-        while everything is None and problem is None:
-            if receiver.poll(SELF_TEST_SECONDS):
-                part, problem, everything = receiver.recv()
-            else:
-                problem = f"{SELF_TEST_SECONDS}초 안에 끝나지 않았습니다"
-    except EOFError:
-        worker.join()
-        problem = f"점검하던 프로세스가 죽었습니다 (코드 {worker.exitcode})"
+        for part in [part for part in SELF_TEST_ADVICE if not unneeded.get(part)]:
+            found[part] = pool.submit(try_part, cfg, part, found).result(SELF_TEST_SECONDS)
+    except (TimeoutError, BrokenExecutor, EnvironmentProblem) as error:
+        reason = "점검하던 프로세스가 죽었습니다" if isinstance(error, BrokenExecutor) else str(error)
+        reason = reason or f"{SELF_TEST_SECONDS}초 안에 끝나지 않았습니다"
+        raise EnvironmentProblem(
+            f"머신 점검: {SELF_TEST_ADVICE[part]}. 이유: {reason} (점검 끄기: --no-self-test)"
+        ) from error
     finally:
-        worker.kill()
-        worker.join()
-    if problem:
-        raise EnvironmentProblem(f"머신 점검: {SELF_TEST_ADVICE[part]}. 이유: {problem} (점검 끄기: --no-self-test)")
-    return everything
+        for worker in multiprocessing.active_children():  # it may hang
+            worker.kill()
+        pool.shutdown()
+    return found.get("reduce", [found])
 
 
 def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None:
@@ -3129,9 +3121,9 @@ class Muon(torch.optim.AdamW):
             weight.add_(update, alpha=rate)
 
 
-def learning_rate_at(run: Run, step: int, total: int | None = None) -> float:
-    """Learning rate of the ``step``-th of all steps (or of ``total``), counted from 0."""
-    total, warmup, ratio = total or run.total_steps, run.warmup_steps, run.cfg.decay_ratio
+def learning_rate_at(run: Run, step: int) -> float:
+    """Learning rate of the ``step``-th of all steps, counted from 0."""
+    total, warmup, ratio = run.total_steps, run.warmup_steps, run.cfg.decay_ratio
     if step < warmup:
         return run.peak_rate * (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)

@@ -50,10 +50,10 @@ def at_steps(*faults: tuple[int, int, str]) -> str:
     )
     return f"""
 real_rate = learning_rate_at
-def learning_rate_at(run, done, total=None):
+def learning_rate_at(run, done):
     inside = sys._getframe(1).f_code.co_name == "train"
 {cases}
-    return real_rate(run, done, total)
+    return real_rate(run, done)
 """
 
 

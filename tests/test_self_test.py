@@ -80,7 +80,7 @@ t.causal_attention = broken
     ("fault", "options", "environment", "sentence"),
     [
         (NAN, ("--bf16",), {}, "어텐션 커널을 쓸 수 없습니다. --attention math"),
-        ("t.measure_tflops = lambda device: os.kill(os.getpid(), 9)", (), {}, "프로세스가 죽었습니다 (코드 -9)"),
+        ("t.measure_tflops = lambda device: os.kill(os.getpid(), 9)", (), {}, "프로세스가 죽었습니다"),
         (
             "t.measure_tflops = lambda device: time.sleep(60)\nt.SELF_TEST_SECONDS = 6",
             (),
