@@ -1259,7 +1259,7 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     matrices = shape.matrix_parameters() if shape else 0
     rate = peak_rate(cfg, matrices, tokens, plan.info)[1]
     training |= {"학습률": rate + (estimated if "토큰" in rate else "")}
-    if matrices and tokens and not (cfg.is_test or cfg.learning_rate == "auto" or cfg.init_from or plan.info):
+    if matrices and tokens and not (cfg.mode == "test" or cfg.learning_rate == "auto" or cfg.init_from or plan.info):
         best, default = auto_rate("muon", matrices, tokens), OPTIONS["--learning-rate"].default
         if cfg.learning_rate == default or not best / 3 <= cfg.learning_rate <= 3 * best:
             training["권장"] = f"--optimizer muon --learning-rate auto ({format_value(best)}){estimated}"
