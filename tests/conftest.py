@@ -397,18 +397,3 @@ def assert_in_order(text: str, phrases: list[str]) -> None:
         found = re.compile(phrase, re.MULTILINE).search(text, position)
         assert found, f"{phrase!r} does not come after {text[:position][-200:]!r} in\n{text}"
         position = found.end()
-
-
-def write_jsonl(path: Path, lines: list[str | dict[str, str]]) -> Path:
-    """Write lines as they are and objects as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = (line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
-    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def documents(count: int) -> list[dict[str, str]]:
-    """Distinct documents, one half Korean and one half English, enough of them for a few tiny steps."""
-    korean = "{0}번째 기록입니다. 학생 {1}명이 도서관에서 책을 읽고 서울에 있는 친구에게 편지를 보냈습니다. "
-    english = "Record {0}: the engineers repaired {1} machines and sent a letter to a friend in Seoul. "
-    return [{"text": (korean, english)[n % 2].format(n, n * 7) * 4} for n in range(count)]

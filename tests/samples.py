@@ -121,8 +121,16 @@ def forked_run(folder: Path, *more: str) -> str:
 def write_corpus(path: Path, documents: list[Any]) -> Path:
     """Write documents (texts or whole objects) as JSON lines."""
     lines = (item if isinstance(item, dict) else {"text": item} for item in documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def documents(count: int) -> list[dict[str, str]]:
+    """Distinct documents, one half Korean and one half English, enough of them for a few tiny steps."""
+    korean = "{0}번째 기록입니다. 학생 {1}명이 도서관에서 책을 읽고 서울에 있는 친구에게 편지를 보냈습니다. "
+    english = "Record {0}: the engineers repaired {1} machines and sent a letter to a friend in Seoul. "
+    return [{"text": (korean, english)[n % 2].format(n, n * 7) * 4} for n in range(count)]
 
 
 def torchrun(script: Path, arguments: list[str], processes: int = 2, **more: Any) -> subprocess.CompletedProcess:

@@ -23,13 +23,11 @@ from conftest import (
     Terminal,
     assert_in_order,
     cleaned,
-    documents,
     list_tree,
     process_is_alive,
-    wait_for,
-    write_jsonl,
     write_program,
 )
+from samples import documents, write_corpus
 
 MODEL_FILES = {"pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 # A test that only a signal ends: what it leaves may be replaced by the next one.
@@ -45,7 +43,6 @@ def new_place(factory: pytest.TempPathFactory, name: str, cache: Path | None = N
 
 
 def notifying(place: Place) -> list[str]:
-    """Options that write the state in which a run ended to ``notified``."""
     return ["--notify", f"echo >>'{place.folder}/notified'"]
 
 
@@ -186,13 +183,9 @@ def test_a_finished_run_leaves_the_files_of_the_documents(finished_run: SimpleNa
     assert [path.name for path in place.checkpoints()] == ["checkpoint-10"]
 
 
-def test_the_pid_file_names_the_living_run_and_goes_with_it(finished_run: SimpleNamespace) -> None:
+def test_the_pid_file_and_the_status_tell_a_living_and_a_finished_run(finished_run: SimpleNamespace) -> None:
     assert finished_run.alive
-    assert f"프로세스 ID: {finished_run.pid}\n" in finished_run.console
     assert not finished_run.place.pid_file.exists()
-
-
-def test_status_tells_running_and_finished(finished_run: SimpleNamespace) -> None:
     code, content = finished_run.status
     assert (code, content["state"]) == (0, "running")
     code, content = finished_run.status_afterwards
@@ -200,30 +193,20 @@ def test_status_tells_running_and_finished(finished_run: SimpleNamespace) -> Non
     assert (content["state"], content["step"], content["total_steps"]) == ("finished", 10, 10)
     assert content["last_checkpoint"] == str(finished_run.place.outputs / "checkpoint-10")
     assert isinstance(content["loss"], float)
-    assert finished_run.place.info()["state"] == "finished"
-
-
-def test_status_is_readable(finished_run: SimpleNamespace) -> None:
     assert_in_order(finished_run.status_text, ["완료", "10 / 10", "손실", "checkpoint-10"])
-
-
-def test_a_second_start_in_the_first_seconds_is_refused_naming_the_pid(finished_run: SimpleNamespace) -> None:
-    assert finished_run.second.code == 1
-    assert len(finished_run.second.complaints) == 1, finished_run.second.text
-    assert f"PID {finished_run.pid}" in finished_run.second.complaints[0]
-
-
-def test_a_second_start_with_other_logs_but_the_same_output_is_refused_and_writes_nothing(
-    finished_run: SimpleNamespace,
-) -> None:
-    assert finished_run.third.code == 1
-    assert len(finished_run.third.complaints) == 1, finished_run.third.text
-    assert f"PID {finished_run.pid}" in finished_run.third.complaints[0]
-    assert not finished_run.other_logs.exists()
-
-
-def test_notify_hears_that_a_run_finished(finished_run: SimpleNamespace) -> None:
+    assert finished_run.place.info()["state"] == "finished"
     assert notified(finished_run.place) == "finished"
+
+
+@pytest.mark.parametrize("which", ["second", "third"])
+def test_a_second_start_in_the_same_logs_or_outputs_is_refused_naming_the_pid(
+    finished_run: SimpleNamespace, which: str
+) -> None:
+    answer = getattr(finished_run, which)
+    assert answer.code == 1
+    (complaint,) = answer.complaints
+    assert f"PID {finished_run.pid}" in complaint
+    assert not finished_run.other_logs.exists()
 
 
 # --- a training run that loses its terminal and is killed ---
@@ -276,28 +259,19 @@ def test_a_second_start_is_refused_naming_the_pid(killed_run: SimpleNamespace) -
     assert not list(killed_run.place.logs.glob("training_console.log.*")), "its console log was rotated away"
 
 
-def test_kill_ends_every_process_within_a_minute(killed_run: SimpleNamespace) -> None:
-    assert killed_run.seconds < 60
-    assert not killed_run.place.pid_file.exists()
-
-
-def test_kill_leaves_a_whole_checkpoint_of_the_last_step(killed_run: SimpleNamespace) -> None:
-    assert_whole_checkpoint(killed_run.place, last_step(killed_run.place))
-
-
-def test_kill_leaves_the_state_stopped(killed_run: SimpleNamespace) -> None:
+def test_kill_ends_every_process_with_a_whole_checkpoint_of_the_last_step(killed_run: SimpleNamespace) -> None:
     place = killed_run.place
+    assert killed_run.seconds < 60
+    assert not place.pid_file.exists()
+    assert_whole_checkpoint(place, last_step(place))
     assert place.info()["state"] == "stopped"
     code, content = killed_run.status_afterwards
     assert (code, content["state"]) == (3, "stopped")
     assert content["last_checkpoint"] == str(place.checkpoints()[-1])
     assert notified(place) == "stopped"
-
-
-def test_kill_shows_no_traceback(killed_run: SimpleNamespace) -> None:
-    assert "Traceback" not in killed_run.place.console()
-    assert "❌" not in killed_run.place.console()
-    assert_in_order(killed_run.place.console(), ["🛑 중단 요청", "💾 체크포인트", "✅ 체크포인트", "🛑 학습을 중단"])
+    assert "Traceback" not in place.console()
+    assert "❌" not in place.console()
+    assert_in_order(place.console(), ["🛑 중단 요청", "💾 체크포인트", "✅ 체크포인트", "🛑 학습을 중단"])
 
 
 # --- other ways to stop ---
@@ -318,26 +292,15 @@ def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cac
     assert not place.pid_file.exists()
 
 
-def test_ctrl_c_at_the_first_log_and_a_hang_up_later_leave_the_run_and_stop_ends_it(
-    place: Place, warm_cache: Path
-) -> None:
+def test_ctrl_c_at_the_first_log_leaves_the_run(place: Place, warm_cache: Path) -> None:
     place.cache = warm_cache
-    terminal = Terminal(place, *LONG_RUN.split(), afterwards='echo "code $code"; sleep 300')
+    terminal = Terminal(place, *LONG_RUN.split())
     terminal.wait_for_text("초기 로그 출력")
     place.wait("the first log", lambda: place.console_log.stat().st_size)
     terminal.press("\x03")
-    terminal.wait_for_text("code 0", 3)  # before the five seconds are over
+    assert terminal.wait_for_exit(3) == 0, "before the five seconds are over"
     assert "백그라운드에서 계속 실행 중" in terminal.text
     place.wait_for_step()
-    terminal.hang_up()
-    place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
-    step = last_step(place)
-    place.wait("more steps", lambda: last_step(place) > step + 2)
-    answer = place.run("--stop")
-    assert answer.code == 0, answer.text
-    assert "중단됨" in answer.out
-    place.wait_for_end(5)  # it had waited for the end
-    assert place.info()["state"] == "stopped"
 
 
 def test_of_two_starts_at_the_same_moment_one_runs_and_one_is_refused(place: Place, warm_cache: Path) -> None:
@@ -386,33 +349,24 @@ def test_a_stop_in_the_last_step_is_a_finish(place: Place, warm_cache: Path) -> 
     assert "❌" not in console
 
 
-@pytest.fixture(scope="module")
-def abandoned_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
-    """A foreground run whose terminal hangs up, and which then gets two signals within one step."""
-    with new_place(tmp_path_factory, "place", warm_cache) as place:
-        # A step that takes minutes, so that the second signal comes before its end.
-        options = [*LONG_RUN.split(), "--gradient-accumulation-steps", "20000", *notifying(place)]
-        terminal = Terminal(place, *options, "--foreground")
-        place.wait("the training loop", lambda: place.console_log.exists() and "최대 스텝" in place.console())
-        terminal.hang_up()
-        place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
-        seen = SimpleNamespace(place=place, pid=place.pid(), agents=place.agents(), alive=process_is_alive(place.pid()))
-        os.kill(seen.pid, signal.SIGTERM)
-        place.wait("the answer to the first signal", lambda: "🛑 중단 요청" in place.console(), 10)
-        seen.agents_after_one_signal = place.agents()
-        os.kill(seen.pid, signal.SIGTERM)
-        place.wait_for_end(10)
-        yield seen
-
-
-def test_hanging_up_the_terminal_does_not_disturb_a_foreground_run(abandoned_run: SimpleNamespace) -> None:
-    assert abandoned_run.alive
-    assert len(abandoned_run.agents) == 1
-    assert abandoned_run.agents_after_one_signal == abandoned_run.agents, "a first signal waits for the step's end"
-
-
-def test_a_second_signal_ends_everything_at_once(abandoned_run: SimpleNamespace) -> None:
-    place = abandoned_run.place
+def test_a_foreground_run_outlives_its_terminal_and_a_second_signal_ends_it_at_once(
+    place: Place, warm_cache: Path
+) -> None:
+    place.cache = warm_cache
+    # A step that takes minutes, so that the second signal comes before its end.
+    options = [*LONG_RUN.split(), "--gradient-accumulation-steps", "20000", *notifying(place)]
+    terminal = Terminal(place, *options, "--foreground")
+    place.wait("the training loop", lambda: place.console_log.exists() and "최대 스텝" in place.console())
+    terminal.hang_up()
+    place.wait("the shell's end", lambda: terminal.process.poll() is not None, 10)
+    pid, agents = place.pid(), place.agents()
+    assert process_is_alive(pid)
+    assert len(agents) == 1
+    os.kill(pid, signal.SIGTERM)
+    place.wait("the answer to the first signal", lambda: "🛑 중단 요청" in place.console(), 10)
+    assert place.agents() == agents, "a first signal waits for the step's end"
+    os.kill(pid, signal.SIGTERM)
+    place.wait_for_end(10)
     assert notified(place) == "stopped"
     assert place.info()["state"] == "stopped"
     assert not place.checkpoints()
@@ -461,7 +415,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamesp
     """A test run among what an earlier run left: its console log, and a PID file that names a foreign process."""
     with new_place(tmp_path_factory, "한글 폴더 (1)") as place:
         place.environment["LC_ALL"] = "C"
-        write_jsonl(place.folder / "데이터 셋" / "말뭉치 1.jsonl", documents(300))
+        write_corpus(place.folder / "데이터 셋" / "말뭉치 1.jsonl", documents(300))
         place.logs.mkdir()
         place.console_log.write_text("이전 학습의 로그\n", encoding="utf-8")
         bystander = subprocess.Popen(["sleep", "300"])
@@ -491,10 +445,15 @@ def second_run(first_run: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(place=place, answer=answer, arguments=arguments, files=list_tree(place.folder))
 
 
-def test_a_run_works_with_spaces_and_hangul_in_the_c_locale(first_run: SimpleNamespace) -> None:
+def test_a_run_works_with_hangul_in_the_c_locale_and_hurts_no_process_of_a_stale_pid_file(
+    first_run: SimpleNamespace,
+) -> None:
+    assert first_run.status[0] == 1
     assert first_run.answer.code == 0, first_run.answer.text
     assert "✅ 데이터셋 확인 완료: 1개 파일" in first_run.answer.out
     assert "✅ 학습 완료!" in (first_run.place.logs / "training_rank_0.log").read_text(encoding="utf-8")
+    assert first_run.bystander_lives
+    assert not first_run.place.pid_file.exists()
 
 
 def test_the_command_that_run_info_keeps_can_be_pasted_anywhere(first_run: SimpleNamespace, tmp_path: Path) -> None:
@@ -505,13 +464,6 @@ def test_the_command_that_run_info_keeps_can_be_pasted_anywhere(first_run: Simpl
     answer = place.execute(again)
     assert answer.code == 0, answer.text
     assert "✅ 데이터셋 확인 완료: 1개 파일" in answer.out
-
-
-def test_a_stale_pid_file_does_not_hinder_a_start_or_hurt_its_process(first_run: SimpleNamespace) -> None:
-    assert first_run.status[0] == 1
-    assert first_run.answer.code == 0, first_run.answer.text
-    assert first_run.bystander_lives
-    assert not first_run.place.pid_file.exists()
 
 
 def test_a_training_run_replaces_what_a_test_left(second_run: SimpleNamespace) -> None:
@@ -542,8 +494,8 @@ def test_a_start_over_a_training_run_is_refused_and_loses_nothing(second_run: Si
 
 
 def test_a_run_that_fails_at_its_start_is_reported_with_its_error(place: Place) -> None:
-    lines = [item for pair in zip(documents(60), ["{no json"] * 60, strict=True) for item in pair]
-    data = write_jsonl(place.folder / "bad.jsonl", lines)
+    data = write_corpus(place.folder / "bad.jsonl", documents(60))
+    data.write_text("\n{no json\n".join([*data.read_text(encoding="utf-8").splitlines(), ""]), encoding="utf-8")
     answer = place.run("--test", "--num-gpus", "1", "--dataset-path", str(data), *notifying(place))
     assert answer.code == 1, answer.text
     assert "시작하자마자 실패" in answer.complaints[-1]
@@ -573,7 +525,7 @@ exec '{sys.executable}' "$@"
     assert "libcudart.so.12" in answer.text
     assert notified(place) == "failed"
     assert not place.pid_file.exists()
-    wait_for("the end of all processes", lambda: not place.processes(), 10)
+    place.wait_for_end(10)
 
 
 def test_a_full_disk_of_the_logs_does_not_end_the_supervisor() -> None:

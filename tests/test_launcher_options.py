@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import (
-    H100,
-    LAUNCHER,
-    ROOT,
-    Answer,
-    Place,
-    assert_in_order,
-    cleaned,
-    documents,
-    list_tree,
-    write_jsonl,
-    write_program,
-)
+from conftest import H100, LAUNCHER, ROOT, Answer, Place, assert_in_order, cleaned, list_tree, write_program
+from samples import documents, write_corpus
 
 # arguments, and what the one line of the answer has to contain
 MISTAKES = {
     "unknown option": (["--batch-siz", "8"], ["--batch-siz ", "가장 가까운", "--batch-size"]),
     "unknown option of the launcher": (["--foregroun"], ["--foregroun ", "가장 가까운", "--foreground"]),
     "unknown option beside --status": (["--status", "--jsn"], ["--jsn ", "가장 가까운", "--json"]),
-    "unknown argument": (["outputs"], ["알 수 없는 인자", "outputs"]),
     "missing value": (["--batch-size"], ["--batch-size", "값이 없습니다", "--batch-size N"]),
     "missing value of the launcher": (["--num-gpus"], ["--num-gpus", "값이 없습니다", "--num-gpus N"]),
     "empty value of the launcher": (["--python="], ["--python", "값이 없습니다"]),
     "value out of range": (["--batch-size", "0"], ["--batch-size", "'0'", "가장 가까운 값: 1"]),
-    "no number": (["--learning-rate", "abc"], ["--learning-rate", "'abc'", "숫자"]),
     "no GPU at all": (["--num-gpus", "0"], ["--num-gpus", "'0'", "가장 가까운 값: 1"]),
     "machines without this one's number": (["--nnodes=2", "--rdzv-endpoint=a:1"], ["--nnodes 2", "--node-rank 0"]),
     "a number without machines": (["--node-rank", "1"], ["--node-rank", "--nnodes"]),
     "a number past the machines": (
-        ["--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "10.0.0.1:29500"],
+        ["--nnodes=2", "--node-rank=2", "--rdzv-endpoint=10.0.0.1:29500"],
         ["--node-rank", "--nnodes"],
     ),
     "a meeting place without a port": (
-        ["--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "10.0.0.1"],
-        ["--rdzv-endpoint 10.0.0.1:29500"],
+        ["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=a"],
+        ["--rdzv-endpoint a:29500"],
     ),
-    "unknown choice": (["--model-size", "1.4b"], ["--model-size", "'1.4b'", "가장 가까운 값: 1.3b"]),
-    "value for a switch": (["--no-compile=yes"], ["--no-compile", "값을 받지 않는"]),
-    "two that exclude each other": (["--test", "--train"], ["--test, --train", "하나만"]),
     "--json without --status": (["--stop", "--json"], ["--json", "--status"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground=yes", "가장 가까운 옵션"]),
 }
@@ -88,17 +72,8 @@ def assert_refused(answer: Answer, place: Place, code: int, *phrases: str) -> No
 def test_help_answers_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
     answer = answer_quickly(bare_place, "--help")
     assert answer.code == 0
-    for option in (
-        "--test",
-        "--train",
-        "--batch-size N",
-        "--num-gpus N",
-        "--dry-run",
-        "--status",
-        "--stop",
-        "--notify",
-    ):
-        assert option in answer.out
+    for option in ["--test", "--train", "--batch-size", "--num-gpus", "--dry-run", "--status", "--stop", "--notify"]:
+        assert f"{option} " in answer.out
     assert has_hangul(answer.out)
     assert not answer.err
     assert list_tree(bare_place.folder) == {}
@@ -219,13 +194,10 @@ def test_missing_packages_are_named_and_not_installed(bare_place: Place, bare_fo
     assert list_tree(bare_folder / "checkout") == before
 
 
-def test_a_named_python_without_packages_is_refused(place: Place, bare_folder: Path) -> None:
-    answer = place.run("--test", "--python", str(bare_folder / "python" / "bin" / "python3"))
-    assert_refused(answer, place, 1, "torch>=", str(bare_folder / "python" / "bin" / "python3"))
-
-
-def test_a_named_python_that_is_none_is_refused(place: Place) -> None:
-    assert_refused(place.run("--test", "--python", "/no such/python3"), place, 1, "--python", "/no such/python3")
+def test_a_named_python_that_is_none_or_has_no_packages_is_refused(place: Place, bare_folder: Path) -> None:
+    bare = str(bare_folder / "python" / "bin" / "python3")
+    for python, named in ((bare, "torch>="), ("/no such/python3", "--python")):
+        assert_refused(place.run("--test", "--python", python), place, 1, named, python)
 
 
 def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(
@@ -244,58 +216,36 @@ def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothin
 
 
 @pytest.mark.usefixtures("with_cuda")
-def test_a_dry_run_on_two_h100s_shows_the_blocks_of_the_documents_example(
+def test_a_dry_run_on_two_h100s_shows_what_the_documents_example_shows_of_gpus(
     place: Place, with_gpus: Callable[..., None]
 ) -> None:
     with_gpus(2)
     answer = place.run("--dry-run")
     assert answer.code == 0, answer.text
     lines = """
-        ========================================================
-             한국어 sLLM H100 듀얼 GPU 학습 실행기
-             Korean sLLM H100 Dual GPU Training Launcher
-             🚀 H100 최적화 + 분산 학습 지원
-        ========================================================
-        🔍 H100 학습 환경 확인 중...
-        ✅ PyTorch 및 CUDA 확인 완료
-        ✅ GPU 확인 완료: 2개 사용 가능
-          GPU 0: NVIDIA H100 PCIe
-          GPU 1: NVIDIA H100 PCIe
-        ✅ 모든 요구사항 충족
-        📋 학습 정보
-        =================================
-        🎯 모드: 테스트 모드 (10스텝)
-        🔧 하이퍼파라미터:
-           • 배치 크기: 4
-           • 학습률: 1e-4
-           • 최대 시퀀스 길이: 2048
-           • Mixed Precision: bf16
-           • 모델 컴파일: true
-           • 모델 파라미터: 1,
-        📁 경로:
-           • 데이터셋: 더미 데이터
-           • 출력: ./outputs
-           • 로그: ./logs
-        💾 저장 설정:
-           • 저장 간격: 500 스텝
-           • 초기 모델 저장: true
-           • 백그라운드 실행: true
-        🚀 H100 설정:
-           • GPU 수: 2
-           • 분산 학습: DDP
-           • 최적화: BF16 + torch.compile
-    """
-    position = 0
-    for line in textwrap.dedent(lines).strip().splitlines():
-        assert line in answer.out[position:], f"{line!r} isn't there or not in its place:\n{answer.out}"
-        position = answer.out.index(line, position) + len(line)
+✅ PyTorch 및 CUDA 확인 완료
+✅ GPU 확인 완료: 2개 사용 가능
+  GPU 0: NVIDIA H100 PCIe
+  GPU 1: NVIDIA H100 PCIe
+✅ 모든 요구사항 충족
+   • 최대 시퀀스 길이: 2048
+   • Mixed Precision: bf16
+   • 모델 컴파일: true
+   • 모델 파라미터: 1,
+   • 데이터셋: 더미 데이터
+🚀 H100 설정:
+   • GPU 수: 2
+   • 분산 학습: DDP
+   • 최적화: BF16 + torch.compile
+"""
+    assert_in_order(answer.out, [f"^{re.escape(line)}" for line in lines.strip().splitlines()])
     assert "--nproc-per-node 2" in answer.out
     assert "--device cpu" not in answer.out
     assert list_tree(place.folder) == {}
 
 
 def test_a_dry_run_estimates_a_training_run_from_the_bytes_and_says_so(place: Place, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "corpus.jsonl", documents(200))
+    data = write_corpus(tmp_path / "corpus.jsonl", documents(200))
     options = "--train --device cpu --model-size tiny --vocab-size 1024 --max-seq-length 64 --batch-size 2"
     answer = place.run("--dry-run", *options.split(), "--dataset-path", str(data))
     assert answer.code == 0, answer.text
