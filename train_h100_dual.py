@@ -1184,7 +1184,7 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
     try:
         typed = parse_args(argv)
         missing = [f"{name}>={least}" for name, least in MINIMUM_VERSIONS.items() if not has_package(name, least)]
-        values = {"code": 0, "missing": " ".join(missing)}
+        values["missing"] = " ".join(missing)
         plans = when == "always" or (when == "complete" and not missing)  # "never": the options are only read
         if plans and (typed.generate or typed.evaluate):
             check_use(typed)
@@ -1195,6 +1195,7 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
             values |= {"processes": plan.processes, "threads": threads, "nnodes": plan.nodes}
             values |= {"node_rank": node_rank(cfg), "rdzv_endpoint": cfg.rdzv_endpoint or ""}
             shown = [check_lines(plan, missing), info_lines(plan, background)]
+        values["code"] = 0
     except Refusal as error:
         values, shown = {"code": error.exit_code}, [[f"❌ {problem}" for problem in error.problems]]
     finally:

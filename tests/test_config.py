@@ -215,6 +215,13 @@ def test_checkpoints_that_can_not_fit_are_refused_in_train_and_told_in_a_test(tm
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_in_the_plan_that_nobody_expects_starts_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(t, "info_lines", None)
+    with pytest.raises(TypeError):
+        t.print_launch_plan(["--test", "--device=cpu"], "always", False)
+    assert capsys.readouterr().out.startswith("code=1\n")
+
+
 def test_a_resumed_run_needs_room_only_for_what_is_not_there_yet(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     cfg = config(tmp_path, "--resume", "--save-steps", "10")
