@@ -3515,18 +3515,15 @@ class StepLog:
 
     def restart_clock(self) -> None:
         """Measure the speed from here on, where the device has nothing to do; a save before it is no part of it."""
-        self.moment, self.mark = time.monotonic(), torch.cuda.Event(enable_timing=True) if self.pinned else None
-        if self.mark:
-            self.mark.record()
-        self.marked, self.marked_step = self.moment, self.state.step
+        self.marked, self.marked_step = time.monotonic(), self.state.step
 
     def push(self, step: int, stats: torch.Tensor) -> bool:
         """Hand in the figures (4 float32 on the device) of a step, and ``pop`` the one before it."""
-        mark = None
+        ended = None
         if self.pinned:
-            stats, mark = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event(enable_timing=True)
-            mark.record()
-        launched = step, time.monotonic(), stats, mark
+            stats, ended = self.pinned[step % 2].copy_(stats, non_blocking=True), torch.cuda.Event()
+            ended.record()
+        launched = step, time.monotonic(), stats, ended
         asked, self.waiting = self.pop(), launched
         return asked
 
@@ -3534,11 +3531,10 @@ class StepLog:
         """Take in the step that waits, if one does; returns whether a rank is asked to stop."""
         if self.waiting is None:
             return False
-        (step, moment, stats, mark), self.waiting = self.waiting, None
-        if mark:  # by the device's clock: the host launched it long before it ended, and reads it long after
-            mark.synchronize()
-            moment = self.moment + self.mark.elapsed_time(mark) / 1000
-        self.moment, self.mark = moment, mark
+        (step, moment, stats, ended), self.waiting = self.waiting, None
+        if ended:  # the host launched the step long before its end, which it waits for while the next one runs
+            ended.synchronize()
+            moment = time.monotonic()
         loss, grad_norm, verdict, asked = stats.tolist()
         self.judge(step, loss, grad_norm, verdict)
         self.handle(step, moment, loss, grad_norm)
