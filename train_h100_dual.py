@@ -455,7 +455,8 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
         problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-    unusable = {"cpu": ("cudnn", "efficient"), "cuda": ("cudnn", "flash") if cfg.precision == "fp32" else ()}
+    half_only = ("cudnn", "flash", "fa3") if cfg.precision == "fp32" else ()
+    unusable = {"cpu": ("cudnn", "efficient", "fa3"), "cuda": half_only}
     if cfg.attention in unusable.get(cfg.device, ()):
         problems.append(f"--attention {cfg.attention}: 이 설정에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     if problems:
@@ -1224,6 +1225,8 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
         require_cuda()
         if fp8 and torch.cuda.get_device_capability() < (8, 9):
             raise EnvironmentProblem("--fp8: FP8은 compute capability 8.9부터 있습니다. --bf16 을 쓰세요")
+        if cfg.attention == "fa3" and importlib.util.find_spec("flash_attn_interface") is None:
+            raise EnvironmentProblem("--attention fa3: flash_attn_interface 패키지가 없습니다. 설치하거나 auto 를 쓰세요")
         if fp8 and importlib.util.find_spec("torchao") is None:
             raise EnvironmentProblem(f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao")
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
@@ -1792,6 +1795,7 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
         settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True" + exact)
         os.environ.setdefault("PYTORCH_ALLOC_CONF", settings)
         torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything makes a context on another's
     trackers = [name for name in cfg.report_to.split(",") if name != "none"]
     # The group waits longer than the hang timer, which shows where each rank is.
     patience = timedelta(minutes=cfg.hang_timeout + COMPILE_MINUTES + 5)
@@ -2833,7 +2837,7 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
         chosen = torch._fused_sdp_choice(like, keys, keys, is_causal=True, enable_gqa=grouped)
     except RuntimeError as error:
         raise EnvironmentProblem(f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. auto 를 쓰세요") from error
-    return SDPBackend(chosen).name.partition("_")[0].lower()
+    return "fa3" if cfg.attention == "fa3" else SDPBackend(chosen).name.partition("_")[0].lower()
 
 
 @torch.no_grad()
@@ -3570,7 +3574,7 @@ class StepLog:
             wait_for_saver(run)  # only then all ranks see the same checkpoints
             count = "다섯 스텝 연속으로" if in_a_row else f"최근 1,000스텝 가운데 {often}스텝에서"
             other = "math" if run.backend == "flash" else "flash"
-            advice = f"--learning-rate 를 낮추거나 --attention {other} 로 바꿔 보세요"
+            advice = f"--learning-rate 를 낮추거나 어텐션 커널을 {run.backend} 대신 --attention {other} 로 바꿔 보세요"
             raise RuntimeError(f"{count} 손실이나 기울기가 NaN/Inf입니다. {advice}. {last_checkpoint(run.cfg)}")
 
     def handle(self, step: int, moment: float, loss: float, grad_norm: float) -> None:
@@ -3959,7 +3963,7 @@ def train(run: Run, state: TrainState) -> str:
         if profile is not None:
             profile.step()
         if is_first:
-            run.stop.arm(cfg.hang_timeout)  # what compiles later, for an evaluation, doesn't take long
+            run.stop.arm(cfg.hang_timeout)  # evaluations and samples compile nothing
             if cfg.device == "cuda":
                 # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
                 # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
@@ -4012,7 +4016,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     path = cfg.output_dir / "run_info.json"
     info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()  # what still holds
     if is_restart(info):
-        kept += ("restarts", "first_step", "failed_saves", "dataset")
+        kept += ("restarts", "first_step", "failed_saves", "dataset", "self_test")
         info["restarts"] = count = info.get("restarts", 0) + 1
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째)")
@@ -4211,7 +4215,7 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
             # locks don't hold; one cache for each attention, which a graph's key doesn't name.
             disks = [disk for disk in psutil.disk_partitions(all=True) if cfg.cache_dir.is_relative_to(disk.mountpoint)]
             kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype
-            remote = kind.startswith(("nfs", "cifs", "lustre"))
+            remote = kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "gpfs", "fuse.sshfs"))
             folder = Path(f"/tmp/h100_dual_{os.getuid()}") if remote else cfg.cache_dir
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled" / cfg.attention))
         set_up_logging(cfg, rank_and_world()[0])
