@@ -1226,7 +1226,7 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
         if fp8 and torch.cuda.get_device_capability() < (8, 9):
             raise EnvironmentProblem("--fp8: FP8은 compute capability 8.9부터 있습니다. --bf16 을 쓰세요")
         if cfg.attention == "fa3" and importlib.util.find_spec("flash_attn_interface") is None:
-            raise EnvironmentProblem("--attention fa3: flash_attn_interface 패키지가 없습니다. 설치하거나 auto 를 쓰세요")
+            raise EnvironmentProblem("--attention fa3: flash_attn_interface 패키지가 없습니다. auto 를 쓰세요")
         if fp8 and importlib.util.find_spec("torchao") is None:
             raise EnvironmentProblem(f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao")
         lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
