@@ -86,8 +86,7 @@ LEFT_OUT = {  # what isn't read of a directory unless it is named: the reason, a
     r"|merges\.txt|cache-.*\.arrow|(run|model|training)_info\.json|(metrics|bad_lines)\.jsonl",
 }
 OWN_FILES = ("run_info.json", "training_info.json", "model_info.json", "training_console.log", "documents.bin")
-# Splits, in names that have "train" elsewhere.
-HELD_OUT = ("test", "eval", "val", "valid", "validation", "dev", "heldout")
+HELD_OUT = ("test", "eval", "val", "valid", "validation", "dev", "heldout")  # splits beside one of "train"
 HUB_NAME = re.compile(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^@:]+))?(?::([^:]*))?(?::(.*))?")  # revision, config, split
 MIX_WINDOW = 1000  # rows in which --mix keeps its proportions exactly
 # Model types whose input and output embeddings are one unless their config.json says otherwise.
@@ -98,8 +97,7 @@ MANIFEST = "training_state/manifest.json"  # of a checkpoint: what its files hav
 LAYOUT_VERSION = 2  # of checkpoints: which rows a step reads, how a document begins, the names in the training state
 SYSTEM_ERRORS = {errno.ENOSPC: "디스크 공간이 부족합니다", errno.EDQUOT: "디스크 할당량(quota)이 부족합니다"}
 SYSTEM_ERRORS |= {errno.EROFS: "읽기 전용 파일 시스템입니다", errno.EACCES: "접근 권한이 없습니다"}  # to be mended
-# An option, and those that decide in its place where they are given.
-DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}
+DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}  # if given
 # What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
 FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
@@ -249,10 +247,6 @@ def parse_mix(text: str) -> str:
     return ",".join(f"{name}={count / MIX_WINDOW:g}" for name, count in zip(names, rows, strict=True))
 
 
-def parse_rate(text: str) -> float | str:
-    return text if text == "auto" else parse_value((float, 1e-9, 1), text)
-
-
 def option(metavar: str, kind: Any, help_text: str, default: Any = None, **more: Any) -> Any:
     """Declare an option; ``default`` may go by "base", "test" (mode), "cpu", "cpu_test": the last to apply counts."""
     defaults = default if isinstance(default, dict) else {"base": default}
@@ -270,7 +264,7 @@ def switch(flags: dict[str, tuple[Any, str]], default: Any = False, **more: Any)
     return option("", (), "", default, flags=flags, **more)
 
 
-POSITIVE, SHARE = (int, 1), (float, 0, 1)
+POSITIVE, SHARE, RATE = (int, 1), (float, 0, 1), (float, 1e-9, 1)
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
 
@@ -312,7 +306,8 @@ class TrainConfig:
     model_config: Path | None = option("PATH", parse_path, "Hugging Face config.json (또는 그 디렉토리)")
     init_from: Path | str | None = option("PATH|ID", parse_source, "기존 가중치에서 이어서 사전학습")
     batch_size: int = option("N", POSITIVE, "GPU당 배치 크기", default=4, group="학습 하이퍼파라미터")
-    learning_rate: float | str = option("LR|auto", parse_rate, "학습률 (auto: 모델과 데이터의 크기로)", default=1e-4)
+    learning_rate: float | str = option("LR|auto", lambda text: text if text == "auto" else parse_value(RATE, text),
+        "학습률 (auto: 모델과 데이터의 크기로)", default=1e-4)
     max_seq_length: int | None = option("N", (int, 8, 131072), "최대 시퀀스 길이", {"base": 2048, "cpu_test": 256})
     gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", {"base": 8, "test": 1})
     optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
@@ -374,7 +369,6 @@ class TrainConfig:
 
 
 def as_typed(name: str) -> str:
-    """A field of ``TrainConfig`` as the option that sets it."""
     return "--" + name.replace("_", "-")
 
 
@@ -439,8 +433,7 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
     if size % 128 and not (cfg.tokenizer or cfg.init_from):
         problems.append(f"--vocab-size {size}: 128의 배수여야 합니다. 가장 가까운 값: {round(size / 128) * 128}")
     if cfg.learning_rate == "auto" and cfg.init_from:
-        text = "--learning-rate auto: --init-from 에는 쓸 수 없습니다 (처음부터 학습할 때의 값입니다)"
-        problems.append(f"{text}. 그 모델이 처음 쓴 학습률의 1/5~1/2을 숫자로 주세요")
+        problems.append("--learning-rate auto: --init-from 에는 쓸 수 없습니다. 원래 학습률의 1/5~1/2을 주세요")
     if cfg.generate and not cfg.prompt:
         problems.append('--generate: 이어 쓸 글이 없습니다. 예: --prompt "오늘 아침"')
     if cfg.evaluate and uses_dummy_data(cfg):
@@ -476,14 +469,7 @@ def format_duration(seconds: float) -> str:
     return re.sub(r" days?, ", "일 ", str(timedelta(seconds=round(seconds))))
 
 
-def format_count(count: float) -> str:
-    """A number of parameters or tokens in three digits: 1.21B, 614k."""
-    unit, size = next(pair for pair in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if count >= pair[1] or not pair[0])
-    return f"{count / size:.3g}{unit}"
-
-
 def help_text() -> str:
-    """The options of the script by group, with defaults; the launcher adds its own."""
     lines, situations = [], {"base": "기본", "test": "테스트", "cpu": "CPU", "cpu_test": "CPU 테스트"}
     for item in fields(TrainConfig):
         details, defaults = item.metadata, item.metadata["defaults"].items()
@@ -621,7 +607,7 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
     try:
         files = read_json(checkpoint / MANIFEST).get("files") or {}
         if "training_state/state.pt" not in files:
-            return f"{MANIFEST} 파일이 없거나 깨졌습니다"
+            return f"{MANIFEST} 파일이 없거나 깨졌습니다. 학습 상태는 최근 2개에만 남습니다"
         for name, entry in files.items():
             path, size = checkpoint / name, entry.get("bytes")
             if not path.is_file() or path.stat().st_size != size:
@@ -641,7 +627,7 @@ def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path 
             continue  # it was removed, as that of all but the newest two is
         if (damage := checkpoint_damage(path, thorough)) is None:
             return path, damaged
-        damaged.append(f"손상된 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
+        damaged.append(f"쓸 수 없는 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
     return None, damaged
 
 
@@ -672,9 +658,6 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     if not checkpoints and read_json(place / "run_info.json").get("mode") == "train":
         return ResumePoint(typed, notes=("아직 체크포인트가 없어 처음부터 시작합니다",))
     checkpoint, notes = newest_whole(checkpoints, thorough)
-    if checkpoint is None and cfg.resume != "auto" and not (place / "training_state").exists() and place.is_dir():
-        text = f"학습 상태(training_state)가 없는 체크포인트입니다. 상태는 최근 2개에만 남습니다: {display_path(place)}"
-        raise EnvironmentProblem(f"{text}. 다른 체크포인트나 --init-from 을 쓰세요")
     if checkpoint is None:
         advice = "가중치 파일이 온전한 것이 있으면 --init-from 과 새 --output-dir 로 이어받을 수 있습니다"
         raise EnvironmentProblem([f"이어서 학습할 온전한 체크포인트가 없습니다: {place} ({advice})", *notes])
@@ -689,10 +672,9 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     if tokens != typed:
         notes.append(f"스텝당 토큰({tokens:,})이 같도록 기울기 누적을 {accumulation} → {tokens // batch} 로 맞춥니다")
     before, after = info["options"], options_of(cfg)
-    before = {name: before.get(name, after[name]) for name in LEARNING_OPTIONS}  # an older version knew fewer
-    names = [name for name in LEARNING_OPTIONS if after[name] not in (before[name], "auto")]
-    changed = [f"{name} {before[name]} → {after[name]}" for name in names]
-    notes += [f"바뀐 옵션: {', '.join(changed)}"] if changed else []
+    for name in LEARNING_OPTIONS:
+        if after[name] not in (before.get(name, after[name]), "auto"):  # an older version knew fewer
+            notes.append(f"바뀐 옵션: {name} {before[name]} → {after[name]}")
     return ResumePoint(tokens, checkpoint, info, tuple(notes))
 
 
@@ -778,7 +760,6 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
 
 
 def corpus_name(cfg: TrainConfig) -> str:
-    """What --dataset-path names; "hf:..." is on the hub."""
     return ", ".join(map(str, cfg.dataset_path))
 
 
@@ -931,14 +912,11 @@ def auto_rate(optimizer: str, parameters: int, tokens: int) -> float:
 
 
 def peak_rate(cfg: TrainConfig, parameters: int, tokens: int, info: dict[str, Any]) -> tuple[float | None, str]:
-    """The rate that the schedule rises to, and what is said of it; ``info``: of the checkpoint that a run goes on from.
-
-    ``auto`` keeps the checkpoint's, whatever the length is now; None where what it needs isn't known yet (0).
-    """
+    """The schedule's peak, None where it isn't known yet, and its words; ``auto`` keeps a checkpoint's (``info``)."""
     if cfg.learning_rate != "auto":
         return cfg.learning_rate, format_value(cfg.learning_rate)
     rate = auto_rate(cfg.optimizer, parameters, tokens) if parameters and tokens else None
-    basis = f"파라미터 {format_count(parameters)}, 토큰 {format_count(tokens)}"
+    basis = f"파라미터 {parameters / 1e6:,.1f}M, 토큰 {tokens / 1e6:,.1f}M"
     if info:
         rate, fresh = info["options"]["learning_rate"], rate
         basis = "체크포인트의 값" + (f", 새로 시작하면 {format_value(fresh)}" if fresh else "")
@@ -1040,8 +1018,7 @@ def memory_words(parts: dict[str, int]) -> str:
 
 def disk_problem(folder: Path, needed: int) -> str | None:
     """A sentence without its full stop if the disk of ``folder`` has no ``needed`` bytes left."""
-    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     figures = f"{folder} 에 {needed / 2**30:.2f} GiB가 필요하지만 {free / 2**30:.2f} GiB만 남았습니다"
     return f"디스크 공간이 부족합니다: {figures}" if needed > free else None
 
@@ -1092,9 +1069,9 @@ def source_problems(cfg: TrainConfig) -> list[str]:
             problems.append(f"{typed}: {display_path(source)} 에 쓸 수 있는 {wanted}이 없습니다. 다른 경로를 주세요")
         if cfg.resume is None and any(source.resolve().is_relative_to(folder.resolve()) for folder in earlier):
             problems.append(f"{typed}: 새 학습이 지울 출력 디렉토리 안에 있습니다. 다른 --output-dir 를 쓰세요")
-    sizes = (read_config(cfg.init_from).get(name) for name in ("vocab_size", "max_position_embeddings"))
-    vocabulary, longest = (size if isinstance(size, int) else sys.maxsize for size in sizes)
-    return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), vocabulary, longest)
+    model = read_config(cfg.init_from)
+    limits = (model.get(name) or sys.maxsize for name in ("vocab_size", "max_position_embeddings"))
+    return problems + init_from_problems(cfg, tokenizer_size(cfg.tokenizer), *limits)
 
 
 def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: int) -> list[str]:
@@ -1256,7 +1233,6 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     estimated = "" if plan.exact else " (추정)"
-    run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{estimated}"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
     accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
@@ -1270,8 +1246,9 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     training |= {"최대 시퀀스 길이": cfg.max_seq_length}
     training |= {"Mixed Precision": cfg.precision, "모델 컴파일": str(cfg.compile).lower()}
     training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
-    training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters, "스텝당 토큰": f"{plan.step_tokens:,}"}
-    training |= {"전체 학습": run if tokens else "데이터를 준비한 뒤 정해집니다"}
+    run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{estimated}" if tokens else "데이터를 준비한 뒤 정해집니다"
+    training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters}
+    training |= {"스텝당 토큰": f"{plan.step_tokens:,}", "전체 학습": run}
     paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else ", ".join(map(display_path, cfg.dataset_path))}
     paths |= {"출력": display_path(cfg.output_dir), "로그": display_path(cfg.logs_dir)}
     saving = {"저장 간격": f"{cfg.save_steps} 스텝", "초기 모델 저장": str(cfg.save_initial).lower()}
@@ -1292,7 +1269,6 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
 
 
 def has_package(name: str, least: str) -> bool:
-    """Whether this Python has a package in the version ``least``, of two numbers, or a later one."""
     with suppress(importlib.metadata.PackageNotFoundError):
         have, wanted = (re.findall(r"\d+", text)[:2] for text in (importlib.metadata.version(name), least))
         return [*map(int, have)] >= [*map(int, wanted)]
@@ -1309,7 +1285,6 @@ def has_package(name: str, least: str) -> bool:
 # newest checkpoint, while --max-restarts lasts.
 # The end: once every rank has left (the outputs' lock is free) the supervisor sets by finalize_state what the ranks
 # could not, removes the PID file, lets go of the logs' lock and runs --notify.
-
 
 LOST_PEER = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"  # told by a rank to which it happened
 

@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_bit_for_bit_from_its_newest_whole_checkpoint(undis
     content[len(content) // 2] ^= 1  # one bit
     path.write_bytes(content)
     shown = train(tmp_path, "--resume")
-    assert "손상된 체크포인트를 건너뜁니다" in shown
+    assert "쓸 수 없는 체크포인트를 건너뜁니다" in shown
     assert "checkpoint-15 (training_state/state.pt 파일의 내용이 저장한 것과 다릅니다)" in shown
     assert "스텝 10부터" in shown
     assert not list(outputs.glob(".*.tmp"))
@@ -171,7 +171,7 @@ def test_whatever_is_torn_the_run_goes_on_from_the_newest_whole_checkpoint(alone
     shown = forked_run(tmp_path, *TWENTY, "--max-steps", "22", "--resume")
     assert f"(스텝 {step}부터)" in shown, shown
     assert "예상하지 못한" not in shown and "Traceback" not in shown, shown
-    assert "손상된 체크포인트를 건너뜁니다" in shown or name in BOOKS, shown
+    assert "쓸 수 없는 체크포인트를 건너뜁니다" in shown or name in BOOKS, shown
     mine, other = (weights(folder, 22) for folder in (tmp_path, longer[step]))
     assert all(torch.equal(mine[weight], other[weight]) for weight in other)
     assert read_metrics(tmp_path)[-1]["step"] == 22
