@@ -878,7 +878,7 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
     """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
     parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else corpus_name(cfg)]
-    parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``reopen_tokenizer``
+    parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``write_cache``
     parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
     if isinstance(source, Path):
@@ -1663,6 +1663,7 @@ import sysconfig
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import psutil
 import torch
@@ -1942,14 +1943,9 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
 
 # ==== Data: files -> documents -> one stream of tokens with an index -> lists of documents -> rows ====
 
-# A document in the index: its text's hash, where it begins in the stream (the end of text of what is before it, the
-# rest of ``document_start``, its own tokens), its bytes, and the numbers of its language and its source (0: none).
-# The last holds the stream's end.
-DOCUMENT = np.dtype("<u8, <i8, <u4, <u2, <u2")
-DOCUMENT.names = ("hash", "offset", "bytes", "language", "source")
-
-# A file, its encoding, and records, each with the number of its line or row, from 1: JSON, or rows (pyarrow's table).
-Chunk = tuple[str, str, list[tuple[int, Any]]]
+# A document in the index: where it begins in the stream (the end of text of what is before it, the rest of
+# ``document_start``, its own tokens), the numbers of its language and its source (0: none).  The last holds the end.
+DOCUMENT = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("bytes", "<u4"), ("language", "<u2"), ("source", "<u2")])
 
 
 @dataclass
@@ -1989,11 +1985,8 @@ def csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, str]
 
 
 def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
-    """The elements of a JSON file's array, or of the first one that the path names, as if alone; or its one object.
-
-    Also of several such files put together.  Python's own parser finds the ends: ijson's (yajl) makes another character
-    of a lone surrogate, in silence, and ends a file at NaN.
-    """
+    """Elements, as if alone, of the array of a JSON file or of several put together: the path's first, or objects."""
+    # Python's own parser finds the ends: ijson's (yajl) alters a lone surrogate in silence and ends a file at NaN.
     names, bracket, _ = text_column.partition("[]")
     keys = names.split(".") if bracket and not head.startswith("[") else []
     before, after = "".join(f'{{"{key}":' for key in keys) + "[" * bool(keys), "]" * bool(keys) + "}" * len(keys)
@@ -2026,15 +2019,14 @@ def json_records(text: Any, head: str, text_column: str) -> Iterator[str]:
 
 def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, str]]:
     """Paragraphs, that is, lines up to an empty one; of a file that begins with a title, as wikitext does, articles."""
-    first, parts, is_wikitext = 0, [], None
+    parts, is_wikitext = [], None
     for number, line in enumerate(itertools.chain(lines, [None]), 1):  # None: the end
         title, blank = re.match(TITLE, line or ""), not (line or "").strip()
         if parts and (line is None or (title if is_wikitext else blank)):
             text = re.sub(r"\n\s*\Z", "", "".join(parts).replace("\r\n", "\n"))
-            yield first, json.dumps({text_column: text}, ensure_ascii=False)
+            yield number - len(parts), json.dumps({text_column: text}, ensure_ascii=False)
             parts = []
         if parts or not blank:
-            first = first if parts else number
             is_wikitext = bool(title) if is_wikitext is None else is_wikitext
             parts.append(line)
 
@@ -2089,8 +2081,8 @@ def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any
     return csv_records(open_text(newline=""), kind), encoding
 
 
-def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[Chunk]:
-    """Read the corpus in a stable order, about ``size`` bytes at a time.  RuntimeError: a file is damaged."""
+def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) -> Iterator[tuple]:
+    """In a stable order, about ``size`` bytes at a time: file, encoding, numbered records (JSON, or pyarrow's rows)."""
     for source in map(str, files or cfg.dataset_path):
         batch, total, number = [], 0, 0
         try:
@@ -2112,8 +2104,6 @@ def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) ->
 
 def pinned_dataset(cfg: TrainConfig) -> str:
     """The hub's data set with its commit: the newest where none is known."""
-    import huggingface_hub
-
     if pin := known_pin(cfg):
         return pin
     repository, revision, *more = HUB_NAME.fullmatch(corpus_name(cfg)).groups()
@@ -2172,7 +2162,7 @@ def detect_language(text: str) -> str:
     return "ko" if letters and hangul >= 0.2 * len(letters) else "en"
 
 
-def parse_chunk(chunk: Chunk, text_column: str) -> Documents:
+def parse_chunk(chunk: tuple, text_column: str) -> Documents:
     file, encoding, records = chunk
     documents = Documents(file, encoding)
     for first, rows in records:
@@ -2229,12 +2219,11 @@ class Tally:
         file, counts = (halves[0], self.files[halves[0]]) if halves else (corpus, self.total)
         if halves or counts["bad"] > 0.01 * counts["records"]:
             problem = f"{file}: {counts['records']:,}줄 가운데 {counts['bad']:,}줄을 읽지 못했습니다"
-            shown = [line for line in self.bad if not halves or line["file"] == file][:5]
-            places = ("{file}:{line}: {reason}".format(**line) for line in shown)
+            shown = ["{file}:{line}: {reason}".format(**bad) for bad in self.bad if not halves or bad["file"] == file]
             rest = [f"그 밖에 절반을 읽지 못한 파일: {', '.join(halves[1:MOST_SHOWN])}"] if len(halves) > 1 else []
             rest += [f"모두: {display_path(self.path)}"] if self.path else []
             problem += " (허용: 전체의 1%, 한 파일의 절반). 처음 몇 줄:"
-            raise RuntimeError("\n   ".join([problem, *places, *rest]))
+            raise RuntimeError("\n   ".join([problem, *shown[:5], *rest]))
         if not counts["documents"]:
             raise RuntimeError(f"문서가 하나도 없습니다: {corpus} (빈 글 {counts['empty']:,}개)")
 
@@ -2301,7 +2290,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
     if config:  # some models' checkpoints split in a way of their own, whatever was saved
-        opened = reopen_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), config).backend_tokenizer
+        with TemporaryDirectory() as name:
+            save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), Path(name))
+            opened = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False).backend_tokenizer
         backend.normalizer, backend.pre_tokenizer = opened.normalizer, opened.pre_tokenizer
     options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options))
@@ -2316,13 +2307,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
-
-
-def reopen_tokenizer(tokenizer: Any, config: Any) -> Any:
-    """A tokenizer as AutoTokenizer opens it from the checkpoint of a model with ``config``."""
-    with TemporaryDirectory() as name:
-        save_tokenizer(tokenizer, Path(name))
-        return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -2356,11 +2340,9 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
-    """The tokens of a ``tokenizer.json`` for tiktoken's engine where it gives the same ids for any text, else None.
-
-    It joins any two neighbours that make a token, the smallest id first; ``tokenizers`` goes by its list of merges.
-    If that is in the order of ids, what makes a token of its bytes alone makes it anywhere, else nothing does.
-    """
+    """The tokens of a ``tokenizer.json`` for tiktoken's engine where it gives the same ids for any text, else None."""
+    # It joins any two neighbours that make a token, the smallest id first; ``tokenizers`` goes by its list of merges.
+    # If that is in the order of ids, what makes a token of its bytes alone makes it anywhere, else nothing does.
     model, steps = spec["model"], (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
     splitting = [value for step in steps for name, value in step.items() if name != "trim_offsets"]
     known = [["Split", {"Regex": pattern}, "Isolated", False, "ByteLevel", False, False] for pattern in FAST_PATTERNS]
@@ -2420,10 +2402,8 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
 
 
 def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
-    """Texts to train the tokenizer on, by their hashes: of a small corpus all but what is held out by default.
-
-    The typed --validation-split doesn't count: one tokenizer serves them all, and is the same when it is made again.
-    """
+    """Texts to train the tokenizer on, by their hashes: of a small corpus all but what is held out by default."""
+    # The typed --validation-split doesn't count: one tokenizer serves them all, and is the same when it is made again.
     # Chunks at even distances, whatever the format: all are read, and of lines, the large corpora, only these parsed.
     step, drawn, size = math.ceil(estimated_bytes(files) / SAMPLE_BYTES) or 1, {}, 0
     for chunk in itertools.islice(read_chunks(cfg, files, SAMPLE_CHUNK_BYTES), 0, None, step):
@@ -2439,8 +2419,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     for rows in drawn.values():
         hashes, sizes = np.array([row[0] for row in rows], np.uint64), np.array([row[2] for row in rows])
         # What is held out has the smallest hashes; of which documents, a part can't tell: it does without more.
-        share = TrainConfig.validation_split
-        bound = held_out_bound(hashes, sizes, share) if files and step == 1 else int(0.2 * 2**64)
+        bound = held_out_bound(hashes, sizes, TrainConfig.validation_split) if files and step == 1 else int(0.2 * 2**64)
         kept += [row for row in rows if row[0] > bound]
     for _, text, _ in sorted(kept):
         texts.append(text)
@@ -2451,7 +2430,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     return texts
 
 
-def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk: Chunk) -> tuple:
+def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk: tuple) -> tuple:
     """Parse, hash and encode a chunk: documents without texts, their tokens, their index with lengths as ``offset``."""
     documents, rows, tokens = parse_chunk(chunk, text_column), [], []
     for text, language, (ids, lost) in zip(documents.texts, documents.languages, encode(documents.texts), strict=True):
@@ -2506,19 +2485,19 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
     """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
-    config = read_model_config(cfg)
+    config, place = model_settings(cfg), folder / "tokenizer"
     if cfg.tokenizer or cfg.init_from:
-        save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), folder / "tokenizer")
+        save_tokenizer(load_tokenizer(cfg.tokenizer or cfg.init_from), place)
         texts = parse_chunk(next(read_chunks(cfg, files), ("", "", [])), cfg.text_column).texts
     else:
         with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
             logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
-            train = functools.partial(train_tokenizer, texts, cfg.vocab_size, config)
             # In a process of its own, which gives all memory back.
-            list(parallel_map(lambda path: save_tokenizer(train(), path), [folder / "tokenizer"], 1))
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    opened = reopen_tokenizer(tokenizer, config)
+            train = functools.partial(train_tokenizer, texts, cfg.vocab_size, config)
+            list(parallel_map(lambda path: save_tokenizer(train(), path), [place], 1))
+    tokenizer = load_tokenizer(place)
+    opened = AutoTokenizer.from_pretrained(place, config=config, trust_remote_code=False)  # as from a checkpoint
     for text in [*texts[:200], "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
         if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
             problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 이 토크나이저의 토큰이 달라집니다"
@@ -2675,12 +2654,12 @@ def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
     empty = f", 빈 글 {report['empty']:,}개" if report["empty"] else ""
     logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
-    most_lost = report["lost"] / max(1, report["characters"])
+    most_lost = report["lost"] / report["characters"]
     for name, row in report["by_language"].items():
-        held, share, lost = report["val_by_language"].get(name, 0), row["bytes"] / report["bytes"], row["lost"]
-        lost /= max(1, row["characters"])
+        held, share = report["val_by_language"].get(name, 0), row["bytes"] / report["bytes"]
+        lost = row["lost"] / row["characters"]
         counts = f"문서 {row['documents']:,}개 (검증용 {held:,}개), 비중 {share:.1%}"
-        lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / max(1, row["eojeols"])
+        lengths = row["bytes"] / max(1, row["tokens"]), row["tokens"] / row["eojeols"]
         written = f", 쓰지 못한 글자 {lost:.2%}" if lost else ""
         logger.info(f"   • {name}: {counts}, 토큰당 {lengths[0]:.2f} 바이트, 어절당 {lengths[1]:.2f} 토큰{written}")
         most_lost = max(most_lost, lost * (share >= LARGE_SHARE))
@@ -2808,26 +2787,33 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
     like = torch.empty(shape, dtype=dtype or torch.bfloat16, device=model.device, requires_grad=True)
     keys = like[:, : getattr(config, "num_key_value_heads", None) or heads]
     try:  # as causal_attention calls it; not every kernel takes fewer keys than queries
-        grouped = keys.shape != like.shape
-        chosen = torch._fused_sdp_choice(like, keys, keys, is_causal=True, enable_gqa=grouped)
+        chosen = torch._fused_sdp_choice(like, keys, keys, is_causal=True, enable_gqa=keys.shape != like.shape)
     except RuntimeError as error:
         raise EnvironmentProblem(f"--attention {cfg.attention}: 이 모델에는 쓸 수 없습니다. auto 를 쓰세요") from error
     return "fa3" if cfg.attention == "fa3" else SDPBackend(chosen).name.partition("_")[0].lower()
 
 
 @torch.no_grad()
-def looks_ahead(model: nn.Module) -> bool:
-    """Whether what comes later changes what a model predicts, as in an encoder."""
+def try_out(model: nn.Module) -> tuple[bool, bool]:
+    """Whether a model looks ahead, as an encoder, and whether its head is plain: tried, as names differ.
+
+    A plain one multiplies the last hidden states by one matrix; it neither softcaps nor scales.
+    """
+    head, base, training = model.get_output_embeddings(), model.base_model, model.training
     tokens = torch.arange(8, device=model.device).repeat(2, 1)
     tokens[1, -1] = 8
+    model.eval()
     with attention_kernels("math"):  # flash and cuDNN, where they alone are allowed, take no fp32
-        one, other = model.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return not torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        plain = type(head) is nn.Linear and head.bias is None and base is not model
+        plain = plain and torch.equal(logits, head(base(input_ids=tokens, use_cache=False)[0]))
+    model.train(training)
+    return not torch.allclose(*logits[:, :-1], rtol=1e-2, atol=1e-3), plain
 
 
 def choose_attention(model: nn.Module) -> None:
     """Give a model our attention where plain causal attention is all it needs, else transformers' own."""
-    if looks_ahead(model):
+    if try_out(model)[0]:
         raise RuntimeError('뒤의 글도 보는 인코더는 쓸 수 없습니다. 설정에 "is_decoder": true 를 넣으세요')
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
@@ -2839,19 +2825,18 @@ def choose_attention(model: nn.Module) -> None:
         model.set_attn_implementation(name)
 
 
-def read_model_config(cfg: TrainConfig) -> Any:
-    """The configuration that ``--model-config`` or ``--init-from`` names, or a preset's."""
+def model_settings(cfg: TrainConfig, tokenizer: Any = None) -> Any:
+    """The configuration that --model-config or --init-from names, or a preset's: as it is, or for a tokenizer."""
     if source := cfg.model_config or cfg.init_from:
         with refusing("모델을 만들 수 없는 설정입니다", source):
-            return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    preset = PRESETS[cfg.model_size]
-    sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
-    sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
-    return AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
-
-
-def model_settings(cfg: TrainConfig, tokenizer: Any) -> Any:
-    config = read_model_config(cfg)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    else:
+        preset = PRESETS[cfg.model_size]
+        sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
+        sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
+        config = AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    if tokenizer is None:
+        return config
     text = config.get_text_config()
     text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -2871,10 +2856,9 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
-        config, typed = model_settings(cfg, tokenizer), cfg.model_config
-        with refusing("모델을 만들 수 없는 설정입니다", typed) if typed else nullcontext():
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        config = model_settings(cfg, tokenizer)
+        with refusing("모델을 만들 수 없는 설정입니다", cfg.model_config or cfg.model_size), torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             choose_attention(model)
         for name, weight in model.named_parameters() if not cfg.model_config else ():
             # So that the stream's variance doesn't grow with depth (Radford et al., 2019).
@@ -2904,11 +2888,10 @@ def context_length(model: nn.Module, default: int = 2048) -> int:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of a linear output head, with its gradients worked out beside it.
+    """Mean cross entropy of a linear output head, with its gradients worked out beside it."""
 
-    While the logits of some rows are at hand, their gradient takes their place: nothing of the size of all logits is
-    kept and no row computed twice (Hsu et al., "Liger Kernel", 2024).  Unscaled sums keep gradients in FP16's range.
-    """
+    # While the logits of some rows are at hand, their gradient takes their place: nothing of the size of all logits is
+    # kept and no row computed twice (Hsu et al., "Liger Kernel", 2024).  Unscaled sums keep gradients in FP16's range.
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
@@ -2940,28 +2923,13 @@ class HeadLoss(torch.autograd.Function):
         return hidden_grad * scale, weight_grad * scale, None, None
 
 
-def has_plain_head(model: nn.Module) -> bool:
-    """Whether logits are the last hidden states times one matrix, not softcapped or scaled: tried, as names differ."""
-    head, base, training = model.get_output_embeddings(), model.base_model, model.training
-    if type(head) is not nn.Linear or head.bias is not None or base is model:
-        return False
-    device = head.weight.device
-    tokens = {"input_ids": torch.arange(8, device=device)[None], "use_cache": False}
-    model.eval()
-    # In a kernel's own precision, and through the one kernel that takes anything, whatever the run uses.
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), attention_kernels("math"):
-        plain = torch.equal(model(**tokens).logits, head(base(**tokens)[0]))
-    model.train(training)
-    return plain
-
-
 class LMWithLoss(nn.Module):
     """A causal language model with its loss on packed rows (batch, tokens + 1): inputs and targets, one apart."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.plain_head = has_plain_head(model)
+        _, self.plain_head = try_out(model)
 
     def forward(self, rows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Return the cross entropy in nats: its mean, or with "none" one a target (batch * tokens)."""
@@ -3055,8 +3023,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], alone: bool = False, **settings: Any):
         super().__init__(groups, **settings)
-        shared = dist.is_initialized() and not alone
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        self.rank, self.ranks = (0, 1) if alone else rank_and_world()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for AdamW's state in every group
@@ -3142,8 +3109,7 @@ def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelera
         loss_module = build_loss(cfg, tokenizer, accelerator.device)
         optimizer = build_optimizer(loss_module.model, cfg, alone=True)
         model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-        # DDP's buckets: as the gradients, which lie in them, and once more, as it makes them anew in the second
-        # forward pass while NCCL may still hold the first ones.
+        # DDP's buckets: those of the gradients, and the first ones, which NCCL may hold while it makes them anew.
         for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
             weight.grad = torch.zeros_like(weight)
             first_buckets.append(torch.empty_like(weight))

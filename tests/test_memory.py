@@ -96,8 +96,7 @@ LARGE_CASES = [
 def test_the_estimate_is_right_within_a_tenth(
     tmp_path, monkeypatch, preset, vocabulary, length, batch, world_size, options
 ):
-    monkeypatch.setattr(t, "has_plain_head", lambda model: True)  # tensors without values can't be looked at
-    monkeypatch.setattr(t, "looks_ahead", lambda model: False)
+    monkeypatch.setattr(t, "try_out", lambda model: (False, True))  # tensors without values can't be looked at
     monkeypatch.setitem(t.PRESETS, "tiny", preset)
     shape = f"--vocab-size {vocabulary} --max-seq-length {length} --batch-size {batch}"
     cfg = config(tmp_path, *shape.split(), *options.split())
@@ -116,8 +115,7 @@ def test_the_parts_that_stay_between_steps_are_exact_and_counting_needs_no_value
     assert parts["기울기"] == 2 * parts["가중치"]
     assert t.estimate_memory(cfg, t.PRESETS["tiny"], 1)["기울기"] == parts["가중치"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "has_plain_head", lambda model: True)
-        patch.setattr(t, "looks_ahead", lambda model: False)
+        patch.setattr(t, "try_out", lambda model: (False, True))
         assert measured_peak(cfg, 2)[0] == pytest.approx(peak, rel=0.001)
 
 
@@ -210,8 +208,7 @@ def test_the_loss_in_pieces_and_checkpointing_are_one_graph_with_the_same_gradie
 
 
 def test_more_rows_than_two_gib_of_logits_need_no_more_memory_for_them(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(t, "has_plain_head", lambda model: True)
-    monkeypatch.setattr(t, "looks_ahead", lambda model: False)
+    monkeypatch.setattr(t, "try_out", lambda model: (False, True))
     peaks = []
     for batch in (4, 64):  # 0.5 and 8 GiB of logits
         options = f"--vocab-size 65536 --max-seq-length 512 --batch-size {batch} --gradient-checkpointing"
@@ -223,8 +220,7 @@ def test_more_rows_than_two_gib_of_logits_need_no_more_memory_for_them(tmp_path:
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp32"])
 def test_an_evaluation_needs_no_more_memory_than_a_step(tmp_path: Path, monkeypatch, precision: str) -> None:
-    monkeypatch.setattr(t, "has_plain_head", lambda model: True)
-    monkeypatch.setattr(t, "looks_ahead", lambda model: False)
+    monkeypatch.setattr(t, "try_out", lambda model: (False, True))
     monkeypatch.setitem(t.PRESETS, "tiny", WIDE)
     shape = "--vocab-size 65536 --max-seq-length 512 --batch-size 16 --gradient-checkpointing"  # 2 GiB of logits
     cfg = config(tmp_path, *shape.split(), precision)
