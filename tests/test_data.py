@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
 import gzip
 import itertools
 import json
-import lzma
 import multiprocessing
 import os
 import random
@@ -25,46 +23,22 @@ from conftest import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import WILD_TEXTS, config, write_corpus
+from test_layouts import PACK, read
 
 import train_h100_dual as t
 
 GOOD = b'{"text": "good line"}'
 
 
-def zstd(data: bytes) -> bytes:
-    import pyarrow
-
-    return pyarrow.compress(data, codec="zstd", asbytes=True)
-
-
-def documents_of(path: Path) -> t.Documents:
-    """Everything a reader finds in a file."""
-    parts = [t.parse_chunk(chunk, "text") for chunk in t.read_chunks(config(path.parent), [path])]
-    names = ("texts", "languages", "sources", "bad")
-    lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
-    return t.Documents(**lists, counts=sum((part.counts for part in parts), Counter()))
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "cut', "JSON"),
-        (b"not json", "JSON"),
-        (b'["text"]', "객체"),
-        (b'"text"', "객체"),
-        (b'{"body": "x"}', "문자열이 없습니다"),
-        (b'{"text": 3}', "문자열"),
-        (b'{"text": "\xff\xfe"}', "UTF-8"),
-        (b'{"text": "a\x00b"}', "JSON"),
-        (b"\x00\x00", "JSON"),
-        (b'{"text": "\\ud800"}', "UTF-8"),
-        (b"[" * 100_000, "JSON"),
-    ],
-)
+@pytest.mark.parametrize(("line", "reason"), [
+    (b'{"text": "cut', "JSON"), (b"not json", "JSON"), (b'{"text": "a\x00b"}', "JSON"), (b"\x00\x00", "JSON"),
+    (b"[" * 100_000, "JSON"), (b'["text"]', "객체"), (b'"text"', "객체"), (b'{"body": "x"}', "문자열이 없습니다"),
+    (b'{"text": 3}', "문자열"), (b'{"text": "\xff\xfe"}', "UTF-8"), (b'{"text": "\\ud800"}', "UTF-8"),
+])  # fmt: skip
 def test_a_bad_line_is_located_and_no_good_one_is_lost(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD, b"", line, GOOD, GOOD]))
-    found = documents_of(path)
+    found = read("--dataset-path", str(path))
     assert found.texts == ["good line"] * 3
     assert [(bad["line"], bad["file"]) for bad in found.bad] == [(3, str(path))]
     assert reason in found.bad[0]["reason"]
@@ -76,7 +50,7 @@ def test_line_numbers_hold_across_chunks_and_long_lines(tmp_path, monkeypatch):
     lines = [GOOD] * 500 + [json.dumps({"text": long_text}).encode()] + [b"bad"] + [GOOD] * 500 + [b"bad"]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found = documents_of(path)
+    found = read("--dataset-path", str(path))
     assert [bad["line"] for bad in found.bad] == [502, 1003]
     assert Counter(found.texts) == {"good line": 1000, long_text: 1}
 
@@ -84,29 +58,8 @@ def test_line_numbers_hold_across_chunks_and_long_lines(tmp_path, monkeypatch):
 def test_bom_crlf_and_blank_lines_are_read_as_a_person_expects(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n   \n" + GOOD + b"\r\n")
-    found = documents_of(path)
+    found = read("--dataset-path", str(path))
     assert (found.texts, found.bad, found.counts["records"]) == (["good line"] * 2, [], 2)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_plain_and_compressed_files_give_the_same_documents(tmp_path, suffix):
-    data = write_corpus(tmp_path / "plain", WILD_TEXTS).read_bytes()
-    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd}[suffix]
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(pack(data))
-    assert documents_of(path).texts == [unicodedata.normalize("NFC", text) for text in WILD_TEXTS]
-
-
-def test_parquet_rows_are_documents(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": ["하나", None, "three"], "lang": ["ko", "ko", None], "other": [1, 2, 3]})
-    pyarrow.parquet.write_table(table, path)
-    found = documents_of(path)
-    assert (found.texts, found.languages) == (["하나", "three"], ["ko", "en"])
-    assert (found.bad, found.counts["empty"]) == ([], 1)
 
 
 @pytest.fixture
@@ -188,50 +141,23 @@ def test_a_hub_that_can_not_be_reached_is_named(tmp_path, hub):
         t.pinned_dataset(config(tmp_path, "--dataset-path", "hf:org/other"))
 
 
-@pytest.mark.parametrize("size", [7, 10, 16])  # 10: up to the end of the first line
-def test_paragraphs_of_a_text_file_are_documents_also_across_chunks(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(t, "CHUNK_BYTES", size)
-    path = tmp_path / "a.txt"
-    path.write_text("첫째 줄\n둘째 줄\n\n\nsecond paragraph\r\n\r\nthird", encoding="utf-8")
-    assert documents_of(path).texts == ["첫째 줄\n둘째 줄", "second paragraph", "third"]
-
-
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 def test_a_damaged_archive_is_an_error_that_names_it(tmp_path, suffix):
-    pack = {".gz": gzip.compress, ".zst": zstd, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(pack(os.urandom(100_000))[:-50_000])
+    path.write_bytes(PACK[suffix](os.urandom(100_000))[:-50_000])
     with pytest.raises(RuntimeError, match="손상"):
-        documents_of(path)
+        read("--dataset-path", str(path))
 
 
 def test_a_file_that_can_not_be_opened_is_not_called_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.jsonl\.gz"):
-        documents_of(tmp_path / "a.jsonl.gz")
+        list(t.read_chunks(config(tmp_path), [tmp_path / "a.jsonl.gz"]))
 
 
 def test_languages_are_taken_from_the_line_or_told_from_hangul(tmp_path):
-    lines = [
-        {"text": "anything", "lang": "KO"},
-        {"text": "한글 문장 with English"},
-        {"text": "English 한"},
-        {"text": "1"},
-    ]
-    assert documents_of(write_corpus(tmp_path / "a.jsonl", lines)).languages == ["ko", "ko", "en", "en"]
-
-
-def test_a_directory_stands_for_its_files_in_a_stable_order(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.gz", "c.parquet", "notes.md"):
-        (tmp_path / name).write_bytes(b"x")
-    assert [path.name for path in t.corpus_files(config(tmp_path, "--dataset-path", str(tmp_path)))[0]] == [
-        "a.jsonl.gz",
-        "b.jsonl",
-        "c.parquet",
-    ]
-    (tmp_path / "mixed_pretraining.jsonl").write_bytes(b"x")
-    assert [path.name for path in t.corpus_files(config(tmp_path, "--dataset-path", str(tmp_path)))[0]] == [
-        "mixed_pretraining.jsonl"
-    ]
+    lines = [{"text": "anything", "lang": "KO"}, "한글 문장 with English", "English 한", "1"]
+    path = write_corpus(tmp_path / "a.jsonl", lines)
+    assert read("--dataset-path", str(path)).languages == ["ko", "ko", "en", "en"]
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty file", "empty directory", "other kind"])
@@ -279,20 +205,6 @@ def wild_documents(count: int) -> list[str]:
     return [f"{WILD_TEXTS[index % len(WILD_TEXTS)]} 문서 {index} document" for index in range(count)]
 
 
-def test_every_document_comes_back_token_for_token_on_one_side_only(tmp_path):
-    texts = wild_documents(300)
-    corpus = prepared(tmp_path, texts)
-    train, val = both_sides(corpus)
-    backend = corpus.tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts]
-    assert Counter(train + val) == Counter(ids)
-    assert len(val) >= 15  # what 5 % of the bytes hold
-    assert not set(train) & set(val)
-    kept = set(val)
-    assert train == [item for item in ids if item not in kept]  # in the corpus's order
-
-
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -303,16 +215,19 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=80), chunk=st.integers(1, 300), more=st.booleans())
 def test_any_list_of_documents_comes_back_from_the_cache_token_for_token(tokenizer_folder, texts, chunk, more):
-    good = [unicodedata.normalize("NFC", text) for text in [*texts, "하나는 있는 문서"] if text.strip()]
+    texts = [*texts, *texts[:3], "하나는 있는 문서"]  # equal ones are on one side
+    good = [unicodedata.normalize("NFC", text) for text in texts if text.strip()]
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "CHUNK_BYTES", chunk)
         if more:
             texts = [item for text in texts for item in (text, "")]  # blank ones are no documents
-        corpus = prepared(Path(name), [*texts, "하나는 있는 문서"], "--tokenizer", str(tokenizer_folder))
-        found = Counter(itertools.chain(*both_sides(corpus)))
+        corpus = prepared(Path(name), texts, "--tokenizer", str(tokenizer_folder))
+        train, val = both_sides(corpus)
         backend = corpus.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
-        assert found == Counter(tuple(backend.encode(text, add_special_tokens=False).ids) for text in good)
+        ids = [tuple(backend.encode(text, add_special_tokens=False).ids) for text in good]
+        assert Counter(train + val) == Counter(ids)
+        assert train == [item for item in ids if item not in set(val)]  # in the corpus's order
 
 
 def test_equal_documents_are_never_on_both_sides(tmp_path):
@@ -331,9 +246,7 @@ def test_the_tokenizer_of_a_small_corpus_sees_all_but_what_is_held_out(tmp_path,
         return train(texts, size)
 
     monkeypatch.setattr(t, "train_tokenizer", train_and_tell)
-    texts = [f"한국어 문서 번호 {index}" for index in range(700)] + [
-        f"English document {index}" for index in range(640)
-    ]
+    texts = [f"한국어 문서 번호 {index}" for index in range(700)] + [f"English text {index}" for index in range(640)]
     corpus = prepared(tmp_path, texts)
     held = {corpus.tokenizer.decode(ids) for ids in both_sides(corpus)[1]}
     assert corpus.report["val_by_language"] == {"ko": 30, "en": 30}
@@ -444,10 +357,6 @@ def in_a_process(function, *arguments) -> multiprocessing.Process:
     return process
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_kill_9_at_any_moment_of_the_preparation_leaves_nothing_that_a_run_would_open(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "SMALL_CORPUS_BYTES", 0)  # helper processes, as for a large corpus
     monkeypatch.setattr(t, "CHUNK_BYTES", 20_000)
@@ -463,7 +372,8 @@ def test_kill_9_at_any_moment_of_the_preparation_leaves_nothing_that_a_run_would
     for share in np.linspace(0.05, 1.0, 12):
         process = in_a_process(prepared, tmp_path / "killed", texts)
         process.join(seconds * share)
-        helpers = children_of(process.pid) if process.is_alive() else []
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        helpers = children.read_text().split() if process.is_alive() else []
         process.kill()
         process.join()
         interrupted += process.exitcode == -9
@@ -515,9 +425,7 @@ def test_each_epoch_is_a_permutation_of_its_own_and_one_position_tells_its_row(r
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
 def test_global_batches_do_not_depend_on_the_number_of_ranks(batch_size, accumulation, start):
     def batches(world_size: int, size: int) -> list[list[int]]:
-        cfg = dataclasses.replace(
-            t.TrainConfig(), batch_size=size, gradient_accumulation_steps=accumulation, max_seq_length=8
-        )
+        cfg = t.TrainConfig(batch_size=size, gradient_accumulation_steps=accumulation, max_seq_length=8)
         ranks = [list(t.rank_positions(cfg, rank, world_size, range(start, start + 3))) for rank in range(world_size)]
         assert all(len(rank) == 3 * accumulation for rank in ranks)
         return [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
@@ -633,13 +541,10 @@ def labelled_documents() -> list[dict[str, str]]:
     return [*korean, *chat, *({"text": f"English words {index} " * 9, "lang": "en"} for index in range(120))]
 
 
-@pytest.mark.parametrize(
-    ("mix", "streams"),
-    [
-        ("en=0.3,ko=0.7", {"en": {"English words"}, "ko": {"한국어 기사", "한국어 대화"}}),
-        ("chat=0.2,ko=0.4,en=0.4", {"chat": {"한국어 대화"}, "en": {"English words"}, "ko": {"한국어 기사"}}),
-    ],
-)
+@pytest.mark.parametrize(("mix", "streams"), [
+    ("en=0.3,ko=0.7", {"en": {"English words"}, "ko": {"한국어 기사", "한국어 대화"}}),
+    ("chat=0.2,ko=0.4,en=0.4", {"chat": {"한국어 대화"}, "en": {"English words"}, "ko": {"한국어 기사"}}),
+])  # fmt: skip
 def test_a_mix_goes_by_language_and_by_source_where_that_is_named(tmp_path, mix, streams):
     corpus = prepared(tmp_path, labelled_documents(), "--mix", mix)
     assert list(corpus.report["domains"]) == list(streams)
@@ -670,12 +575,8 @@ def test_another_mix_or_validation_split_tokenises_and_copies_nothing(tmp_path, 
     stream = first.path / "tokens.bin"
     before, fingerprint = (stream.stat(), sorted(first.path.iterdir())), first.report["fingerprint"]
     monkeypatch.setattr(t, "write_cache", None)  # a call would fail
-    for more in (
-        ["--mix", "ko=0.5,en=0.5"],
-        ["--validation-split", "0.3"],
-        ["--mix", "chat=1", "--validation-split", "0"],
-    ):
-        corpus = prepare(tmp_path, *more)
+    for more in ("--mix ko=0.5,en=0.5", "--validation-split 0.3", "--mix chat=1 --validation-split 0"):
+        corpus = prepare(tmp_path, *more.split())
         assert corpus.report["fingerprint"] == fingerprint
         assert corpus.path == first.path
         assert {Path(part.tokens.filename) for part in (*corpus.domains, corpus.val)} == {stream}

@@ -374,9 +374,11 @@ def test_a_bad_paragraph_of_a_cp949_file_is_located_and_costs_no_other(folder, m
     assert [(bad["file"], bad["line"]) for bad in found.bad] == [(str(path), 5)]
 
 
-@pytest.mark.parametrize("null", ["null", '""', '"  \\n "'])
+@pytest.mark.parametrize("null", ["null", '""', '"  \\n "', "a row"])
 def test_null_and_blank_texts_are_counted_apart_and_are_not_bad(folder, null):
-    path = put(folder / "a.jsonl", f'{{"text": {null}}}\n' * 5 + '{"text": "글"}\n')
+    lines = f'{{"text": {null}}}\n' * 5 + '{"text": "글"}\n'
+    row = null == "a row"
+    path = put(folder / "a.parquet", parquet([None] * 5 + ["글"])) if row else put(folder / "a.jsonl", lines)
     found = read("--dataset-path", str(path))
     assert (found.texts, found.bad, found.counts["empty"], found.counts["records"]) == (["글"], [], 5, 6)
 
@@ -489,6 +491,8 @@ def test_everything_that_can_be_read_is_in_the_order_of_paths_and_the_rest_is_to
     files, left_out = listed(folder, "--output-dir", str(folder / "run2"))
     assert files == read_too
     assert left_out == {reason: sorted(names) for reason, names in reasons.items()}
+    put(folder / "mixed_pretraining.jsonl", '{"text": "x"}')
+    assert listed(folder)[0] == ["mixed_pretraining.jsonl"]
 
 
 @pytest.mark.parametrize(
