@@ -166,29 +166,21 @@ def test_the_manifest_is_what_sha256sum_says_of_every_file(trained):
 
 def sign(folder: Path) -> None:
     """Make the manifest fit a checkpoint that was changed."""
-    (folder / t.MANIFEST).unlink()
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": t.file_checksum(path)}
-        for path in paths
-    }
+    files = t.read_json(folder / t.MANIFEST)["files"]
+    for name in files:
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": t.file_checksum(folder / name)}
     t.write_json(folder / t.MANIFEST, {"files": files})
 
 
-def flip_bit(path: Path, place: float = 0.5) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 4
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "training_state/state.pt", "training_state/manifest.json", "config.json"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_state/state.pt", t.MANIFEST, "config.json"])
 @pytest.mark.parametrize("place", [0.02, 0.3, 0.5, 0.9])
 def test_any_flipped_bit_is_damage(trained, tmp_path, name, place):
     shutil.copytree(trained[2] / "checkpoint-4", tmp_path / "checkpoint-4")
     assert t.checkpoint_damage(tmp_path / "checkpoint-4", thorough=True) is None
-    flip_bit(tmp_path / "checkpoint-4" / name, place)
+    path = tmp_path / "checkpoint-4" / name
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
     assert t.checkpoint_damage(tmp_path / "checkpoint-4", thorough=True)
 
 
@@ -316,66 +308,31 @@ def test_a_checkpoint_whose_pickle_would_run_code_is_refused(trained, tmp_path, 
     assert (tmp_path / "was here").exists()
 
 
-def test_the_buffers_of_a_save_are_allocated_once(tmp_path):
-    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
-    seen = []
-    write = t.write_checkpoint
-
-    def watch(run, weights, content, info):
-        moments = [item for values in content["optimizer"].values() for item in values.values()]
-        seen.append([tensor.data_ptr() for tensor in (*weights.values(), *moments)])
-        live = [weight.data_ptr() for weight in run.model.parameters()]
-        assert not set(seen[-1]) & set(live)
-        write(run, weights, content, info)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "write_checkpoint", watch)
-        state = t.TrainState()
-        t.train(run, state)
-        t.report_save(run, is_last=True)
-    assert len(seen) == 3
-    assert seen[0] == seen[1] == seen[2]
-
-
-def test_a_checkpoint_holds_its_step_although_training_goes_on_while_it_is_written(tmp_path):
-    run = tiny_run(tmp_path, "--max-steps", "8", "--save-steps", "4", "--eval-steps", "100")
-    state, at_four, write = t.TrainState(), {}, t.write_checkpoint
+def test_a_checkpoint_holds_its_step_and_a_failed_one_is_told_while_training_goes_on(tmp_path, monkeypatch, caplog):
+    run = tiny_run(tmp_path, "--max-steps", "12", "--save-steps", "4", "--eval-steps", "100")
+    state, at_four, buffers, write = t.TrainState(), {}, [], t.write_checkpoint
 
     def slowly(run, weights, content, info):
+        moments = [item for values in content["optimizer"].values() for item in values.values()]
+        buffers.append({tensor.data_ptr() for tensor in (*weights.values(), *moments)})
         if info["step"] == 4:
             at_four.update({name: value.clone() for name, value in weights.items()})
             wait_for("the next step", lambda: state.step > 5)
+        if info["step"] == 8:
+            raise OSError(errno.EIO, "Input/output error")
         write(run, weights, content, info)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "write_checkpoint", slowly)
-        t.train(run, state)
-        t.report_save(run, is_last=True)
-    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-4", "checkpoint-8"]
+    monkeypatch.setattr(t, "write_checkpoint", slowly)
+    assert t.train(run, state) == "finished"
+    t.report_save(run, is_last=True)
+    (line,) = [text for text in caplog.messages if "저장하지 못했습니다" in text]
+    assert "(스텝 8)" in line and "Input/output error" in line and line.endswith("checkpoint-4")
+    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-4", "checkpoint-12"]
+    assert buffers[0] == buffers[1] == buffers[2], "they are allocated once"
     saved = torch.load(run.cfg.output_dir / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(saved[name], value) for name, value in at_four.items())
     now = run.model.state_dict()
     assert not all(torch.equal(saved[name], now[name]) for name in now)
-
-
-def test_a_save_that_fails_is_told_and_tried_again_while_the_run_goes_on(tmp_path, caplog):
-    run = tiny_run(tmp_path, "--max-steps", "6", "--save-steps", "2", "--eval-steps", "100")
-    state, write = t.TrainState(), t.write_checkpoint
-
-    def broken(run, weights, content, info):
-        if info["step"] == 4:
-            raise OSError(errno.EIO, "Input/output error")
-        write(run, weights, content, info)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "write_checkpoint", broken)
-        assert t.train(run, state) == "finished"
-        t.report_save(run, is_last=True)
-    (line,) = [text for text in caplog.messages if "저장하지 못했습니다" in text]
-    assert "(스텝 4)" in line
-    assert "Input/output error" in line
-    assert line.endswith("checkpoint-2")
-    assert [path.name for path in t.list_checkpoints(run.cfg.output_dir)] == ["checkpoint-2", "checkpoint-6"]
 
 
 def refusal(cfg, world_size=1, fingerprint=""):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -252,9 +252,8 @@ def test_the_least_that_a_search_may_find_is_what_has_to_fit(tmp_path: Path) -> 
     cfg, _ = t.resolve_config(t.parse_args(["--train", "--batch-size", "24", "--no-compile"]), "cuda")
     gpu = t.Gpu("NVIDIA H100 PCIe", 81559, 4)
     (text,) = t.room_problems(cfg, [gpu, gpu], 2, 0)
-    assert_in_order(
-        text, ["부족합니다", r"GPU당 [\d.]+ GiB", "가중치 5.0", "활성값", "로짓", "79.6 GiB", "--find-batch-size"]
-    )
+    phrases = ["부족합니다", r"GPU당 [\d.]+ GiB", "가중치 5.0", "활성값", "로짓", "79.6 GiB", "--find-batch-size"]
+    assert_in_order(text, phrases)
     assert t.room_problems(replace(cfg, find_batch_size=True), [gpu, gpu], 2, 0) == []
 
 
@@ -301,25 +300,13 @@ LMWithLoss.forward = limited
 """
 
 
-@pytest.fixture
-def limited(broken) -> Iterator[Place]:
-    yield broken(LIMIT)
-
-
 @pytest.mark.slow
-def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_been_typed(limited, broken) -> None:
-    options = [*SMALL, "--max-steps", "4"]
+def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_been_typed(broken) -> None:
+    options, limited = [*SMALL, "--max-steps", "4"], broken(LIMIT)
     answer = limited.run(*options, "--batch-size", "6", "--gradient-accumulation-steps", "2")
     assert answer.code == 0, answer.text
-    assert_in_order(
-        answer.out,
-        [
-            "배치 크기 12: 메모리가 부족합니다",
-            "배치 크기 6: 메모리가 부족합니다",
-            "✅ 배치 크기 3, 기울기 누적 4 ",
-            "스텝 1/4",
-        ],
-    )
+    too_large = [f"배치 크기 {size}: 메모리가 부족합니다" for size in (12, 6)]
+    assert_in_order(answer.out, [*too_large, "✅ 배치 크기 3, 기울기 누적 4 ", "스텝 1/4"])
     assert "다시 시작" not in answer.out
     typed = broken("")
     answer = typed.run(*options, "--batch-size", "3", "--gradient-accumulation-steps", "4")
@@ -346,10 +333,10 @@ def test_the_search_leaves_no_model_behind(tmp_path: Path, monkeypatch) -> None:
     assert not [tuple(item.shape) for item in left]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")],
-)
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), CUBLAS])
 def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeError) -> None:
     run = tiny_run(tmp_path, "--gradient-accumulation-steps", "2")
     sizes = []
