@@ -37,6 +37,7 @@ SPARE_ROWS = 64  # held out of the stream, and more
 MOST_TOKENS = 20_000_000  # of the stream; a longer run reads it again
 ENOUGH_STEPS = "10000000"
 BLOCK_SECONDS = 2  # or one step
+MUON = "ours, Muon"
 # 30.9 M parameters with a vocabulary of 16,384: no preset is that small.
 PRESETS = {**t.PRESETS, "30m": t.Preset(8, 512, 1152, 64)}
 
@@ -51,16 +52,18 @@ class Setting:
     max_seq_length: int
     device: str
     ranks: int
+    accumulation: int = 1
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a step over all ranks."""
-        return self.batch_size * self.max_seq_length * self.ranks
+        return self.batch_size * self.max_seq_length * self.ranks * self.accumulation
 
     def describe(self) -> str:
         """One line for the table's head."""
         kind = "bf16, compiled" if self.device == "cuda" else "fp32, eager"
-        return f"{self.model}, {self.ranks} x {self.batch_size} x {self.max_seq_length} tokens a step, {kind}"
+        times = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        return f"{self.model}, {self.ranks} x {self.batch_size} x {self.max_seq_length}{times} tokens a step, {kind}"
 
     def plain(self) -> dict[str, Any]:
         """What a script needs that doesn't know ours; ``shape`` is layers, hidden, MLP and heads."""
@@ -74,8 +77,9 @@ class Setting:
         if self.model not in t.PRESETS:
             names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
             model = model_options(folder, **dict(zip(names, self.plain()["shape"], strict=True)))
-        batch = f"--batch-size {self.batch_size} --max-seq-length {self.max_seq_length} --gradient-accumulation-steps 1"
-        return [*f"--train --device {self.device} --vocab-size {self.vocab_size} {batch}".split(), *model]
+        batch = f"--batch-size {self.batch_size} --gradient-accumulation-steps {self.accumulation}"
+        rows = f"--vocab-size {self.vocab_size} --max-seq-length {self.max_seq_length}"
+        return [*f"--train --device {self.device} {rows} {batch}".split(), *model]
 
 
 def write_tokens(path: Path, setting: Setting) -> None:
@@ -111,7 +115,7 @@ class Contestant:
             run = f"--dummy-data --lr-schedule constant --warmup-ratio 0 --learning-rate {plain['learning_rate']}"
             run += "".join(f" --{kind}-steps {ENOUGH_STEPS}" for kind in ("max", "eval", "save"))
             words = [str(HERE / "bench_worker.py"), name, str(folder / "tokens.bin"), str(place)]
-            words += [*setting.options(folder), *run.split()]
+            words += [*setting.options(folder), *run.split(), *(["--optimizer=muon"] if name == MUON else [])]
         self.name, self.place, self.command = name, place, [python, *words]
         self.blocks: list[dict[str, float]] = []
         self.first_steps: list[float] = []
@@ -339,6 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="the tiny model only, on the CPU: under 15 minutes")
     kind.add_argument("--gpu", action="store_true", help="125m, 350m and 1.3b on the GPUs that are visible")
+    kind.add_argument("--muon", action="store_true", help="ours alone on the CPU: AdamW and Muon, accumulation 8 and 1")
     parser.add_argument("--peers", action="store_true", help="litgpt too, in an environment of its own")
     parser.add_argument("--models", nargs="+", choices=PRESETS, help="others than these")
     parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each, 0 for none (default 24)")
@@ -350,12 +355,17 @@ def parse_arguments() -> argparse.Namespace:
     args, gpus = parser.parse_args(), torch.cuda.device_count()
     if args.gpu and not gpus:
         parser.error("--gpu: PyTorch sees no GPU here; without --gpu the CPU is measured")
-    names = args.models or (["125m", "350m", "1.3b"] if args.gpu else ["tiny"] if args.quick else ["tiny", "30m"])
-    small = {"tiny": (8192, 4)}  # vocabulary and batch; others less
+    if args.muon and args.peers:
+        parser.error("--muon measures ours alone: leave --peers out")
+    small = ["tiny"] if args.quick or args.muon else ["tiny", "30m"]
+    names = args.models or (["125m", "350m", "1.3b"] if args.gpu else small)
     if args.gpu:
         args.settings = [Setting(name, 65536, args.batch_size or 4, 2048, "cuda", gpus) for name in names]
     else:
-        args.settings = [Setting(name, *small.get(name, (16384, 2)), 256, "cpu", 2) for name in names]
+        sizes = {"tiny": (8192, 4)}  # vocabulary and batch
+        args.settings = [Setting(name, *sizes.get(name, (16384, 2)), 256, "cpu", 2) for name in names]
+    if args.muon:
+        args.settings = [replace(setting, accumulation=count) for setting in args.settings for count in (8, 1)]
     return args
 
 
@@ -363,7 +373,8 @@ def main() -> None:
     """Measure what the options ask for; print, and record."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left with the GPUs
-    pythons = dict.fromkeys(("ours", "HF Trainer", "bare DDP"), sys.executable)
+    names = ("ours", MUON) if args.muon else ("ours", "HF Trainer", "bare DDP")
+    pythons = dict.fromkeys(names, sys.executable)
     if args.peers:
         pythons["litgpt"] = os.environ["LITGPT_PYTHON"]
     parts = []
@@ -377,7 +388,7 @@ def main() -> None:
                     sys.exit("ours failed: nothing to compare with")
                 parts.append(speed_table(contestants))
                 print(f"\n{parts[-1]}", flush=True)
-        if args.starts:
+        if args.starts and not args.muon:
             parts.append(measure_start(args.settings[-1 if args.gpu else 0], folder, args.corpus, args.starts))
             print(f"\n{parts[-1]}", flush=True)
     command = shlex.join(["tests/benchmarks/run.sh", *sys.argv[1:]])

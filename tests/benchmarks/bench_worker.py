@@ -1,6 +1,6 @@
 """One rank of one contestant of ``bench.py``, which starts it: ours, Hugging Face's Trainer, or a bare DDP loop.
 
-Usage: bench_worker.py 'ours'|'HF Trainer'|'bare DDP' TOKENS FOLDER OPTION...   (options of train_h100_dual.py)
+Usage: bench_worker.py CONTESTANT TOKENS FOLDER OPTION...   (options of train_h100_dual.py)
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
     places = [f"--{kind}-dir={Path(folder) / kind}" for kind in ("cache", "output", "logs")]
     typed = t.parse_args([*words, *places])
     cfg, _ = t.resolve_config(typed, typed.device)
-    train = {"ours": train_ours, "HF Trainer": train_trainer, "bare DDP": train_bare}[name]
+    train = {"HF Trainer": train_trainer, "bare DDP": train_bare}.get(name, train_ours)
     train(cfg, open_tokens(Path(tokens), cfg))
 
 
