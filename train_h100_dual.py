@@ -160,7 +160,6 @@ def describe_error(error: Exception) -> tuple[str, bool]:
 
 
 def complain(error: Exception) -> None:
-    """Tell, a line a problem, why nothing was done, where there is no log."""
     print("\n".join(f"❌ {problem}" for problem in describe_error(error)[0].split("\n")), file=sys.stderr)
 
 
@@ -277,8 +276,7 @@ class TrainConfig:
     # fmt: off
     mode: str = switch({
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
-        "--train": ("train", "실제 학습 모드: 전체 에포크"),
-    }, "test", group="실행 모드")
+        "--train": ("train", "실제 학습 모드: 전체 에포크")}, "test", group="실행 모드")
     max_steps: int | None = option("N", POSITIVE, "최대 스텝", {"base": None, "test": 10})
     max_epochs: int = option("N", POSITIVE, "최대 에포크 (--max-steps가 없을 때)", default=1)
     max_tokens: int | None = option("N", POSITIVE, "최대 학습 토큰 수")
@@ -320,12 +318,10 @@ class TrainConfig:
         "--bf16": ("bf16", "BF16 mixed precision (GPU 기본)"),
         "--fp16": ("fp16", "FP16 mixed precision (GPU 전용)"),
         "--fp8": ("fp8", "FP8 행렬곱 + BF16 (실험 기능, Hopper 전용, torchao 필요)"),
-        "--fp32": ("fp32", "FP32 precision (CPU 기본)"),
-    }, {"base": "bf16", "cpu": "fp32"}, group="H100 최적화")
+        "--fp32": ("fp32", "FP32 precision (CPU 기본)")}, {"base": "bf16", "cpu": "fp32"}, group="H100 최적화")
     compile: bool | None = switch({
         "--no-compile": (False, "torch.compile 비활성화 (CPU 기본)"),
-        "--compile": (True, "torch.compile 사용 (GPU 기본)"),
-    }, {"base": True, "cpu": False})
+        "--compile": (True, "torch.compile 사용 (GPU 기본)")}, {"base": True, "cpu": False})
     num_gpus: int = option("N", (int, 1, 64), "사용할 GPU 수", default=2)
     attention: str = option("", ("auto", "cudnn", "flash", "fa3", "efficient", "math"), "어텐션 커널", default="auto")
     bf16_allreduce: bool = switch({"--bf16-allreduce": (True, "기울기를 BF16으로 주고받음 (GPU 사이가 느릴 때)")})
@@ -527,14 +523,11 @@ def query_gpus(visible: str | None) -> list[Gpu]:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: those of its affinity, and of these what a cgroup's quota gives time on."""
-    count, group = len(os.sched_getaffinity(0)), Path("/sys/fs/cgroup")
-    with suppress(OSError):  # a kernel without them
-        group /= Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
-    for folder in (group, *group.parents):
-        with suppress(OSError, ValueError):  # no limit here; a container shows its own at the top
-            quota, period = map(int, (folder / "cpu.max").read_text().split())
-            count = min(count, max(1, quota // period))
+    """CPUs that this process may use: those of its affinity, and of these what a container's quota gives time on."""
+    count = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # a kernel without cgroups; no limit
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
     return count
 
 
@@ -632,11 +625,9 @@ def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path 
 
 
 def options_of(cfg: TrainConfig) -> dict[str, Any]:
-    """All options of a run in a form that JSON holds."""
-    values = asdict(cfg)
+    values = asdict(cfg) | {"dataset_path": corpus_name(cfg)}
     if cfg.model_config or cfg.init_from:
         values["model_size"] = None  # the preset that would have been taken
-    values["dataset_path"] = corpus_name(cfg)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
@@ -906,16 +897,13 @@ def total_steps(cfg: TrainConfig, rows: int, step_tokens: int, done: int = 0) ->
     return steps
 
 
-def auto_rate(optimizer: str, parameters: int, tokens: int) -> float:
-    """Step Law (Li et al., 2025): the best peak rate for the parameters without embeddings and the run's tokens."""
-    return float(f"{RATE_LAW[optimizer] * parameters**-0.713 * tokens**0.307:.1e}")
-
-
 def peak_rate(cfg: TrainConfig, parameters: int, tokens: int, info: dict[str, Any]) -> tuple[float | None, str]:
     """The schedule's peak, None where it isn't known yet, and its words; ``auto`` keeps a checkpoint's (``info``)."""
     if cfg.learning_rate != "auto":
         return cfg.learning_rate, format_value(cfg.learning_rate)
-    rate = auto_rate(cfg.optimizer, parameters, tokens) if parameters and tokens else None
+    rate = None
+    if parameters and tokens:  # Step Law (Li et al., 2025), by the parameters without embeddings and the run's tokens
+        rate = float(f"{RATE_LAW[cfg.optimizer] * parameters**-0.713 * tokens**0.307:.1e}")
     basis = f"파라미터 {parameters / 1e6:,.1f}M, 토큰 {tokens / 1e6:,.1f}M"
     if info:
         rate, fresh = info["options"]["learning_rate"], rate
@@ -962,12 +950,6 @@ def logit_chunk_size(tokens: int, vocab_size: int) -> int:
     return tokens if size <= 2 << 30 else -(-tokens // -(-size >> 30))
 
 
-def optimizer_bytes(cfg: TrainConfig, shape: Preset) -> int:
-    """Bytes of the optimizer's state: two fp32 moments a parameter, and under Muon one in the layers' matrices."""
-    saved = shape.matrix_parameters() if cfg.optimizer == "muon" else 0
-    return 8 * shape.parameter_count(cfg.vocab_size) - 4 * saved
-
-
 # What one token leaves in a layer for the backward pass, in bytes for each unit of the layer's width,
 # by the bytes of a number and whether it is compiled: what autograd saved in transformers' Llama layer
 # (``tests/test_memory.py``; autocast makes a half copy for each projection, a compiled graph doesn't).
@@ -1003,7 +985,7 @@ def estimate_memory(cfg: TrainConfig, shape: Preset, world_size: int) -> dict[st
     return {
         "가중치": 4 * parameters,
         "기울기": gradients,
-        "옵티마이저": optimizer_bytes(cfg, shape),
+        "옵티마이저": 8 * parameters - 4 * shape.matrix_parameters() * (cfg.optimizer == "muon"),  # Muon's one moment
         "활성값": int(activations),
         "로짓": logits,
         "반정밀도 사본": copies,
@@ -1036,8 +1018,8 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
         problems.append(f"GPU 메모리가 부족합니다: {text}. {advice}")
     have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
-    needed = (count + (cfg.save_initial and not have)) * 4 * shape.parameter_count(cfg.vocab_size)
-    needed += min(count, 3 - min(have, 2)) * optimizer_bytes(cfg, shape)  # which three have, one of them half-written
+    needed = (count + (cfg.save_initial and not have)) * parts["가중치"]
+    needed += min(count, 3 - min(have, 2)) * parts["옵티마이저"]  # which three have, one of them half-written
     if left and not node_rank(cfg) and (problem := disk_problem(cfg.output_dir, needed)):
         problems.append(f"{problem}. --save-total-limit 2 를 쓰거나 --save-steps 를 늘리세요")
     return problems
@@ -1046,8 +1028,7 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
 def named_peak_flops(gpu_name: str) -> float | None:
     """Dense BF16 FLOP/s as its maker publishes them, by the first name that fits; None if unknown, as of a part."""
     known = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H200": 989, "H100": 989, "A100": 312, "L40S": 362}
-    peaks = [value * 1e12 for part, value in known.items() if part in gpu_name and " MIG " not in gpu_name]
-    return peaks[0] if peaks else None
+    return next((peak * 1e12 for part, peak in known.items() if part in gpu_name and " MIG " not in gpu_name), None)
 
 
 def training_flops(parameters: int, layers: int, hidden: int, length: int) -> int:
@@ -1107,10 +1088,9 @@ class LaunchPlan:
     gpus: list[Gpu]  # that it uses
     processes: int  # on each machine
     nodes: int  # machines
-    step_tokens: int  # that all ranks read a step, as a checkpoint may have it
+    point: ResumePoint  # where it begins
     steps: int  # of the whole run; 0 where only the prepared corpus tells
     exact: bool  # whether they are no estimate
-    info: dict[str, Any]  # training_info.json of the checkpoint that it goes on from
     notes: list[str]  # what was adapted to the machine
 
 
@@ -1130,8 +1110,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
         done, step_tokens = point.info.get("step", 0), point.step_tokens
-        # 5 bytes a token as on the shared corpus at 64k, rounded down.
-        tokens = report.get("train_tokens", estimated_bytes(files) // 5)
+        tokens = report.get("train_tokens", estimated_bytes(files) // 5)  # as on the shared corpus at 64k
         exact = bool(cfg.max_steps or "train_tokens" in report)
         steps = total_steps(cfg, tokens // cfg.max_seq_length, step_tokens, done if exact else 0)
         if (cfg.max_tokens or math.inf) < step_tokens:
@@ -1153,7 +1132,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
     if cfg.learning_rate == "auto" and cfg.max_hours:
         notes.append("--max-hours 로 먼저 끝나면 auto가 헤아린 토큰 수보다 짧고, 학습률이 다 내려가지 않습니다")
-    return LaunchPlan(cfg, files, gpus, processes, nodes, step_tokens, steps, exact, point.info, notes)
+    return LaunchPlan(cfg, files, gpus, processes, nodes, point, steps, exact, notes)
 
 
 def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
@@ -1182,7 +1161,6 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
 
 
 def require_cuda() -> None:
-    """EnvironmentProblem where this PyTorch can't use the GPUs that nvidia-smi reports."""
     import torch
 
     if not torch.cuda.is_available():
@@ -1225,30 +1203,28 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
 
 
 def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
-    """The block 학습 정보: what will run, with the figures that can be told beforehand."""
-    cfg, world_size, shape = plan.cfg, plan.nodes * plan.processes, model_shape(plan.cfg)
-    source, tokens = cfg.model_config or cfg.init_from, plan.steps * plan.step_tokens
+    cfg, point, world_size = plan.cfg, plan.point, plan.nodes * plan.processes
+    source, shape, tokens = cfg.model_config or cfg.init_from, model_shape(cfg), plan.steps * point.step_tokens
     model = f"추정, {display_path(Path(source))}" if source else cfg.model_size
     parameters = f"{shape.parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({model})" if shape else "읽은 뒤 정해집니다"
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     estimated = "" if plan.exact else " (추정)"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
-    accumulation = plan.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
+    accumulation = point.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
     matrices = shape.matrix_parameters() if shape else 0
-    rate = peak_rate(cfg, matrices, tokens, plan.info)[1]
+    rate = peak_rate(cfg, matrices, tokens, point.info)[1]
     training |= {"학습률": rate + (estimated if "토큰" in rate else "")}
-    if matrices and tokens and not (cfg.mode == "test" or cfg.learning_rate == "auto" or cfg.init_from or plan.info):
-        best, default = auto_rate("muon", matrices, tokens), OPTIONS["--learning-rate"].default
-        if cfg.learning_rate == default or not best / 3 <= cfg.learning_rate <= 3 * best:
-            training["권장"] = f"--optimizer muon --learning-rate auto ({format_value(best)}){estimated}"
-    training |= {"최대 시퀀스 길이": cfg.max_seq_length}
-    training |= {"Mixed Precision": cfg.precision, "모델 컴파일": str(cfg.compile).lower()}
+    best = peak_rate(replace(cfg, optimizer="muon", learning_rate="auto"), matrices, tokens, {})[0]
+    fresh, typed = cfg.mode == "train" and not (cfg.init_from or point.info), cfg.learning_rate
+    if best and fresh and typed != "auto" and (typed == TrainConfig.learning_rate or not best / 3 <= typed <= 3 * best):
+        training["권장"] = f"--optimizer muon --learning-rate auto ({format_value(best)}){estimated}"
+    training |= {"최대 시퀀스 길이": cfg.max_seq_length, "Mixed Precision": cfg.precision}
+    training |= {"모델 컴파일": str(cfg.compile).lower(), "옵티마이저": cfg.optimizer, "모델 파라미터": parameters}
     training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
     run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{estimated}" if tokens else "데이터를 준비한 뒤 정해집니다"
-    training |= {"옵티마이저": cfg.optimizer, "모델 파라미터": parameters}
-    training |= {"스텝당 토큰": f"{plan.step_tokens:,}", "전체 학습": run}
+    training |= {"스텝당 토큰": f"{point.step_tokens:,}", "전체 학습": run}
     paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else ", ".join(map(display_path, cfg.dataset_path))}
     paths |= {"출력": display_path(cfg.output_dir), "로그": display_path(cfg.logs_dir)}
     saving = {"저장 간격": f"{cfg.save_steps} 스텝", "초기 모델 저장": str(cfg.save_initial).lower()}
@@ -1579,9 +1555,8 @@ def draw_curves(folder: str) -> None:
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for name in names:
             known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            marker = "o" if "val" in name else ""
             if known:
-                axes.plot(*zip(*known, strict=True), label=name, marker=marker, markersize=3, linewidth=1)
+                axes.plot(*zip(*known, strict=True), label=name, marker="o" if "val" in name else "", markersize=3)
         axes.set(title=title, xlabel="Step")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -1603,14 +1578,11 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 
 
 def set_up_config(typed: TrainConfig) -> TrainConfig:
-    """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does.
-
-    A restarted one goes on from what this run wrote, or leaves if it is to stop or failed for a known reason.
-    """
+    """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
     info, processes = read_json(typed.output_dir / "run_info.json"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if is_restart(info):
         if info.get("state", "running") != "running" or "stop_requested" in info:
-            sys.exit()
+            sys.exit()  # it failed for a known reason, or is to stop
         begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
         if begun and list_checkpoints(typed.output_dir) and typed.mode == "train":  # which starts over
             typed = replace(typed, resume="auto")

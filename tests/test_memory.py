@@ -228,7 +228,7 @@ def test_an_evaluation_needs_no_more_memory_than_a_step(tmp_path: Path, monkeypa
         loss_module = t.LMWithLoss(t.build_model(cfg, Words(cfg.vocab_size)))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
             loss_module(torch.zeros(16, 513, dtype=torch.int64), reduction="none")
-    assert live.peak + t.optimizer_bytes(cfg, WIDE) < measured_peak(cfg, 1)[0]
+    assert live.peak + t.estimate_memory(cfg, WIDE, 1)["옵티마이저"] < measured_peak(cfg, 1)[0]
 
 
 def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def test_what_the_optimizer_keeps_has_the_size_that_is_reckoned_with(tmp_path):
         run = tiny_run(tmp_path, "--optimizer", name)
         t.train_step(run, iter(batches(run, 1)), 1e-3)
         sizes[name] = sum(value.numel() * 4 for value in moments(run) if value.dim())
-        assert sizes[name] == t.optimizer_bytes(run.cfg, t.PRESETS["tiny"])
+        assert sizes[name] == t.estimate_memory(run.cfg, t.PRESETS["tiny"], 1)["옵티마이저"]
     assert sizes["muon"] < 0.6 * sizes["adamw"]
 
 
