@@ -40,26 +40,19 @@ def test_a_training_run_on_a_cpu_keeps_the_model_that_was_asked_for():
     assert (cfg.model_size, cfg.max_seq_length, cfg.precision) == ("1.3b", 2048, "fp32")
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--learning-rate", "nan"], "--learning-rate"),
-        (["--model-size", "1b"], "1.3b"),
-        (["--lr-schedule", "cosin"], "cosine"),
-        (["--max-steps=x"], "--max-steps"),
-        (["--test=1"], "--test"),
-        (["--dataset-path", ""], "--dataset-path"),
-        (["--dataset-path", "hf:a@b@c"], "hf:ORG/NAME[@REVISION]"),
-        (["stray"], "stray"),
-        (["--report-to", "tensorbord"], "tensorboard"),
-        (["--dataset-path", "a.jsonl", __file__], "따옴표"),
-        (["--vocab-size", "2000000"], "가장 가까운 값: 1048576"),
-        (["--seed", "3000000000"], "가장 가까운 값: 2147483647"),
-        (["--prompt", b"\xbf\xc0\xb4\xc3".decode(errors="surrogateescape")], "UTF-8"),  # from a terminal in CP949
-    ],
-)
+CP949 = b"\xbf\xc0\xb4\xc3".decode(errors="surrogateescape")  # as it comes from a terminal in another encoding
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    ("--learning-rate nan", "--learning-rate"), ("--learning-rate abc", "숫자"), ("--model-size 1b", "1.3b"),
+    ("--lr-schedule cosin", "cosine"), ("--max-steps=x", "--max-steps"), ("--test=1", "--test"), ("stray", "stray"),
+    ("--dataset-path=", "--dataset-path"), ("--dataset-path hf:a@b@c", "hf:ORG/NAME[@REVISION]"),
+    ("--report-to tensorbord", "tensorboard"), (f"--dataset-path a.jsonl {__file__}", "따옴표"),
+    ("--vocab-size 2000000", "가장 가까운 값: 1048576"), ("--seed 3000000000", "가장 가까운 값: 2147483647"),
+    (f"--prompt {CP949}", "UTF-8"),
+])  # fmt: skip
 def test_a_wrong_value_is_named_with_what_to_type(argv, named):
-    assert named in problems_of(*argv)[0]
+    assert named in problems_of(*argv.split(" "))[0]
 
 
 def test_resume_stands_alone_or_takes_a_path():
@@ -76,23 +69,15 @@ def test_kernels_for_half_precision_are_refused_in_fp32_on_a_gpu(attention):
     assert t.validate_config(t.resolve_config(t.parse_args(["--attention", attention]), "cuda")[0])
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--device", "cpu", "--fp16"],
-        ["--device", "cpu", "--attention", "cudnn"],
-        ["--test", "--resume"],
-        ["--vocab-size", "1000"],
-        ["--dummy-data", "--dataset-path", "x"],
-        ["--model-config", "a", "--init-from", "b"],
-        ["--test", "--train"],
-        ["--compile", "--no-compile"],
-        ["--generate", "a", "--train", "--prompt", "x"],
-    ],
-)
+@pytest.mark.parametrize("argv", [
+    "--device cpu --fp16", "--device cpu --attention cudnn", "--test --resume", "--vocab-size 1000",
+    "--dummy-data --dataset-path x", "--model-config a --init-from b", "--test --train", "--compile --no-compile",
+    "--generate a --train --prompt x",
+])  # fmt: skip
 def test_combinations_that_cannot_be_meant_are_refused(argv):
-    (problem,) = problems_of(*argv)
-    assert argv[-1] in problem or argv[0] in problem
+    words = argv.split()
+    (problem,) = problems_of(*words)
+    assert words[-1] in problem or words[0] in problem
 
 
 def test_typed_paths_are_the_callers_and_default_paths_the_scripts(tmp_path, monkeypatch):
@@ -131,24 +116,22 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_a_directory_with_res
         assert "이전 학습의 결과가 있습니다" in problem
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--init-from", "outputs/checkpoint-2"), "--init-from: 새 학습이 지울 출력 디렉토리 안에 있습니다"),
-        (("--tokenizer", "outputs/checkpoint-2/pytorch_model.bin"), "--tokenizer: 새 학습이 지울 출력 디렉토리"),
-        (("--model-config", "outputs/checkpoint-2/config.json"), "--model-config: 새 학습이 지울 출력 디렉토리"),
-        (("--model-config", "list.json"), "쓸 수 있는 config.json이 없습니다"),
-        (("--model-config", "words.txt"), "쓸 수 있는 config.json이 없습니다"),
-        (("--model-config", "empty"), "쓸 수 있는 config.json이 없습니다"),
-        (("--init-from", "words.txt"), "--init-from: ./words.txt 에 쓸 수 있는 config.json이 없습니다"),
-        (("--init-from", "./empty"), "--init-from: ./empty 에 쓸 수 있는 config.json이 없습니다"),
-        (("--tokenizer", "list.json"), "--tokenizer: ./list.json 에 쓸 수 있는 tokenizer.json이 없습니다"),
-        (("--init-from", "model", "--max-seq-length", "128"), "모델의 최대 길이 64보다 깁니다. --max-seq-length 64"),
-        (("--init-from", "model", "--tokenizer", "large"), "--tokenizer의 어휘 200개가 --init-from 모델의 128개보다"),
-        (("--model-config", "outputs/my_own.json"), None),
-        (("--max-tokens", "63"), "--max-tokens 63: 한 스텝의 토큰 수 64보다 작습니다"),
-    ],
-)
+NO_CONFIG = "쓸 수 있는 config.json이 없습니다"
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ("--init-from outputs/checkpoint-2", "--init-from: 새 학습이 지울 출력 디렉토리 안에 있습니다"),
+    ("--tokenizer outputs/checkpoint-2/pytorch_model.bin", "--tokenizer: 새 학습이 지울 출력 디렉토리"),
+    ("--model-config outputs/checkpoint-2/config.json", "--model-config: 새 학습이 지울 출력 디렉토리"),
+    ("--model-config list.json", NO_CONFIG), ("--model-config words.txt", NO_CONFIG),
+    ("--model-config empty", NO_CONFIG), ("--init-from words.txt", f"--init-from: ./words.txt 에 {NO_CONFIG}"),
+    ("--init-from ./empty", f"--init-from: ./empty 에 {NO_CONFIG}"),
+    ("--tokenizer list.json", "--tokenizer: ./list.json 에 쓸 수 있는 tokenizer.json이 없습니다"),
+    ("--init-from model --max-seq-length 128", "모델의 최대 길이 64보다 깁니다. --max-seq-length 64"),
+    ("--init-from model --tokenizer large", "--tokenizer의 어휘 200개가 --init-from 모델의 128개보다"),
+    ("--model-config outputs/my_own.json", None),
+    ("--max-tokens 63", "--max-tokens 63: 한 스텝의 토큰 수 64보다 작습니다"),
+])  # fmt: skip
 def test_what_a_run_begins_with_is_looked_at_before_the_start(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "outputs" / "checkpoint-2"
@@ -163,7 +146,7 @@ def test_what_a_run_begins_with_is_looked_at_before_the_start(tmp_path, monkeypa
     (tmp_path / "outputs" / "my_own.json").write_text('{"model_type": "llama"}')
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "words.txt").write_text("words")
-    typed = t.parse_args(options(tmp_path, "--dummy-data", *words))
+    typed = t.parse_args(options(tmp_path, "--dummy-data", *words.split()))
     if told is None:
         t.make_launch_plan(typed, 1)
         return
@@ -173,16 +156,10 @@ def test_what_a_run_begins_with_is_looked_at_before_the_start(tmp_path, monkeypa
     assert told in refused.value.problems[0]
 
 
-@pytest.mark.parametrize(
-    ("typed", "shares"),
-    [
-        ("ko=0.7,en=0.3", "en=0.3,ko=0.7"),
-        (" ko = 7 , en = 3 ", "en=0.3,ko=0.7"),
-        ("a=1,b=1,c=1", "a=0.333,b=0.334,c=0.333"),
-        ("ko=1", "ko=1"),
-        ("위키=0.5,a=b=0.5", "a=b=0.5,위키=0.5"),
-    ],
-)
+@pytest.mark.parametrize(("typed", "shares"), [
+    ("ko=0.7,en=0.3", "en=0.3,ko=0.7"), (" ko = 7 , en = 3 ", "en=0.3,ko=0.7"), ("ko=1", "ko=1"),
+    ("a=1,b=1,c=1", "a=0.333,b=0.334,c=0.333"), ("위키=0.5,a=b=0.5", "a=b=0.5,위키=0.5"),
+])  # fmt: skip
 def test_the_shares_of_a_mix_are_thousandths_that_sum_up_to_one(typed, shares):
     cfg = t.parse_args(["--mix", typed])
     assert cfg.mix == shares
@@ -246,21 +223,18 @@ def test_a_run_does_not_end_before_the_step_of_its_checkpoint(tmp_path):
         t.total_steps(cfg, 100, 128, done=9)
 
 
-@pytest.mark.parametrize(
-    ("began", "goes_on", "told"),
-    [
-        (("--init-from", "a"), (), "--init-from: .*쓸 값: --init-from a"),
-        ((), ("--init-from", "a"), "--init-from: .*--init-from 없이"),
-        (("--tokenizer", "a"), (), "--tokenizer: .*쓸 값: --tokenizer a"),
-        ((), ("--vocab-size", "1024"), "--vocab-size: .*쓸 값: --vocab-size 512"),
-        (("--model-config", "/a"), (), "--model-config: .*쓸 값: --model-config /a"),
-        (("--init-from", "a"), ("--init-from", "b"), None),
-    ],
-)
+@pytest.mark.parametrize(("began", "goes_on", "told"), [
+    ("--init-from a", "", "--init-from: .*쓸 값: --init-from a"),
+    ("", "--init-from a", "--init-from: .*--init-from 없이"),
+    ("--tokenizer a", "", "--tokenizer: .*쓸 값: --tokenizer a"),
+    ("", "--vocab-size 1024", "--vocab-size: .*쓸 값: --vocab-size 512"),
+    ("--model-config /a", "", "--model-config: .*쓸 값: --model-config /a"),
+    ("--init-from a", "--init-from b", None),
+])  # fmt: skip
 def test_a_resumed_run_takes_its_model_and_tokenizer_from_where_it_began(tmp_path, began, goes_on, told):
-    cfg = config(tmp_path, *began)
+    cfg = config(tmp_path, *began.split())
     info = {"layout_version": t.LAYOUT_VERSION, "mode": "train", "options": t.options_of(cfg), "data_fingerprint": ""}
-    problems = t.resume_problems(config(tmp_path, *goes_on), tmp_path, info, "")
+    problems = t.resume_problems(config(tmp_path, *goes_on.split()), tmp_path, info, "")
     assert len(problems) == (told is not None), problems
     assert told is None or re.search(told, problems[0])
 

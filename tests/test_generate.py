@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import shutil
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kinds import surrounded
 from samples import WILD_TEXTS, Bomb, config, write_corpus
+from test_layouts import PACK, parquet
 
 import train_h100_dual as t
 
@@ -139,20 +139,14 @@ def test_bits_per_byte_equal_a_hand_written_reference(opened, tmp_path, length):
 
 
 def test_every_kind_of_file_gives_the_same_figures(opened, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     texts = ["오늘 학생이 서울에서 책을 읽었다.", "Today the student read a book.", "어제 기자가 편지를 보냈다."]
-    table = tmp_path / "data.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), table)
-    plain = write_corpus(tmp_path / "data.jsonl", texts)
-    (tmp_path / "data.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as stream:
-        stream.write(plain.read_bytes())
+    plain = write_corpus(tmp_path / "data.jsonl", texts).read_bytes()
+    files = {"data.jsonl": plain, "data.parquet": parquet(texts), "data.txt": "\n\n".join(texts).encode()}
+    files |= {f"packed.jsonl{suffix}": PACK[suffix](plain) for suffix in (".gz", ".zst")}
     figures = []
-    for path in (plain, table, *(tmp_path / name for name in ("data.txt", "a.jsonl.gz", "b.jsonl.zst"))):
-        found = t.score_corpus(*opened, use("--evaluate", "x", "--dataset-path", str(path)))
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        found = t.score_corpus(*opened, use("--evaluate", "x", "--dataset-path", str(tmp_path / name)))
         figures.append({language: row.tolist() for language, row in found.items()})
     assert set(figures[0]) == {"ko", "en"}
     assert all(found == figures[0] for found in figures)
@@ -203,10 +197,8 @@ def test_the_table_is_aligned_and_its_figures_are_those_of_the_sums():
 def test_the_launcher_generates_in_the_foreground_and_writes_nothing(place, checkpoint):
     place.environment |= {"LC_ALL": "C"}
     before = list_tree(checkpoint.parent)
-    answer = place.run(
-        *("--generate", str(checkpoint / "pytorch_model.bin"), "--prompt", "오늘 학생이"),
-        *("--max-new-tokens", "5", "--seed", "3"),
-    )
+    typed = ["--generate", str(checkpoint / "pytorch_model.bin"), "--prompt", "오늘 학생이"]
+    answer = place.run(*typed, "--max-new-tokens", "5", "--seed", "3")
     assert answer.code == 0, answer.text
     assert answer.out.startswith("오늘 학생이")
     assert answer.out.count("\n") == 1
@@ -290,8 +282,8 @@ def test_weights_that_are_torn_or_lacking_are_refused_and_not_made_up(checkpoint
     torch.save({f"_orig_mod.{name}": value for name, value in weights.items()}, path)
     with pytest.raises(RuntimeError, match=r"모델의 가중치 \d+개가 없습니다: .*checkpoint-4 \(예: "):
         t.load_model(folder)
-    for size in (1000, 0):
-        path.write_bytes(path.read_bytes()[:size])
+    for content in (path.read_bytes()[:1000], b"", b"PK\x03\x04", b"[]", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
         with pytest.raises(RuntimeError, match="모델을 열 수 없습니다"):
             t.load_model(folder)
     path.unlink()

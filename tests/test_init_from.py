@@ -137,14 +137,6 @@ def test_weights_that_the_configuration_does_not_name_are_told(tmp_path, trained
     assert "모델 설정에 없는 가중치 9개를 읽지 않았습니다" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04", b"", b"[]"])
-def test_a_file_that_holds_no_weights_is_one_sentence(tmp_path, trained, content):
-    shutil.copytree(trained[2] / "checkpoint-4", tmp_path / "model")
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(RuntimeError, match="모델을 열 수 없습니다"):
-        t.load_model(tmp_path / "model")
-
-
 def test_a_checkpoint_is_a_start_like_any_other(tmp_path, trained):
     checkpoint = trained[2] / "checkpoint-4"
     run = tiny_run(tmp_path, "--init-from", str(checkpoint / "pytorch_model.bin"), "--save-steps", "100")

@@ -138,7 +138,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path, compiled):
     assert stats.isfinite().all()
 
 
-def test_two_graphs_serve_every_step_and_an_evaluation_makes_none(tmp_path):
+def test_two_graphs_serve_every_step_and_an_evaluation_and_samples_make_none(tmp_path):
     run, graphs = tiny_run(tmp_path, "--batch-size", "3"), []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -148,6 +148,7 @@ def test_two_graphs_serve_every_step_and_an_evaluation_makes_none(tmp_path):
         t.train_step(run, rows, 1e-3 / (step + 1))
         if step == 2:
             t.evaluate(run)  # documents of every length
+            t.generate_samples(run, t.TrainState(step=3))
     assert len(graphs) == 2  # of a layer, and of the head with its loss
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()

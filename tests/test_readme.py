@@ -181,14 +181,6 @@ def test_the_launcher_takes_its_own_options_as_they_are_shown(place):
         assert answer.code == 3, answer.text
 
 
-def test_the_dry_run_shows_and_starts_what_it_says(place):
-    assert "./run_h100_dual.sh --dry-run" in [line.split("#")[0].strip() for line in commands()]
-    answer = place.run("--dry-run")
-    assert answer.code == 0, answer.text
-    assert "torch.distributed.run" in answer.out
-    assert not list(place.folder.iterdir())
-
-
 @pytest.mark.slow
 def test_the_first_text_comes_from_the_commands_that_promise_it(place):
     train, generate = commands(section("1. 첫 글 써 보기"))

@@ -75,19 +75,8 @@ PIECES = [
     "'LL",
     "\r\n",
 ]
-PIECES += [
-    " ",
-    "  ",
-    "\t",
-    "\u00a0",
-    "ㅋㅋㅋㅋ",
-    "👩‍👩‍👧‍👦",
-    "e\u0301\u0323",
-    "ſ",
-    "hello",
-    " world",
-    "\U0001f1f0\U0001f1f7",
-]
+PIECES += [" ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ"]
+PIECES += ["👩‍👩‍👧‍👦", "e\u0301\u0323", "ſ", "hello", " world", "\U0001f1f0\U0001f1f7"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,16 +169,10 @@ def test_the_largest_id_decides_the_vocabulary_and_the_type_of_the_stream(tmp_pa
     assert len(model.get_input_embeddings().weight) == -(-(highest + 1) // 128) * 128
 
 
-@pytest.mark.parametrize(
-    ("template", "start", "opening"),
-    [
-        ("$A", ["</s>"], ["</s>"]),
-        ("<s> $A", ["<s>"], ["</s>", "<s>"]),
-        ("$A </s>", ["</s>"], ["</s>"]),
-        ("<s> $A </s>", ["<s>"], ["</s>", "<s>"]),
-        ("</s> $A", ["</s>"], ["</s>"]),
-    ],
-)
+@pytest.mark.parametrize(("template", "start", "opening"), [
+    ("$A", ["</s>"], ["</s>"]), ("$A </s>", ["</s>"], ["</s>"]), ("</s> $A", ["</s>"], ["</s>"]),
+    ("<s> $A", ["<s>"], ["</s>", "<s>"]), ("<s> $A </s>", ["<s>"], ["</s>", "<s>"]),
+])  # fmt: skip
 def test_a_document_begins_with_what_the_tokenizer_puts_before_a_text_and_ends_with_eos(
     tmp_path, template, start, opening
 ):

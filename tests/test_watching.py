@@ -15,23 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.utils import LoggerType
 from conftest import LONG_RUN, SCRIPT, Place, Terminal, assert_in_order, cleaned
 from samples import config, read_metrics, tiny_run
 
 import train_h100_dual as t
 
-RECORD = {
-    "step": 100,
-    "loss": 3.25,
-    "learning_rate": 1e-3,
-    "grad_norm": 0.5,
-    "tokens_per_second": 98_512.0,
-    "mfu": 0.45,
-    "memory_gb": 61.2,
-    "seconds": 50.0,
-}
+RECORD = {"step": 100, "loss": 3.25, "learning_rate": 1e-3, "grad_norm": 0.5}
+RECORD |= {"tokens_per_second": 98_512.0, "mfu": 0.45, "memory_gb": 61.2, "seconds": 50.0}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -352,9 +343,8 @@ def test_a_run_is_told_also_to_whoever_names_other_logs(session):
 
 def test_stop_waits_and_shows_the_save(session):
     assert session.stop.code == 0
-    assert_in_order(
-        session.stop.out, ["🛑 중단 요청", "💾 체크포인트 저장 중", "✅ 체크포인트 저장 완료", "상태: 중단됨"]
-    )
+    phrases = ["🛑 중단 요청", "💾 체크포인트 저장 중", "✅ 체크포인트 저장 완료", "상태: 중단됨"]
+    assert_in_order(session.stop.out, phrases)
     assert session.place.checkpoints()
     saved, shown = (re.search(text, session.stop.out)[1] for text in (r"outputs/checkpoint-(\d+)", r"스텝: +([\d,]+)"))
     assert saved == shown.replace(",", "")
@@ -453,52 +443,33 @@ def test_tensorboard_holds_the_figures_of_the_metrics(trained):
     assert found["validation/bits_per_byte_ko"] == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_a_resumed_run_writes_no_point_twice(tmp_path):
+# A run that is killed after step 6 and goes on from step 3, and one that takes the place of another.
+@pytest.mark.parametrize(("first", "last", "kept"), [(4, 8, 3), (1, 2, 0)])
+def test_a_resumed_run_writes_no_point_twice_and_a_new_one_begins_anew(tmp_path, first, last, kept):
     run = tiny_run(tmp_path)
-    for first, last in ((1, 6), (4, 8)):  # a run that is killed after step 6 and goes on from step 3
-        t.start_trackers(run, t.TrainState(step=first - 1))
-        for step in range(first, last + 1):
-            run.accelerator.log({"train/loss": float(step + 10 * first)}, step)
+    for loss, begin, end in ((1.0, 1, 6), (2.0, first, last)):
+        t.start_trackers(run, t.TrainState(step=begin - 1))
+        for step in range(begin, end + 1):
+            run.accelerator.log({"train/loss": loss}, step)
         run.accelerator.end_training()
         run.accelerator.trackers.clear()
     (values,) = tensorboard_events(tmp_path / "logs/tensorboard/h100_dual").values()
-    assert values == [(step, step + 10.0 * (1 if step < 4 else 4)) for step in range(1, 9)]
+    assert values == [(step, 1.0 if step <= kept else 2.0) for step in range(1, last + 1)]
 
 
-def test_a_new_runs_points_take_the_place_of_an_earlier_ones(tmp_path):
-    for loss, last in ((1.0, 3), (2.0, 1)):
-        run = tiny_run(tmp_path)
-        t.start_trackers(run, t.TrainState())
-        for step in range(1, last + 1):
-            run.accelerator.log({"train/loss": loss}, step)
-        run.accelerator.end_training()
-    assert list(tensorboard_events(tmp_path / "logs/tensorboard/h100_dual").values()) == [[(1, 2.0)]]
-
-
-def test_a_tracker_that_fails_ends_tracking_and_is_said_once(tmp_path, caplog):
-    run = tiny_run(tmp_path)
-    t.start_trackers(run, t.TrainState())
-
+@pytest.mark.parametrize("broken", ["init_trackers", "log"])
+def test_a_tracker_that_fails_ends_tracking_and_is_said_once(tmp_path, caplog, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    run.accelerator.trackers[0].log = fail
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr(run.accelerator, broken, fail)
+    t.start_trackers(run, t.TrainState())
     log = t.StepLog(run, t.TrainState())
     for step in (1, 2):
         log.write({"step": step, "loss": 1.0})
     assert len(read_metrics(tmp_path)) == 2
     assert caplog.text.count("--report-to 기록에 실패해") == 1
-
-
-def test_a_tracker_that_does_not_start_ends_no_run(tmp_path, caplog, monkeypatch):
-    run = tiny_run(tmp_path)
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no key")
-
-    monkeypatch.setattr(run.accelerator, "init_trackers", fail)
-    t.start_trackers(run, t.TrainState())
-    assert "학습만 계속합니다. 예상하지 못한 오류: RuntimeError: no key" in caplog.text
 
 
 def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplog):
@@ -521,23 +492,6 @@ def test_sampling_changes_nothing_in_training(tmp_path):
         figures.append([line["loss"] for line in read_metrics(tmp_path / interval) if "loss" in line])
         assert run.loss_module.training
     assert figures[0] == figures[1]
-
-
-def test_sampling_compiles_nothing_again(tmp_path):
-    from torch._dynamo.utils import counters
-
-    run = tiny_run(tmp_path)
-    run.loss_module.compile_parts(backend="eager")  # the graphs without the minutes of making kernels of them
-    positions = t.rank_positions(run.cfg, 0, 1, range(4))
-    batches = iter(t.make_loader(run.cfg, run.corpus, positions))
-    t.train_step(run, batches, 1e-3)
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0
-    for step in (1, 2):
-        t.generate_samples(run, t.TrainState(step=step))
-        t.train_step(run, batches, 1e-3)
-    assert counters["stats"]["unique_graphs"] == graphs
-    torch._dynamo.reset()
 
 
 def test_samples_are_kept_by_step_and_prompt_and_shown_in_the_log(trained):
