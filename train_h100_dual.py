@@ -1638,6 +1638,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import psutil
+import pyarrow.parquet  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1667,7 +1668,6 @@ LONGEST_RECORD = 128 << 20  # of a file: more isn't meant to be one document
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
 TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
-TOKENIZER_SAMPLE_WORDS = 550_000  # distinct ones: the trainer takes 1.2 KB for each
 LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 LARGE_SHARE = 0.05  # of characters that a tokenizer can't write, and of the bytes that a language has to have for it
@@ -2005,8 +2005,6 @@ def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, 
 
 def table_records(source: str, text_column: str) -> Iterator[tuple[int, Any]]:
     """The rows of a file, or of a data set of the hub, of which nothing is executed."""
-    import pyarrow.parquet
-
     if name := HUB_NAME.fullmatch(source):
         import datasets
 
@@ -2028,8 +2026,6 @@ def table_records(source: str, text_column: str) -> Iterator[tuple[int, Any]]:
 
 def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any]], str]:
     """The numbered records of a file by its format, or of a data set of the hub; and the file's encoding."""
-    import pyarrow  # faster than gzip, and unlike zstandard it takes no truncated file for a whole one
-
     kind, packed = "table" if HUB_NAME.fullmatch(source) else file_format(Path(source)), split_name(Path(source))[2]
     if kind == "table":
         return table_records(source, text_column), "utf-8"
@@ -2126,7 +2122,6 @@ def parse_record(record: Any, text_column: str) -> list[tuple[str, str, str]]:
 
 
 def detect_language(text: str) -> str:
-    """Tell Korean from English by the share of Hangul among the letters of the first 2,000 characters."""
     if text.isascii():
         return "en"
     letters = re.sub(r"[\W\d_]+", "", text[:2000])
@@ -2207,8 +2202,7 @@ def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -
         pending.append(pool.submit(function, item))
         if len(pending) >= ahead:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    yield from (future.result() for future in pending)
 
 
 def enter_worker(function: Callable, parent: int) -> None:
@@ -2261,11 +2255,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, config: Any = None) -
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = Regex(SPLIT_PATTERN), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), to_bytes])
-    if config:  # some models' checkpoints split in a way of their own, whatever was saved
-        with TemporaryDirectory() as name:
-            save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), Path(name))
-            opened = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False).backend_tokenizer
-        backend.normalizer, backend.pre_tokenizer = opened.normalizer, opened.pre_tokenizer
+    with TemporaryDirectory() as name:  # some models' checkpoints split in a way of their own, whatever was saved
+        save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), Path(name))
+        opened = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False).backend_tokenizer
+    backend.normalizer, backend.pre_tokenizer = opened.normalizer, opened.pre_tokenizer
     options = {"min_frequency": 2, "special_tokens": [END_OF_TEXT], "initial_alphabet": to_bytes.alphabet()}
     backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options))
     backend.add_special_tokens([f"<|reserved_{index}|>" for index in range(-backend.get_vocab_size() % 128)])
@@ -2396,8 +2389,8 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
     for _, text, _ in sorted(kept):
         texts.append(text)
         characters += len(text)
-        words.update(text.split())  # distinct ones are what the trainer's memory goes by
-        if characters > TOKENIZER_SAMPLE_CHARACTERS or len(words) > TOKENIZER_SAMPLE_WORDS:
+        words.update(text.split())  # of which each distinct one takes 1.2 KB of the trainer's memory
+        if characters > TOKENIZER_SAMPLE_CHARACTERS or len(words) > 550_000:
             break
     return texts
 
@@ -2744,8 +2737,7 @@ def attention_kernels(attention: str) -> Any:
     flash, efficient, plain = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": flash, "fa3": flash, "efficient": efficient, "math": plain}
     if attention == "fa3":
-        with refusing("--attention fa3: FlashAttention 3을 쓸 수 없습니다. auto 를 쓰세요", "flash_attn_interface"):
-            activate_flash_attention_impl("FA3")
+        activate_flash_attention_impl("FA3")
     return sdpa_kernel(named.get(attention, [flash, efficient, plain]), set_priority=True)
 
 
@@ -2767,10 +2759,7 @@ def attention_backend(model: nn.Module, cfg: TrainConfig, batch_size: int) -> st
 
 @torch.no_grad()
 def try_out(model: nn.Module) -> tuple[bool, bool]:
-    """Whether a model looks ahead, as an encoder, and whether its head is plain: tried, as names differ.
-
-    A plain one multiplies the last hidden states by one matrix; it neither softcaps nor scales.
-    """
+    """Whether a model looks ahead (an encoder), and whether its head is one matrix without cap or scale: by trying."""
     head, base, training = model.get_output_embeddings(), model.base_model, model.training
     tokens = torch.arange(8, device=model.device).repeat(2, 1)
     tokens[1, -1] = 8
@@ -2942,15 +2931,11 @@ def build_loss(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "c
         from accelerate.utils.ao import convert_model_to_fp8_ao
         from torchao.float8 import Float8LinearConfig
 
-        # All but the first linear layer, the head and odd widths.  Not through ``prepare``, whose recipe, made for
-        # FSDP2, wraps the weights after the optimizer took them: so they stay the same fp32 parameters.
+        # Not by ``prepare``, which would wrap the optimizer's weights; not the first layer, the head and odd widths.
         convert_model_to_fp8_ao(loss_module.model, config=Float8LinearConfig(pad_inner_dim=True))
     if cfg.compile:
         loss_module.compile_parts()
     return loss_module
-
-
-# --- optimizer, schedule, batch size ---
 
 
 def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> torch.optim.Optimizer:
@@ -2983,14 +2968,12 @@ def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the first group's matrices; the other groups are fused AdamW's.
+    """Muon for the first group's matrices; the other groups are fused AdamW's."""
 
-    An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates: learning rate and decay
-    carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank keeps all of the momentum, so rank
-    0's checkpoint is complete; each orthogonalises its share of a shape's matrices and gathers the others', so that
-    weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing, without a wait.
-    """
-
+    # An orthogonal matrix times 0.2 * sqrt(max(rows, columns)) has the RMS of AdamW's updates: learning rate and decay
+    # carry over (Liu et al., "Muon is Scalable for LLM Training", 2025).  Every rank keeps all of the momentum, so rank
+    # 0's checkpoint is complete; each orthogonalises its share of a shape's matrices and gathers the others', so that
+    # weights can't drift apart.  Like fused AdamW, a step whose ``found_inf`` is 1 changes nothing, without a wait.
     momentum = 0.95
 
     def __init__(self, groups: list[dict[str, Any]], alone: bool = False, **settings: Any):
@@ -3003,15 +2986,15 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every weight from its gradient, which is used up."""
-        groups, found_inf = self.param_groups, getattr(self, "found_inf", None)
-        kept = 1.0 if found_inf is None else 1 - found_inf
+        groups = self.param_groups
+        found_inf = getattr(self, "found_inf", groups[0]["params"][0].new_zeros(()))
+        kept = 1 - found_inf
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for weight in groups[0]["params"]:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             momentum = self.state[weight]["momentum_buffer"]
-            if found_inf is not None:
-                torch.where(found_inf.bool(), momentum, weight.grad, out=weight.grad)  # a NaN times 0 would stay one
+            torch.where(found_inf.bool(), momentum, weight.grad, out=weight.grad)  # a NaN times 0 would stay one
             momentum.lerp_(weight.grad, 1 - self.momentum)
             weight.mul_(1 - kept * groups[0]["lr"] * groups[0]["weight_decay"])
             by_shape.setdefault(weight.shape, []).append(weight)
@@ -3023,7 +3006,7 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
 
-    def update(self, alike: list[nn.Parameter], kept: torch.Tensor | float) -> None:
+    def update(self, alike: list[nn.Parameter], kept: torch.Tensor) -> None:
         """Orthogonalise this rank's share of matrices of one shape, gather the others' and apply all of them."""
         shape, share = alike[0].shape, -(-len(alike) // self.ranks)
         mine = slice(self.rank * share, (self.rank + 1) * share)
