@@ -35,7 +35,7 @@ main_bench() {
     python="$VENV_DIR/bin/python"
   fi
   [[ " $* " != *" --peers "* ]] || ensure_litgpt
-  PATH="$(dirname -- "$python"):$PATH" exec "$python" "$ROOT/tests/benchmarks/bench.py" "$@"
+  PATH="$(dirname -- "$python"):$PATH" exec "$python" "$ROOT/tests/benchmarks/${BENCHMARK:-bench.py}" "$@"
 }
 
 main_bench "$@"

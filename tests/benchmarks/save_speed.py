@@ -19,6 +19,8 @@ from samples import NeverStop, options
 
 import train_h100_dual as t
 
+SHARE = "the extra time to the save that is waited for"
+
 
 def build(folder: Path, layers: int, tokens: int, device: str) -> t.Run:
     """A run of one row a step that saves only where it is told to."""
@@ -56,10 +58,23 @@ def measure(run: t.Run, state: t.TrainState, batches: Any) -> dict[str, float]:
         "a save that is waited for, s": foreground,
         "copy to host memory, s": copied,
         "extra time of the steps around a save, s": extra,
-        "the extra time to the save that is waited for": extra / foreground,
+        SHARE: extra / foreground,
         "the writing beside training, s": run.save_seconds,
         "a step while the writer works, to one without": statistics.mean(during) / normal if during else 1.0,
     }
+
+
+def measure_rounds(
+    folder: Path, layers: int, tokens: int, rounds: int, device: str
+) -> tuple[list[dict[str, float]], str]:
+    """What each round measured, and a line about the checkpoint."""
+    run, state = build(folder, layers, tokens, device), t.TrainState()
+    batches = t.make_loader(run.cfg, run.corpus, t.rank_positions(run.cfg, 0, 1, range(1_000_000)))
+    measure(run, state, batches)  # allocates the buffers
+    measured = [measure(run, state, batches) for _ in range(rounds)]
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    written = sum(buffer.nbytes for buffer in run.saver.buffers.values())
+    return measured, f"{parameters / 1e6:.1f} M parameters, {written / 1e9:.2f} GB a checkpoint"
 
 
 def main() -> None:
@@ -72,13 +87,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     folder = args.folder / "save_speed"
-    run, state = build(folder, args.layers, args.tokens, args.device), t.TrainState()
-    batches = t.make_loader(run.cfg, run.corpus, t.rank_positions(run.cfg, 0, 1, range(1_000_000)))
-    measure(run, state, batches)  # allocates the buffers
-    rounds = [measure(run, state, batches) for _ in range(args.rounds)]
-    parameters = sum(weight.numel() for weight in run.model.parameters())
-    written = sum(buffer.nbytes for buffer in run.saver.buffers.values())
-    size = f"{parameters / 1e6:.1f} M parameters, {written / 1e9:.2f} GB a checkpoint"
+    rounds, size = measure_rounds(folder, args.layers, args.tokens, args.rounds, args.device)
     rows = [[name, median_and_range([one[name] for one in rounds])] for name in rounds[0]]
     print(f"{size}, median and range of {len(rounds)} rounds:\n\n{table(['', 'figure'], rows)}\n")
     print(provenance("torch", "transformers", "accelerate"))
