@@ -270,9 +270,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvc
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Every option of a run and its default; None means that the person did not set it."""
+    """Every option of a run and its default, one a line or two; None means that the person did not set it."""
 
-    # One option a line or two: this is the table that people look things up in.
     # fmt: off
     mode: str = switch({
         "--test": ("test", "테스트 모드: 짧게 돌려 전체 과정을 확인 (기본)"),
@@ -291,8 +290,7 @@ class TrainConfig:
         default="../../../../datasets", group="데이터")
     tokenizer: Path | str | None = option("PATH|ID", parse_source, "사용할 토크나이저 (없으면 말뭉치로 학습)")
     vocab_size: int | None = option("N", (int, 384, 1_048_576), "학습할 어휘 크기", {"base": 65536, "cpu_test": 2048})
-    text_column: str = option("NAME|PATH", parse_text, "본문이 든 열의 이름이나 경로, 예: document[].paragraph[].form",
-        default="text")
+    text_column: str = option("NAME|PATH", parse_text, "본문의 열 이름이나 경로, 예: data.body", default="text")
     validation_split: float = option("F", (float, 0, 0.5), "검증용으로 떼어 둘 문서의 비율", default=0.005)
     mix: str | None = option("ko=F,en=F", parse_mix, "lang(또는 source)별 학습 비율, 예: ko=0.7,en=0.3")
     dummy_data: bool = switch({"--dummy-data": (True, "더미 한국어/영어 데이터로 실행")})
@@ -338,12 +336,10 @@ class TrainConfig:
     report_to: str = option("NAMES",
         lambda text: ",".join(dict.fromkeys(parse_value(TRACKERS, name.strip()) for name in text.split(","))),
         "지표를 보낼 곳, 예: tensorboard,wandb", default="tensorboard")
-    max_restarts: int | None = option("N", (int, 0, 100), "죽은 프로세스를 다시 띄울 횟수", {"base": 3, "test": 0},
-        group="장애 대응")
+    max_restarts: int | None = option("N", (int, 0, 100), "재시작 횟수", {"base": 3, "test": 0}, group="장애 대응")
     skip_spikes: bool = switch({"--no-skip-spikes": (False, "손실이나 기울기가 튄 스텝도 건너뛰지 않음")}, True)
     hang_timeout: float = option("MIN", (float, 0.05, 10_000), "진행이 없으면 끝낼 때까지의 시간 (분)", default=30)
-    generate: Path | None = option("CHECKPOINT", parse_path, "체크포인트로 --prompt 를 이어 쓰고 끝냄",
-        group="체크포인트 사용")
+    generate: Path | None = option("CHECKPOINT", parse_path, "--prompt 를 이어 쓰고 끝냄", group="체크포인트 사용")
     evaluate: Path | None = option("CHECKPOINT", parse_path, "체크포인트를 --dataset-path 로 평가하고 끝냄")
     max_new_tokens: int = option("N", POSITIVE, "이어 쓸 최대 토큰 수", default=200)
     temperature: float = option("F", (float, 0, 10), "표본 추출 온도 (0: 가장 유력한 토큰)", default=0.8)
@@ -484,7 +480,6 @@ def help_text() -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns that ``text`` takes on a terminal: Hangul and other wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
@@ -514,12 +509,11 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     visible = visible and re.sub(r"(^|,)\s*(-1|NoDevFiles)\b.*", "", visible)  # for CUDA and Slurm: none from here on
     wanted = [index for index, _ in gpus] if visible is None else re.findall(r"[^,\s]+", visible)
     fits = [[name for name in gpus if key == name[0] or name[1].startswith(key)] for key in wanted]  # a UUID's start
-    chosen = [name for names in fits for name in names]
-    if any(len(names) != 1 for names in fits) or len({*chosen}) < len(chosen):
+    if any(len(names) != 1 for names in fits) or len({names[0] for names in fits}) < len(fits):
         reason = "MIG 장치로는 학습할 수 없습니다" if "MIG-" in visible else "없거나 두 번 고른 GPU가 있습니다"
         advice = "nvidia-smi -L 이 보여 주는 번호나 GPU-로 시작하는 UUID를 쓰세요"
         raise EnvironmentProblem(f"CUDA_VISIBLE_DEVICES={visible}: {reason}. {advice}")
-    return [gpus[name] for name in chosen]
+    return [gpus[names[0]] for names in fits]
 
 
 def usable_cpus() -> int:
@@ -615,9 +609,7 @@ def checkpoint_damage(checkpoint: Path, thorough: bool) -> str | None:
 def newest_whole(checkpoints: list[Path], thorough: bool = False) -> tuple[Path | None, list[str]]:
     """The last whole one of ``checkpoints`` and a sentence on each damaged later one."""
     damaged = []
-    for path in reversed(checkpoints):
-        if path not in checkpoints[-2:] and not (path / "training_state").is_dir():
-            continue  # it was removed, as that of all but the newest two is
+    for path in reversed(checkpoints[-3:]):  # the older ones' training state was removed
         if (damage := checkpoint_damage(path, thorough)) is None:
             return path, damaged
         damaged.append(f"쓸 수 없는 체크포인트를 건너뜁니다: {display_path(path)} ({damage})")
@@ -733,12 +725,10 @@ def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
     if not earlier or goes_on or replaces or is_restart(info):
         return []
-    advice = "다른 --output-dir 와 --logs-dir 를" if cfg.mode == "test" else "--resume 이나 다른 --output-dir 를"
-    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} ({advice} 쓰세요)"]
+    return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--train --resume 이나 다른 --output-dir 를 쓰세요)"]
 
 
 def node_rank(cfg: TrainConfig) -> int:
-    """Number of this machine in a run on several, as the launcher or torchrun announces it."""
     return int(os.environ.get("GROUP_RANK", "0")) if cfg.node_rank is None else cfg.node_rank
 
 
@@ -868,7 +858,7 @@ def corpus_files(cfg: TrainConfig) -> tuple[list[Path], dict[str, list[Path]]]:
 
 def corpus_folders(cfg: TrainConfig, files: list[Path]) -> tuple[Path, Path]:
     """Where the token cache keeps a corpus, by all that decides its tokens, and there its lists of documents."""
-    parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else corpus_name(cfg)]
+    parts: list[Any] = [CACHE_VERSION, cfg.text_column, None if files else known_pin(cfg) or corpus_name(cfg)]
     parts.append(read_config(cfg.model_config or cfg.init_from).get("model_type"))  # see ``write_cache``
     parts += [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     source = cfg.tokenizer or cfg.init_from
@@ -950,9 +940,8 @@ def logit_chunk_size(tokens: int, vocab_size: int) -> int:
     return tokens if size <= 2 << 30 else -(-tokens // -(-size >> 30))
 
 
-# What one token leaves in a layer for the backward pass, in bytes for each unit of the layer's width,
-# by the bytes of a number and whether it is compiled: what autograd saved in transformers' Llama layer
-# (``tests/test_memory.py``; autocast makes a half copy for each projection, a compiled graph doesn't).
+# Bytes that a token leaves in a layer for each unit of its width, by a number's bytes and whether it is compiled: what
+# autograd saved in transformers' Llama layer (autocast makes a half copy for each projection, a graph doesn't).
 LAYER_BYTES = {(4, False): 14.6, (2, False): 9.8, (4, True): 11.3, (2, True): 6.35}
 
 
@@ -1037,7 +1026,6 @@ def training_flops(parameters: int, layers: int, hidden: int, length: int) -> in
 
 
 def source_problems(cfg: TrainConfig) -> list[str]:
-    """What is wrong with the files that a model or a tokenizer is to come from, as far as they tell."""
     problems, earlier = [], [*list_checkpoints(cfg.output_dir), cfg.output_dir / "initial_model"]
     for name in ("model_config", "tokenizer", "init_from"):
         source, typed = getattr(cfg, name), as_typed(name)
@@ -1105,8 +1093,7 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     try:
         problems += output_problems(cfg)
         files, left_out = corpus_files(cfg)
-        pin = known_pin(cfg)
-        corpus, lists = corpus_folders(replace(cfg, dataset_path=(Path(pin),)) if pin else cfg, files)
+        corpus, lists = corpus_folders(cfg, files)
         report = {**read_json(corpus / "corpus.json"), **read_json(lists / "lists.json")}  # empty until it is prepared
         point = find_resume_point(cfg, world_size, report.get("fingerprint", ""))
         done, step_tokens = point.info.get("step", 0), point.step_tokens
@@ -1173,8 +1160,7 @@ def require_cuda() -> None:
 def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
     """The lines of the environment check; PyTorch is imported, and may refuse, only where nvidia-smi saw a GPU."""
     cfg, lines, fp8 = plan.cfg, [], plan.cfg.precision == "fp8"
-    version = "" if missing else importlib.metadata.version("torch")
-    if version and plan.gpus:
+    if plan.gpus and not missing:
         import torch
 
         require_cuda()
@@ -1184,9 +1170,9 @@ def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
             raise EnvironmentProblem("--attention fa3: flash_attn_interface 패키지가 없습니다. auto 를 쓰세요")
         if fp8 and importlib.util.find_spec("torchao") is None:
             raise EnvironmentProblem(f"--fp8: torchao가 없습니다. 설치하세요: {sys.executable} -m pip install torchao")
-        lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {version}, CUDA {torch.version.cuda})")
-    elif version:
-        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {version}, CUDA 사용 안 함)")
+        lines.append(f"✅ PyTorch 및 CUDA 확인 완료 (PyTorch {torch.__version__}, CUDA {torch.version.cuda})")
+    elif not missing:
+        lines.append(f"✅ PyTorch 확인 완료 (PyTorch {importlib.metadata.version('torch')}, CUDA 사용 안 함)")
     if plan.gpus:
         lines.append(f"✅ GPU 확인 완료: {len(plan.gpus)}개 사용 가능")
         lines += [f"  GPU {index}: {gpu.name}" for index, gpu in enumerate(plan.gpus)]
@@ -1258,9 +1244,8 @@ def has_package(name: str, least: str) -> bool:
 # A stop: the supervisor signals the ranks (before step 1 torchrun too); they agree, save, set "stopped", exit with 0.
 # A failure: with a known cause the rank sets "failed" and exits with 1; torchrun starts all ranks again, they find
 # "failed" and exit with 0.  After any other (killed, hung, unknown) the state is still "running": they go on from the
-# newest checkpoint, while --max-restarts lasts.
-# The end: once every rank has left (the outputs' lock is free) the supervisor sets by finalize_state what the ranks
-# could not, removes the PID file, lets go of the logs' lock and runs --notify.
+# newest checkpoint, while --max-restarts lasts.  The end: once every rank has left (the outputs' lock is free), the
+# supervisor sets by finalize_state what they could not, removes the PID file and runs --notify, without its lock.
 
 LOST_PEER = "다른 랭크의 프로세스가 죽었거나 연결이 끊겼습니다"  # told by a rank to which it happened
 
