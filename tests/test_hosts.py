@@ -215,7 +215,7 @@ def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged
     point = t.find_resume_point(outputs, 2, thorough=thorough)
     assert point.checkpoint.name == "checkpoint-8"
     assert f"checkpoint-12 ({name} 파일" in point.notes[0] or name == t.MANIFEST
-    with pytest.raises(t.EnvironmentProblem, match=r"손상된 체크포인트를 .*checkpoint-12 \("):
+    with pytest.raises(t.EnvironmentProblem, match=r"쓸 수 없는 체크포인트를 .*checkpoint-12 \("):
         t.find_resume_point(t.replace(outputs, resume=outputs.output_dir / "checkpoint-12"), 2, thorough=thorough)
     damage(outputs.output_dir / "checkpoint-8" / name, kind)
     with pytest.raises(t.EnvironmentProblem) as refused:
