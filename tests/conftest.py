@@ -46,7 +46,6 @@ LONGEST += ["test_resume", "test_checkpoint", "test_memory", "test_optimizer", "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
@@ -62,7 +61,6 @@ def wait_for(what: str, check: Callable[[], Any], timeout: float = 60.0, explain
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -136,11 +134,9 @@ class Place:
         }
 
     def run(self, *arguments: str, timeout: float = 120.0) -> Answer:
-        """Run the launcher to its end."""
         return self.execute(self.command(*arguments), timeout)
 
     def execute(self, command: dict[str, Any], timeout: float = 120.0) -> Answer:
-        """Run a command to its end."""
         before, begun = os.times(), time.monotonic()
         process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
         out, err = self.finish(process, timeout)
@@ -154,7 +150,6 @@ class Place:
         return subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
     def finish(self, process: subprocess.Popen, timeout: float = 120.0) -> tuple[str, str]:
-        """Wait for a process's end; returns what it wrote."""
         try:
             return process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -173,12 +168,10 @@ class Place:
         return [pid for pid, text in found if "torch.distributed.run" in text and "internal:supervise" not in text]
 
     def workers(self) -> list[int]:
-        """The ranks."""
         agents = self.agents()
         return [pid for pid in self.processes() if parent_of(pid) in agents]
 
     def kill_all(self) -> None:
-        """End whatever is left here, at once."""
         for _ in range(50):
             left = self.processes()
             if not left:
@@ -202,24 +195,19 @@ class Place:
         return wait_for(what, check, timeout, self.report)
 
     def wait_for_end(self, timeout: float = 90.0) -> None:
-        """Wait until no process of this place lives."""
         self.wait("the end of all processes", lambda: not self.processes(), timeout)
 
     def wait_for_step(self, timeout: float = 90.0) -> None:
-        """Wait until the run has logged a training step."""
         path = self.outputs / "metrics.jsonl"
         self.wait("the first logged step", lambda: path.exists() and path.stat().st_size, timeout)
 
     def pid(self) -> int:
-        """The process in the PID file."""
         return int(self.wait("the PID file", lambda: self.pid_file.exists() and self.pid_file.read_text().strip()))
 
     def info(self) -> dict[str, Any]:
-        """Content of ``run_info.json``."""
         return json.loads((self.outputs / "run_info.json").read_text(encoding="utf-8"))
 
     def console(self) -> str:
-        """Content of the console log."""
         return self.console_log.read_text(encoding="utf-8")
 
     def checkpoints(self) -> list[Path]:
@@ -239,12 +227,10 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Everything that it wrote."""
         return self.out + self.err
 
     @property
     def complaints(self) -> list[str]:
-        """The lines with which it refused."""
         return [line for line in self.err.splitlines() if line.startswith("❌")]
 
 
@@ -272,7 +258,6 @@ class Terminal:
         return self.shown.decode(errors="replace").replace("\r\n", "\n")
 
     def wait_for_text(self, text: str, timeout: float = 60.0) -> None:
-        """Read until ``text`` was shown."""
         wait_for(
             f"{text!r} on the terminal", lambda: text in self.text, timeout, lambda: self.text + self.place.report()
         )
@@ -383,7 +368,6 @@ def with_cuda(place: Place, tmp_path: Path) -> None:
 
 
 def write_program(path: Path, body: str) -> Path:
-    """Write an executable bash script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
     path.chmod(0o755)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAUNCHER, SCRIPT, Place, cleaned
-from samples import SMALL_MODEL
+from samples import SMALL_MODEL, read_metrics
 
 import train_h100_dual as t
 
@@ -86,18 +85,17 @@ def broken(tmp_path: Path, warm_cache: Path) -> Iterator:
         one.kill_all()
 
 
-def timeless(place: Place) -> list[dict]:
-    """The metrics without what a clock or the machine's memory decides."""
-    lines = (place.outputs / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def timeless(folder: Path) -> list[dict]:
+    """The metrics of a run below ``folder`` without what a clock or the machine's memory decides."""
     changing = ("tokens_per_second", "memory_gb", "seconds")
-    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
+    return [{name: value for name, value in line.items() if name not in changing} for line in read_metrics(folder)]
 
 
-def weights(place: Place, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(place.outputs / f"checkpoint-{step}" / "pytorch_model.bin", weights_only=True)
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "outputs" / f"checkpoint-{step}" / "pytorch_model.bin", weights_only=True)
 
 
-def assert_same_run(ours: Place, theirs: Place, step: int) -> None:
+def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
     """Assert that two runs logged the same figures and ended with the same weights, bit for bit."""
     assert timeless(ours) == timeless(theirs)
     mine, other = weights(ours, step), weights(theirs, step)
@@ -107,7 +105,6 @@ def assert_same_run(ours: Place, theirs: Place, step: int) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[Place]:
-    """A run of SMALL to its end."""
     folder = tmp_path_factory.mktemp("undisturbed")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = broken_launcher(folder / "scripts", "")

@@ -19,6 +19,7 @@ TINY = [
     "--train --device cpu --model-size tiny --vocab-size 512 --max-seq-length 32 --batch-size 2",
     "--gradient-accumulation-steps 1 --max-steps 4 --logging-steps 1 --learning-rate 1e-3 --seed 7",
 ]
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Text as it is found in the wild: emoji, lone jamo, decomposed Hangul, mixed scripts, spacing.
 WILD_TEXTS = [
     "한국어 모델을 만듭니다. ㅋㅋㅋㅋ ㅠㅠ 진짜?!",
@@ -91,7 +92,6 @@ def tiny_run(folder: Path, *more: str) -> t.Run:
 
 
 def reset_accelerate() -> None:
-    """Let this process begin another run."""
     from accelerate.state import AcceleratorState, PartialState
 
     torch.set_num_threads(1)  # threads that wait for each other are slow beside other processes
@@ -134,7 +134,6 @@ def documents(count: int) -> list[dict[str, str]]:
 
 
 def torchrun(script: Path, arguments: list[str], processes: int = 2, **more: Any) -> subprocess.CompletedProcess:
-    """Run a script under a real torchrun and wait for it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run(
@@ -143,5 +142,4 @@ def torchrun(script: Path, arguments: list[str], processes: int = 2, **more: Any
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]

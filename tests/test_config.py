@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from samples import ROOT, config, options
+from samples import ROOT, SHAPE, config, options
 
 import train_h100_dual as t
 
@@ -251,12 +251,11 @@ def test_the_token_cache_is_another_for_another_end_of_text(tmp_path):
 
 @pytest.mark.parametrize(("more", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
 def test_embeddings_count_as_tied_only_where_transformers_ties_them(tmp_path, more, tied):
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     path = tmp_path / "config.json"
     for kind, expected in (("llama", tied), ("gemma", True)):
-        path.write_text(json.dumps({"model_type": kind, **shape, **more}))
+        path.write_text(json.dumps({"model_type": kind, **SHAPE, **more}))
         assert t.model_shape(config(tmp_path, "--model-config", str(path))).tied == expected
-    path.write_text(json.dumps({"model_type": "llama", **shape, "num_attention_heads": 0}))
+    path.write_text(json.dumps({"model_type": "llama", **SHAPE, "num_attention_heads": 0}))
     assert t.model_shape(config(tmp_path, "--model-config", str(path))) is None
 
 

@@ -187,7 +187,6 @@ def prepare(folder: Path, *more: str) -> t.Corpus:
 
 
 def list_documents(documents: t.DocumentList, end_of_text: int) -> list[tuple[int, ...]]:
-    """Split what a list of documents stands for at its end-of-text tokens."""
     if len(documents) == 0:
         return []
     tokens = documents.read(0, len(documents))
@@ -586,18 +585,3 @@ def test_another_mix_or_validation_split_tokenises_and_copies_nothing(tmp_path, 
     other_shares = prepare(tmp_path, "--mix", "en=9,ko=1")
     assert len(list(first.path.glob("lists-*"))) == 4
     assert list(other_shares.report["domains"]) == ["en", "ko"]
-
-
-def test_a_mixed_run_reads_the_same_global_batches_on_any_number_of_ranks(tmp_path, loader_kind):
-    corpus = prepared(tmp_path, labelled_documents(), "--mix", "ko=0.7,en=0.3")
-    cfg = dataclasses.replace(config(tmp_path, "--mix", "ko=0.7,en=0.3"), **loader_kind)
-
-    def batches(world_size: int, size: int) -> list[list[list[int]]]:
-        here = dataclasses.replace(cfg, batch_size=size)
-        ranks = [
-            t.make_loader(here, corpus, t.rank_positions(here, rank, world_size, range(2, 6)))
-            for rank in range(world_size)
-        ]
-        return [sorted(row for part in parts for row in part.tolist()) for parts in zip(*ranks, strict=True)]
-
-    assert batches(1, 4) == batches(2, 2) == batches(4, 1)

@@ -28,7 +28,6 @@ def checkpoint(trained) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(checkpoint):
-    """The model and the tokenizer of the checkpoint."""
     torch.set_num_threads(1)
     return t.load_model(checkpoint).eval(), t.load_tokenizer(checkpoint)
 

@@ -48,7 +48,7 @@ def test_what_is_not_meant_for_a_run_changes_nothing_and_is_told(broken, undistu
     command["env"] |= {"RANK": "3", "WORLD_SIZE": "8"}
     answer = place.execute(command)
     assert answer.code == 0, answer.text
-    assert_same_run(place, undisturbed, 12)
+    assert_same_run(place.folder, undisturbed.folder, 12)
     told = (place.logs / "training_detail_rank_0.log").read_text(encoding="utf-8").splitlines()[0]
     assert {*told.rpartition(": ")[2].split()} == {pair.partition("=")[0] for pair in FOREIGN.split()} - {"RUN_ID"}
 
@@ -298,7 +298,7 @@ def test_whatever_a_disk_refuses_costs_the_save_alone_and_is_told_with_its_place
         assert line.endswith("마지막 체크포인트: ./outputs/checkpoint-2")
     assert [path.name for path in place.checkpoints()] == ["checkpoint-2", "checkpoint-14"]
     assert_checkpoints_open(place)
-    assert [line["step"] for line in timeless(place) if "loss" in line] == [*range(1, 15)]
+    assert [line["step"] for line in timeless(place.folder) if "loss" in line] == [*range(1, 15)]
     shown = place.run("--status").out
     assert re.search(r"실패한 저장: +5번", shown), shown
 
@@ -415,7 +415,6 @@ def test_no_place_for_temporary_files_is_answered_in_a_sentence(place: Place) ->
 
 @pytest.fixture
 def other_disk() -> Iterator[Path]:
-    """A folder of another file system."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         yield Path(name)
 

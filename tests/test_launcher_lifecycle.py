@@ -53,7 +53,6 @@ def notified(place: Place) -> str:
 
 
 def status(place: Place) -> tuple[int, dict]:
-    """Exit code and content of ``--status --json``."""
     answer = place.run("--status", "--json")
     return answer.code, json.loads(answer.out)
 

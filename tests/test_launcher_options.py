@@ -285,13 +285,6 @@ def test_a_dry_run_writes_nothing_and_its_command_can_be_pasted(pasted: tuple[Pl
 # --- status and stop, where nothing runs ---
 
 
-def test_status_where_nothing_ever_ran(place: Place) -> None:
-    answer = place.run("--status")
-    assert answer.code == 3
-    assert has_hangul(answer.out)
-    assert list_tree(place.folder) == {}
-
-
 def test_stop_where_nothing_runs(place: Place) -> None:
     answer = place.run("--stop")
     assert answer.code == 3

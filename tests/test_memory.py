@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Place, assert_in_order
 from faults import SMALL, weights
-from samples import Words, config, options, tiny_run
+from samples import SHAPE, Words, config, options, tiny_run
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -232,8 +232,7 @@ def test_an_evaluation_needs_no_more_memory_than_a_step(tmp_path: Path, monkeypa
 
 
 def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": 0, "bos_token_id": 0}
+    shape = SHAPE | {"num_key_value_heads": 2, "vocab_size": 512, "eos_token_id": 0, "bos_token_id": 0}
     rows = torch.randint(0, 500, (2, 17))
     for kind, plain in ((Qwen3Config, True), (Gemma2Config, False), (CohereConfig, False), (GraniteConfig, False)):
         more = {"logits_scaling": 8.0} if kind is GraniteConfig else {}
@@ -274,8 +273,7 @@ def test_training_that_does_not_fit_is_refused_and_a_test_goes_on(place: Place, 
 
 
 def test_the_shape_of_a_model_that_is_brought_along_is_read(tmp_path: Path) -> None:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    kind = Qwen3Config(**shape, num_key_value_heads=2, head_dim=32, vocab_size=512, tie_word_embeddings=False)
+    kind = Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=32, vocab_size=512, tie_word_embeddings=False)
     kind.save_pretrained(tmp_path)
     cfg = config(tmp_path, "--model-config", str(tmp_path))
     found = t.model_shape(cfg)
@@ -311,7 +309,7 @@ def test_the_found_batch_size_is_the_least_of_all_ranks_and_trains_as_if_it_had_
     typed = broken("")
     answer = typed.run(*options, "--batch-size", "3", "--gradient-accumulation-steps", "4")
     assert answer.code == 0, answer.text
-    found, expected = weights(limited, 4), weights(typed, 4)
+    found, expected = weights(limited.folder, 4), weights(typed.folder, 4)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

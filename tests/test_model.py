@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from samples import Words, config, options
+from samples import SHAPE, Words, config, options
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import train_h100_dual as t
@@ -82,8 +82,7 @@ def test_one_compiled_graph_without_a_mask_serves_all_layers_and_gives_the_same_
 
 
 def test_a_model_configuration_can_be_brought_along(tmp_path):
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(**shape, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
+    LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
     model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
     assert model.config.vocab_size == 512  # the tokenizer's, up to a multiple of 128
     assert model.config.num_key_value_heads == 2
@@ -100,11 +99,10 @@ def test_a_vocabulary_that_gives_way_to_the_tokenizers_is_told(tmp_path, own, to
 
 
 def test_the_routers_loss_is_trained_where_a_configuration_asks_for_it(tmp_path):
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     rows, losses = torch.randint(0, 500, (2, 17)), []
     for asked, coefficient in ((False, 1.0), (True, 0.0), (True, 1.0)):
         router = {"output_router_logits": asked, "router_aux_loss_coef": coefficient}
-        MixtralConfig(**shape, num_key_value_heads=2, **router).save_pretrained(tmp_path)
+        MixtralConfig(**SHAPE, num_key_value_heads=2, **router).save_pretrained(tmp_path)
         loss = t.LMWithLoss(t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words()))
         total = loss(rows)
         total.backward()
@@ -115,9 +113,8 @@ def test_the_routers_loss_is_trained_where_a_configuration_asks_for_it(tmp_path)
 
 
 def test_an_encoder_is_refused_unless_it_is_made_a_decoder(tmp_path):
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     for is_decoder in (False, True):
-        BertConfig(**shape, is_decoder=is_decoder).save_pretrained(tmp_path)
+        BertConfig(**SHAPE, is_decoder=is_decoder).save_pretrained(tmp_path)
         cfg = config(tmp_path, "--model-config", str(tmp_path))
         if is_decoder:
             assert t.LMWithLoss(t.build_model(cfg, Words()))(torch.randint(0, 500, (2, 17))).isfinite()
@@ -140,8 +137,7 @@ def test_a_vocabulary_larger_than_that_of_existing_weights_is_refused(tmp_path, 
 def test_a_model_with_a_sliding_window_keeps_its_own_attention(tmp_path):
     from transformers import MistralConfig
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    MistralConfig(**shape, num_key_value_heads=2, sliding_window=8).save_pretrained(tmp_path)
+    MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8).save_pretrained(tmp_path)
     model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
     assert model.config._attn_implementation == "sdpa"
 
@@ -166,8 +162,7 @@ def test_a_kernel_that_can_not_run_here_is_refused_by_its_name(tmp_path, model):
 
 
 def test_the_kernel_is_asked_for_with_the_heads_that_the_model_has(tmp_path, monkeypatch):
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(**shape, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
+    LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
     model = t.build_model(config(tmp_path, "--model-config", str(tmp_path)), Words())
     asked = []
 

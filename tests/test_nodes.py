@@ -57,8 +57,8 @@ def test_two_machines_train_stop_together_and_go_on(tmp_path: Path, warm_cache: 
         names = {path.name for path in places[1].logs.iterdir()}
         assert names >= {"training_console_node_1.log", "training_rank_1.log"}
         for place in places:
-            place.outputs = place.folder / "again"
+            place.outputs = place.folder / "again" / "outputs"
         launchers = start_both()
         shown = [place.finish(launcher)[0] for place, launcher in zip(places, launchers, strict=True)]
         assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(shown)
-        assert_same_run(places[0], undisturbed, 12)
+        assert_same_run(places[0].outputs.parent, undisturbed.folder, 12)

@@ -14,24 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import assert_same_run, timeless, weights
 from samples import ROOT, SMALL_MODEL, config, forked_run, options, read_metrics, tiny_run, torchrun
 from test_hosts import BOOKS, DAMAGE, STATES, damage
 
 import train_h100_dual as t
 
 SCRIPT = ROOT / "train_h100_dual.py"
-TWENTY = [
-    "--max-steps",
-    "20",
-    "--save-steps",
-    "10",
-    "--eval-steps",
-    "10",
-    "--report-to",
-    "none",
-    "--dummy-data",
-    *SMALL_MODEL,
-]
+TWENTY = ["--max-steps", "20", "--save-steps", "10", "--eval-steps", "10", "--report-to", "none", "--dummy-data"] + SMALL_MODEL
 
 
 def train(folder: Path, *more: str) -> str:
@@ -58,16 +48,6 @@ def kill_after(folder: Path, checkpoint: str, *more: str) -> None:
     agent.wait()
 
 
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "outputs" / f"checkpoint-{step}" / "pytorch_model.bin", weights_only=True)
-
-
-def timeless(folder: Path) -> list[dict]:
-    """The metrics without what a clock or the machine's memory decides."""
-    changing = ("tokens_per_second", "memory_gb", "seconds")
-    return [{name: value for name, value in line.items() if name not in changing} for line in read_metrics(folder)]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -77,17 +57,9 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The same run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     forked_run(folder, *TWENTY)
     return folder
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Assert that two runs logged the same figures and ended with the same weights."""
-    assert timeless(ours) == timeless(theirs)
-    mine, other = weights(ours, 20), weights(theirs, 20)
-    assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
 def test_a_killed_run_goes_on_bit_for_bit_from_its_newest_whole_checkpoint(undisturbed, tmp_path):
@@ -108,7 +80,7 @@ def test_a_killed_run_goes_on_bit_for_bit_from_its_newest_whole_checkpoint(undis
     assert not list(outputs.glob(".*.tmp"))
     (aside,) = outputs.glob("checkpoint-15.before-*")
     assert (aside / "training_state/state.pt").read_bytes() == content
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed, 20)
 
 
 @pytest.mark.slow
@@ -203,7 +175,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_and_says_so(alone,
     for name in ("run_info.json", "metrics.jsonl"):
         shutil.copy(alone / "outputs" / name, outputs)
     assert "아직 체크포인트가 없어 처음부터 시작합니다" in forked_run(tmp_path, *TWENTY, "--resume")
-    assert_same_run(tmp_path, alone)
+    assert_same_run(tmp_path, alone, 20)
 
 
 @pytest.mark.parametrize("before", [2, pytest.param(1, marks=pytest.mark.slow)])
@@ -254,26 +226,6 @@ def test_a_run_ends_with_a_checkpoint_at_its_number_of_tokens(tmp_path):
     (checkpoint,) = t.list_checkpoints(run.cfg.output_dir)
     info = t.read_json(checkpoint / "training_info.json")
     assert (info["step"], info["total_steps"], info["tokens_seen"]) == (3, 3, 192)
-
-
-@pytest.mark.slow
-def test_a_run_ends_with_a_checkpoint_in_its_time(undisturbed, tmp_path):
-    """72 seconds from the start of the process, with a save that takes 15 of them."""
-    shutil.copytree(undisturbed / "cache", tmp_path / "cache")
-    rename = "os.rename(temporary, folder)"
-    slow = SCRIPT.read_text(encoding="utf-8").replace(rename, f"time.sleep(15), {rename}")
-    (tmp_path / "slow.py").write_text(slow, encoding="utf-8")
-    begun = time.monotonic()
-    typed = options(tmp_path, *TWENTY, "--max-steps", "100000", "--save-steps", "200", "--max-hours", "0.02")
-    done = torchrun(tmp_path / "slow.py", typed)
-    seconds = time.monotonic() - begun
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert 30 < seconds < 72 + 5  # of torchrun's own
-    info = t.read_json(tmp_path / "outputs" / "run_info.json")
-    assert info["state"] == "stopped"
-    last = t.list_checkpoints(tmp_path / "outputs")[-1]
-    assert int(last.name[11:]) == info["step"]
-    assert t.checkpoint_damage(last, thorough=True) is None
 
 
 def began_before(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

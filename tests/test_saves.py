@@ -190,7 +190,7 @@ def test_a_full_disk_costs_the_checkpoint_but_only_at_the_last_save_the_run_whic
     place.launcher = LAUNCHER
     answer = place.run(*SMALL, "--resume")
     assert answer.code == 0, answer.text
-    assert_same_run(place, undisturbed, 12)
+    assert_same_run(place.outputs.parent, undisturbed.folder, 12)
 
 
 # --- kill -9 at any time ---
@@ -215,7 +215,7 @@ def test_ranks_save_after_kill_9_of_torchrun_and_no_other_run_starts_meanwhile(b
     place.wait_for_end(5)
     answer = place.run(*SMALL, "--resume")
     assert answer.code == 0, answer.text
-    assert_same_run(place, undisturbed, 12)
+    assert_same_run(place.outputs.parent, undisturbed.folder, 12)
 
 
 def kill_at_random(place: Place, chance: random.Random) -> str:
@@ -246,7 +246,7 @@ def campaign(tmp_path: Path, undisturbed: Place, kills: int, seed: int) -> dict[
                 place.wait_for_end(40)
                 assert_checkpoints_open(place)
                 assert "Traceback" not in shown, shown
-            assert_same_run(place, undisturbed, 12)
+            assert_same_run(place.outputs.parent, undisturbed.folder, 12)
             counts["finished"] += 1
     return counts
 

@@ -51,11 +51,6 @@ def add_lines(path: Path, *lines: str) -> None:
 # --- widths: Hangul takes two columns, and nothing wraps at 80 ---
 
 
-def test_a_duration_is_told_in_korean_days():
-    assert t.format_duration(59.6) == "0:01:00"
-    assert t.format_duration(3 * 86400 + 3723) == "3일 1:02:03"
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """A tiny run in this process that samples and evaluates at every step, with its curves in TensorBoard."""
@@ -113,13 +108,6 @@ def test_every_line_of_a_run_fits_80_columns(trained):
 def alive(monkeypatch):
     """Let the supervisor of the PID file live."""
     monkeypatch.setattr(t, "find_supervisor", lambda cfg: (cfg.logs_dir / "training.pid").read_text().strip())
-
-
-def test_the_time_left_is_told_from_the_pace_of_the_last_steps():
-    assert t.seconds_left(records(10, 20, 30), 100) == pytest.approx(35)
-    assert t.seconds_left(records(10), 100) is None, "one record has no pace"
-    assert t.seconds_left([{"step": 10, "val_loss": 1.0}, *records(20)], 100) is None
-    assert t.seconds_left(records(10, 20), None) is None
 
 
 def test_only_the_end_of_long_metrics_is_read(tmp_path):
@@ -294,6 +282,7 @@ def test_a_status_is_told_whatever_encoding_the_environment_asks_for(place):
     answer = place.run("--status")
     assert answer.code == 3
     assert "📊 상태: 기록 없음" in answer.out
+    assert not list(place.folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -327,17 +316,13 @@ def test_following_where_nothing_runs_says_so(session):
     assert re.search(r"로 실행 중인 학습이 없습니다: .*logs$", session.before.out, re.M)
 
 
-def test_ctrl_c_leaves_the_followed_run_alone_and_says_so(session):
+def test_ctrl_c_leaves_the_followed_run_alone_which_is_told_also_to_whoever_names_other_logs(session):
     assert session.left == 0
     assert re.search(r"학습은 계속됩니다 \(PID \d+\)", session.shown)
     assert "Traceback" not in session.shown
     assert session.alive.code == 0
-    assert json.loads(session.alive.out)["state"] == "running"
-
-
-def test_a_run_is_told_also_to_whoever_names_other_logs(session):
     here, there = json.loads(session.alive.out), json.loads(session.elsewhere.out)
-    assert session.elsewhere.code == 0
+    assert (here["state"], session.elsewhere.code) == ("running", 0)
     assert [there[name] for name in ("state", "pid", "started")] == [here[name] for name in ("state", "pid", "started")]
 
 
@@ -350,18 +335,12 @@ def test_stop_waits_and_shows_the_save(session):
     assert saved == shown.replace(",", "")
 
 
-def test_following_ends_with_the_run_and_its_exit_code(session):
+def test_following_ends_with_the_run_and_its_exit_code_and_no_log_holds_a_control_character(session):
     assert session.watched == session.piped == 130
     for text in (session.watched_text, session.piped_text):
         assert "🛑 학습을 중단했습니다" in text
-
-
-def test_without_a_terminal_the_log_is_shown_as_it_is(session):
+    assert session.place.console().endswith(session.piped_text[-500:]), "without a terminal it is shown as it is"
     assert not CONTROL.search(session.piped_text)
-    assert session.place.console().endswith(session.piped_text[-500:])
-
-
-def test_no_log_holds_a_control_character(session):
     texts = [path.read_text(encoding="utf-8") for path in session.place.logs.glob("*.log")]
     assert len(texts) >= 3
     assert [CONTROL.findall(text) for text in texts] == [[]] * len(texts)
@@ -382,7 +361,6 @@ def test_the_foreground_draws_a_bar_on_the_terminal_and_none_in_the_log(place: P
 
 
 def draw(folder: Path) -> bytes:
-    """Draw the curves as a run does, with every warning (a missing glyph is one) an error."""
     command = [sys.executable, "-W", "error", str(SCRIPT), "internal:curves", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -503,13 +481,6 @@ def test_samples_are_kept_by_step_and_prompt_and_shown_in_the_log(trained):
     assert_in_order(trained.log, [r"📝 샘플 \(스텝 2,", r"\[오늘 아침 서울에서\]", r"📝 샘플 \(스텝 4,"])
 
 
-def test_a_prompt_of_ones_own_takes_the_place_of_the_fixed_ones(tmp_path):
-    run = tiny_run(tmp_path, "--prompt", "철수는")
-    t.generate_samples(run, t.TrainState(step=5))
-    text = (tmp_path / "outputs/samples.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\*\*(.+)\*\*$", text, re.M) == ["철수는"]
-
-
 def test_samples_of_later_steps_are_cut_when_a_run_goes_back(tmp_path):
     path = tmp_path / "samples.md"
     sections = [f"## 스텝 {step:,}\n\n**p**\n\n> ## 스텝 9\n\n" for step in (1000, 2000, 3000)]
@@ -520,8 +491,14 @@ def test_samples_of_later_steps_are_cut_when_a_run_goes_back(tmp_path):
     assert path.read_text(encoding="utf-8") == ""
 
 
-def test_a_prompt_without_room_for_an_answer_is_said(tmp_path, monkeypatch, caplog):
-    run = tiny_run(tmp_path, "--prompt", "가나다라마바사" * 50)
+def test_a_prompt_of_ones_own_takes_the_place_of_the_fixed_ones_and_one_without_room_is_said(
+    tmp_path, monkeypatch, caplog
+):
+    run = tiny_run(tmp_path, "--prompt", "철수는")
+    t.generate_samples(run, t.TrainState(step=5))
+    text = (tmp_path / "outputs/samples.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\*\*(.+)\*\*$", text, re.M) == ["철수는"]
+    run.cfg = t.replace(run.cfg, prompt="가나다라마바사" * 50)
     monkeypatch.setattr(run.model, "generate", None)
     t.generate_samples(run, t.TrainState(step=5))
     assert "샘플을 만들지 못했습니다" in caplog.text
