@@ -21,7 +21,8 @@ from test_hosts import BOOKS, DAMAGE, STATES, damage
 import train_h100_dual as t
 
 SCRIPT = ROOT / "train_h100_dual.py"
-TWENTY = ["--max-steps", "20", "--save-steps", "10", "--eval-steps", "10", "--report-to", "none", "--dummy-data"] + SMALL_MODEL
+TWENTY = ["--max-steps", "20", "--save-steps", "10", "--eval-steps", "10", "--report-to", "none", *SMALL_MODEL]
+TWENTY.append("--dummy-data")
 
 
 def train(folder: Path, *more: str) -> str:

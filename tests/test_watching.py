@@ -435,14 +435,17 @@ def test_a_resumed_run_writes_no_point_twice_and_a_new_one_begins_anew(tmp_path,
     assert values == [(step, 1.0 if step <= kept else 2.0) for step in range(1, last + 1)]
 
 
-@pytest.mark.parametrize("broken", ["init_trackers", "log"])
+@pytest.mark.parametrize("broken", ["start", "log"])
 def test_a_tracker_that_fails_ends_tracking_and_is_said_once(tmp_path, caplog, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     run = tiny_run(tmp_path)
-    monkeypatch.setattr(run.accelerator, broken, fail)
+    if broken == "start":
+        monkeypatch.setattr(run.accelerator, "init_trackers", fail)
     t.start_trackers(run, t.TrainState())
+    if broken == "log":
+        run.accelerator.trackers[0].log = fail
     log = t.StepLog(run, t.TrainState())
     for step in (1, 2):
         log.write({"step": step, "loss": 1.0})
