@@ -2019,8 +2019,7 @@ def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any
     encoding = detect_encoding(stream.peek())
     stream.read(len(codecs.BOM_UTF8) * stream.peek().startswith(codecs.BOM_UTF8))
     head = stream.peek().decode(encoding, "replace").lstrip()
-    # What can't be decoded becomes what is no UTF-8 either: a bad record.
-    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+    errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"  # no UTF-8 either: a bad record
     open_text = functools.partial(io.TextIOWrapper, stream, encoding, errors, newline="\n")
     line, _, more = head.partition("\n")
     # JSON lines, but for one object alone in which a path finds documents: a bad one is to cost no other.
@@ -2260,7 +2259,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Open a fast tokenizer from a directory, a checkpoint or the hub; no code of it is executed."""
     with refusing("토크나이저를 열 수 없습니다", source):
         # A tokenizer.json is taken as it stands: by class or model type AutoTokenizer may make another of it.
         as_it_stands = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
@@ -2337,8 +2335,7 @@ def make_encoder(tokenizer: Any) -> tuple[Callable[[list[str]], list[tuple[np.nd
     import tiktoken  # thrice as fast
 
     pattern, tail = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], r"|\s+(?!\S)|\s+"
-    # What needs no look ahead in one group is searched at once: a quarter faster.
-    pattern = f"(?:{pattern.removesuffix(tail)}){tail}"
+    pattern = f"(?:{pattern.removesuffix(tail)}){tail}"  # what looks ahead stands apart: a quarter faster
     never = {"\0": size}  # without a special token to look for, it stops at every byte: half as fast
     engine = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
@@ -2396,7 +2393,6 @@ def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk:
 
 
 def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: Any) -> dict[str, Any]:
-    """Write every document's tokens and the index; returns the report."""
     start, end, (encode, engine) = document_start(tokenizer), [tokenizer.eos_token_id], make_encoder(tokenizer)
     opening = np.array(start if start[:1] == end else end + start, np.min_scalar_type(vocabulary_size(tokenizer) - 1))
     if problem := disk_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
@@ -2443,16 +2439,14 @@ def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
         with log_waiting("토크나이저 학습 중"):
             texts = draw_sample(cfg, files)
             logger.info(f"🔤 토크나이저 학습 중... (어휘 {cfg.vocab_size:,}, 표본 {len(texts):,}개 문서)")
-            # In a process of its own, which gives all memory back.
             train = functools.partial(train_tokenizer, texts, cfg.vocab_size, config)
-            list(parallel_map(lambda path: save_tokenizer(train(), path), [place], 1))
+            list(parallel_map(lambda path: save_tokenizer(train(), path), [place], 1))  # its end gives all memory back
     tokenizer = load_tokenizer(place)
     opened = AutoTokenizer.from_pretrained(place, config=config, trust_remote_code=False)  # as from a checkpoint
     for text in [*texts[:200], "2024년 12월, 서울  12,345명!\r\n\n\tIt isn't 한국어 👩‍👩‍👧‍👦 नमस्ते"]:
         if opened(text, split_special_tokens=True).input_ids != tokenizer(text).input_ids:
-            problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 이 토크나이저의 토큰이 달라집니다"
-            advice = "--tokenizer 를 빼고 이 모델에 맞게 학습하거나, 설정의 model_type을 바꾸세요 (예: llama)"
-            raise RuntimeError(f"{problem}: {text[:40]!r}. {advice}")
+            problem = f"AutoTokenizer로 연 '{config.model_type}' 체크포인트에서는 토큰이 달라집니다: {text[:40]!r}"
+            raise RuntimeError(f"{problem}. --tokenizer 를 빼고 학습하거나, model_type을 바꾸세요 (예: llama)")
     report = write_stream(folder, cfg, files, tokenizer)
     # The same content gives the same rows wherever the files lie: this is what --resume compares.
     content = file_checksum(folder / "documents.bin") + tokenizer_fingerprint(tokenizer)
@@ -2486,9 +2480,8 @@ def list_pieces(offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """``pieces`` of a ``DocumentList`` of documents given by their numbers; ``offsets`` is the index's."""
     begin, end = offsets[chosen], offsets[chosen + 1]
     starts = np.concatenate([[0], np.cumsum(end - begin)])
-    first = np.flatnonzero(np.concatenate([[True], begin[1:] != end[:-1]])) if len(chosen) else chosen
-    shifts = begin[first] - starts[first]
-    return np.stack([np.append(starts[first], starts[-1]), np.append(shifts, 0)])
+    first = np.flatnonzero(np.diff(chosen, prepend=-2) != 1)  # what follows its forerunner in the stream goes on
+    return np.stack([np.append(starts[first], starts[-1]), np.append(begin[first] - starts[first], 0)])
 
 
 def held_out_bound(hashes: np.ndarray, sizes: np.ndarray, fraction: float) -> int:
@@ -2509,9 +2502,8 @@ def write_lists(folder: Path, cfg: TrainConfig, cache: Path) -> None:
         number = np.array([names.index(name) if name in names else -1 for name in own], np.int16)[index[column]]
         domain = np.where(number < 0, domain, number)
     if lacking := [name for place, name in enumerate(names) if not (domain == place).any()]:
-        have = ", ".join([*languages, *sources[1:]][:20])
-        problem = f"--mix: '{', '.join(lacking)}'에 드는 문서가 없습니다. source가 lang보다 먼저입니다"
-        raise UsageProblem([f"{problem} (있는 이름: {have})"])
+        have = f"source가 lang보다 먼저입니다. 있는 이름: {', '.join([*languages, *sources[1:]][:20])}"
+        raise UsageProblem([f"--mix: '{', '.join(lacking)}'에 드는 문서가 없습니다 ({have})"])
     hashes, held, late, left_out = index["hash"], [], [], int((domain < 0).sum())
     for language in range(len(languages)):
         own = np.flatnonzero(index["language"] == language)
@@ -2602,8 +2594,7 @@ def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
     if len(files) > MOST_SHOWN:
         logger.info(f"   • 외 {len(files) - MOST_SHOWN:,}개 파일 (모두 상세 로그에 있습니다)")
     sizes = f"문서 {report['documents']:,}개, {report['bytes'] / 1e6:,.1f} MB, 토큰 {report['tokens']:,}개"
-    empty = f", 빈 글 {report['empty']:,}개" if report["empty"] else ""
-    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}{empty}")
+    logger.info(f"📚 말뭉치: {sizes}, 어휘 {report['vocab_size']:,}")
     most_lost = report["lost"] / report["characters"]
     for name, row in report["by_language"].items():
         held, share = report["val_by_language"].get(name, 0), row["bytes"] / report["bytes"]
@@ -2662,7 +2653,7 @@ class RowOrder:
         domain, row = self.slot_domain[slot], np.empty(len(position), np.int64)
         for index, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
             own = np.flatnonzero(domain == index)
-            epoch, place = np.divmod(turn[own] * count + self.slot_rank[slot[own]], max(1, rows))
+            epoch, place = np.divmod(turn[own] * count + self.slot_rank[slot[own]], rows)
             for number in np.unique(epoch).tolist():
                 if self.kept.get(index, (None,))[0] != number:
                     draw = np.random.default_rng([self.seed, index, number])
@@ -2816,7 +2807,6 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Open a causal language model from a directory, a checkpoint or the hub; no code of it is executed."""
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     with refusing("모델을 열 수 없습니다", source):
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -2927,23 +2917,20 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
     """Fused AdamW, or Muon for the inner matrices (a collective, unless ``alone``); only matrices decay."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outer = {id(module.weight) for module in (*embeddings, model.get_output_embeddings()) if module is not None}
-    hidden, matrices, vectors = [], [], []
+    hidden, matrices, vectors = groups = {"params": []}, {"params": []}, {"params": [], "weight_decay": 0.0}
     for weight in (weight for weight in model.parameters() if weight.requires_grad):
-        if cfg.optimizer == "muon" and weight.dim() == 2 and id(weight) not in outer:
-            hidden.append(weight)
-        else:
-            (matrices if weight.dim() >= 2 else vectors).append(weight)
-    groups = [{"params": hidden}, {"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        is_hidden = cfg.optimizer == "muon" and weight.dim() == 2 and id(weight) not in outer
+        group = hidden if is_hidden else matrices if weight.dim() >= 2 else vectors
+        group["params"].append(weight)
     groups = [group for group in groups if group["params"]]
     settings = {"weight_decay": cfg.weight_decay, "betas": (0.9, 0.95), "fused": True}  # each step sets the rate
-    return Muon(groups, alone, **settings) if hidden else torch.optim.AdamW(groups, **settings)
+    return Muon(groups, alone, **settings) if cfg.optimizer == "muon" else torch.optim.AdamW(groups, **settings)
 
 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
     """Orthogonalise ``matrices`` (n, rows, columns), overwriting them, into ``out`` (Jordan et al., "Muon", 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrices.shape[1] <= matrices.shape[2]
-    now, then = (matrices, out) if wide else (matrices.mT, out.mT)
+    now, then = (matrices, out) if matrices.shape[1] <= matrices.shape[2] else (matrices.mT, out.mT)
     now.div_(torch.linalg.vector_norm(now, dim=(1, 2), keepdim=True).clamp_(min=1e-7))
     for _ in range(5):  # an odd number, so that the last one ends in ``out``
         gram = now @ now.mT
