@@ -36,11 +36,6 @@ def broken_launcher(folder: Path, fault: str) -> Path:
     return folder / LAUNCHER.name
 
 
-def at_step(step: int, action: str, rank: int = 1) -> str:
-    """A fault: one rank does ``action`` when it is about to train ``step``, counted from 1."""
-    return at_steps((step, rank, action))
-
-
 def at_steps(*faults: tuple[int, int, str]) -> str:
     """A fault: at some steps, counted from 1, a rank does something before it trains: (step, rank, action)."""
     cases = "\n".join(

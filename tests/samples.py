@@ -118,6 +118,20 @@ def forked_run(folder: Path, *more: str) -> str:
     return shown
 
 
+def rolling_nats(model: torch.nn.Module, ids: list[int], length: int) -> float:
+    """What all but the first token cost, from the definition: in blocks of ``length``, each of which is predicted
+    from the ``length`` tokens that end right before its last one, or from all there are.
+    """
+    nats = 0.0
+    for first in range(1, len(ids), length):
+        last = min(first + length, len(ids)) - 1
+        context = ids[max(0, last - length) : last]
+        with torch.no_grad():
+            chances = model(torch.tensor([context])).logits[0].double().log_softmax(-1)
+        nats -= sum(float(chances[place - 1 - last, ids[place]]) for place in range(first, last + 1))
+    return nats
+
+
 def write_corpus(path: Path, documents: list[Any]) -> Path:
     """Write documents (texts or whole objects) as JSON lines."""
     lines = (item if isinstance(item, dict) else {"text": item} for item in documents)

@@ -7,9 +7,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from kinds import TEXTS, surrounded
-from samples import tiny_run, write_corpus
+from samples import rolling_nats, tiny_run, write_corpus
 
 import train_h100_dual as t
 
@@ -28,15 +27,9 @@ def held_out(corpus: t.Corpus) -> list[tuple[str, int, list[int]]]:
 
 def reference(run: t.Run, documents: list[tuple[str, int, list[int]]]) -> dict[str, float]:
     """The same figures from the definition: each document by itself, from its start on, a row's length at a time."""
-    length, start, scored = run.cfg.max_seq_length, t.document_start(run.corpus.tokenizer), []
+    start, scored = t.document_start(run.corpus.tokenizer), []
     for language, size, tokens in documents:
-        ids, nats = [*start, *tokens], 0.0
-        for first in range(1, len(ids), length):
-            last = min(first + length, len(ids)) - 1
-            context = ids[max(0, last - length) : last]
-            with torch.no_grad():
-                chances = run.model(torch.tensor([context])).logits[0].double().log_softmax(-1)
-            nats -= sum(float(chances[place - 1 - last, ids[place]]) for place in range(first, last + 1))
+        nats = rolling_nats(run.model, [*start, *tokens], run.cfg.max_seq_length)
         scored.append((language, size, len(tokens), nats))
     figures = {}
     for suffix, wanted in (("", {language for language, *_ in scored}), ("_ko", {"ko"}), ("_en", {"en"})):

@@ -11,11 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Place, assert_in_order, cleaned
-from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_step, at_steps, broken_launcher
+from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_steps, broken_launcher
 
 import train_h100_dual as t
-
-# --- hangs ---
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,7 @@ def hung_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iter
     """Rank 1 falls asleep at step 3, once and again after a restart, and rank 0 waits for it in a collective."""
     folder = tmp_path_factory.mktemp("hung")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    launcher = broken_launcher(folder / "scripts", at_step(3, "time.sleep(1e6)"))
+    launcher = broken_launcher(folder / "scripts", at_steps((3, 1, "time.sleep(1e6)")))
     for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
         options = ["--hang-timeout", "0.25", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
         answer = place.run(*SMALL, *options, timeout=200)
@@ -69,7 +67,7 @@ def test_a_hang_is_told_whichever_rank_it_was_in_and_whoever_spoke_first(tmp_pat
 @pytest.mark.slow
 def test_a_rank_that_keeps_the_interpreter_to_itself_is_found_too(broken) -> None:
     hold = "re.match('(a+)+$', 'a' * 60 + 'b')"  # C code that lets no other thread run
-    place = broken(at_step(3, hold, rank=0))
+    place = broken(at_steps((3, 0, hold)))
     answer = place.run(*SMALL, "--hang-timeout", "0.2", "--max-restarts", "0", timeout=90)
     assert answer.code == 1, answer.text
     assert place.info()["state"] == "failed"
@@ -91,9 +89,6 @@ def write_cache(*arguments):
     assert answer.code == 0, answer.text
 
 
-# --- restarts ---
-
-
 def test_killed_workers_are_started_again_and_the_losses_are_as_undisturbed(broken, undisturbed: Place) -> None:
     """Once before the run's first checkpoint, where a --test has been, and once behind it."""
     place = broken(at_steps((3, 0, f"{FIRST_TIME}{KILL}"), (7, 1, f"{SECOND_TIME}{KILL}")))
@@ -111,7 +106,7 @@ def test_killed_workers_are_started_again_and_the_losses_are_as_undisturbed(brok
 
 
 def test_an_error_whose_cause_is_known_is_not_repeated(broken) -> None:
-    place = broken(at_step(3, "raise torch.OutOfMemoryError"))
+    place = broken(at_steps((3, 1, "raise torch.OutOfMemoryError")))
     answer = place.run(*SMALL, "--max-restarts", "3")
     assert answer.code == 1
     assert answer.out.count("GPU 메모리가 부족합니다") == 1, answer.text

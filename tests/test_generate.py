@@ -15,7 +15,7 @@ from conftest import list_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from kinds import surrounded
-from samples import WILD_TEXTS, Bomb, config, write_corpus
+from samples import WILD_TEXTS, Bomb, config, rolling_nats, write_corpus
 from test_layouts import PACK, parquet
 
 import train_h100_dual as t
@@ -36,9 +36,6 @@ def use(*options: str) -> t.TrainConfig:
     """The options of a command as ``use_checkpoint`` completes them on a CPU."""
     cfg = t.parse_args(list(options))
     return t.replace(t.resolve_config(cfg, "cpu")[0], max_seq_length=cfg.max_seq_length)
-
-
-# --- generating ---
 
 
 def greedy(model, ids: list[int], count: int) -> list[int]:
@@ -95,26 +92,12 @@ def test_what_does_not_fit_into_the_models_context_is_said(opened, caplog):
         t.generate_text(*opened, t.replace(cfg, prompt="abc " * 100))
 
 
-# --- evaluating ---
-
-
 def reference(model, tokenizer, documents: list[dict[str, str]], length: int) -> dict[str, list[float]]:
-    """Documents, tokens, bytes and nats by language: one document and one window at a time, from the definition.
-
-    A document's tokens follow the start token.  They are cut into blocks of ``length``; a block is
-    predicted from the ``length`` tokens that end right before its last one, or from all there are.
-    """
+    """Documents, tokens, bytes and nats by language: one document at a time, after the start token."""
     found: dict[str, list[float]] = {}
     for document in documents:
         ids = tokenizer(document["text"], split_special_tokens=True, add_special_tokens=False).input_ids
-        whole, nats = [tokenizer.eos_token_id, *ids], 0.0
-        for first in range(1, len(whole), length):
-            last = min(first + length, len(whole)) - 1
-            context = whole[max(0, last - length) : last]
-            with torch.no_grad():
-                chances = model(torch.tensor([context])).logits[0].double().log_softmax(-1)
-            for place in range(first, last + 1):
-                nats -= float(chances[place - 1 - last + len(context), whole[place]])
+        nats = rolling_nats(model, [tokenizer.eos_token_id, *ids], length)
         row = found.setdefault(document["lang"], [0, 0, 0, 0.0])
         for index, value in enumerate((1, len(ids), len(document["text"].encode()), nats)):
             row[index] += value
@@ -190,9 +173,6 @@ def test_the_table_is_aligned_and_its_figures_are_those_of_the_sums():
     assert lines[3].split()[4:] == ["1.0000", f"{math.e:.2f}", "0.2885"]
 
 
-# --- the command ---
-
-
 def test_the_launcher_generates_in_the_foreground_and_writes_nothing(place, checkpoint):
     place.environment |= {"LC_ALL": "C"}
     before = list_tree(checkpoint.parent)
@@ -244,9 +224,6 @@ def test_a_dry_run_shows_the_command_alone(place, checkpoint):
     assert answer.code == 0
     assert "train_h100_dual.py --generate" in answer.out.splitlines()[-1]
     assert "torch.distributed" not in answer.out
-
-
-# --- what a directory may hold ---
 
 
 def test_nothing_of_a_checkpoint_is_executed(checkpoint, tmp_path):

@@ -336,11 +336,8 @@ def supervised(
 
 @pytest.mark.parametrize("faults", ["", "tail stat flock cat grep", "rm"])
 @pytest.mark.parametrize(("agent", "finalize", "state", "code"), [
-    ("exit 0", "echo finished", "finished", 0),
-    ("exit 0", "exit 1", "finished", 0),
-    ("exit 1", "exit 1", "failed", 1),
-    ("exit 1", "echo failed; exit 1", "failed", 1),
-    ("exit 0", "echo failed", "failed", 1),
+    ("exit 0", "echo finished", "finished", 0), ("exit 0", "exit 1", "finished", 0), ("exit 1", "exit 1", "failed", 1),
+    ("exit 1", "echo failed; exit 1", "failed", 1), ("exit 0", "echo failed", "failed", 1),
     ("exit 0", "echo stopped", "stopped", 0),  # by --max-hours
     ('rm "$0"; exit 1', "", "failed", 1),  # its Python was removed, with an environment that is made anew
     ("kill -TERM $PPID; exit 0", "echo stopped", "stopped", 130),
@@ -446,9 +443,6 @@ def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead
     assert not place.pid_file.exists()
 
 
-# --- GPUs by name ---
-
-
 @pytest.mark.parametrize(("visible", "expected"), [
     (None, "012"), ("", ""), ("-1", ""), ("NoDevFiles", ""), ("2, 0", "20"), ("1,-1,0", "1"), ("GPU-2b", "2"),
     ("0,0", "두 번"), ("0,GPU-0b", "두 번"), ("0,7", "없거나"), ("GPU-", "없거나"), ("MIG-6a7b", "MIG 장치"),
@@ -464,16 +458,10 @@ def test_gpus_are_understood_by_name_or_refused(tmp_path, monkeypatch, visible, 
         assert "".join(gpu.name[-1] for gpu in t.query_gpus(visible)) == expected
 
 
-# --- a longer run ---
-
-
 def test_a_longer_run_does_not_warm_up_again(tmp_path) -> None:
     run = SimpleNamespace(cfg=config(tmp_path), total_steps=1000, warmup_steps=1, peak_rate=1e-3)
     rates = [t.learning_rate_at(run, step) for step in range(20, 800)]  # 20 steps' warm-up of 0.05
     assert {*rates} == {1e-3}
-
-
-# --- Slurm ---
 
 
 def test_the_job_script_saves_goes_back_to_the_queue_and_goes_on(place: Place, warm_cache: Path) -> None:

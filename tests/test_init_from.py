@@ -95,14 +95,11 @@ def test_a_model_of_transformers_trains_saves_and_reopens(tmp_path, tokenizer, k
     assert again.decode(text[0]).startswith("오늘 학생이")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        OPTConfig(**SHAPE, ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1, dropout=0.0),
-        MambaConfig(hidden_size=64, state_size=8, num_hidden_layers=2, vocab_size=640),
-    ],
-    ids=["opt", "mamba"],
-)
+OPT = OPTConfig(**SHAPE, ffn_dim=96, word_embed_proj_dim=64, pad_token_id=1, dropout=0.0)
+MAMBA = MambaConfig(hidden_size=64, state_size=8, num_hidden_layers=2, vocab_size=640)
+
+
+@pytest.mark.parametrize("kind", [OPT, MAMBA], ids=["opt", "mamba"])
 def test_any_causal_model_that_transformers_makes_is_trained(tmp_path, kind):
     kind.save_pretrained(tmp_path)
     run = tiny_run(tmp_path, "--model-config", str(tmp_path / "config.json"), "--max-steps", "2")

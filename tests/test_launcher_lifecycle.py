@@ -101,70 +101,32 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> 
 def test_the_console_shows_the_blocks_of_the_documents_example(finished_run: SimpleNamespace) -> None:
     assert finished_run.code == 0, finished_run.console
     pid = finished_run.pid
-    assert_in_order(
-        finished_run.console,
-        [
-            r"^={56}$",
-            r"^     한국어 sLLM H100 듀얼 GPU 학습 실행기$",
-            r"^     Korean sLLM H100 Dual GPU Training Launcher$",
-            r"^     🚀 H100 최적화 \+ 분산 학습 지원$",
-            r"^={56}\n\n",
-            r"^🔍 H100 학습 환경 확인 중\.\.\.$",
-            r"^✅ PyTorch.* 확인 완료",
-            r"CPU 프로세스 2개",
-            r"더미",
-            r"^✅ 모든 요구사항 충족\n\n",
-            r"^📋 학습 정보\n=+\n",
-            r"^🎯 모드: 테스트 모드 \(10스텝\)$",
-            r"^🔧 하이퍼파라미터:$",
-            r"^   • 배치 크기: 4$",
-            r"^   • 학습률: 1e-4$",
-            r"^   • 최대 시퀀스 길이: 256$",
-            r"^   • Mixed Precision: fp32$",
-            r"^   • 모델 컴파일: false$",
-            r"^   • 모델 파라미터: 3\.9M",
-            r"^   • 스텝당 토큰: 2,048$",
-            r"^   • 전체 학습: 10 스텝, 20,480 토큰",
-            r"^📁 경로:$",
-            r"^   • 데이터셋: ",
-            r"^   • 출력: \./outputs$",
-            r"^   • 로그: \./logs$",
-            r"^💾 저장 설정:$",
-            r"^   • 저장 간격: 500 스텝$",
-            r"^   • 초기 모델 저장: true$",
-            r"^   • 백그라운드 실행: true$",
-            r"^🚀 .*설정.*:$",
-            r"^   • .*수: 2$",
-            r"^   • 분산 학습: DDP$",
-            r"^   • 최적화: FP32$",
-            r"예상 메모리: .*GiB",
-            r"^🎯 학습 시작!$",
-            r"^🔄 백그라운드 모드로 실행됩니다$",
-            r"^📋 로그 파일: \./logs/training_console\.log$",
-            r"^📋 실시간 로그 확인: tail -f \./logs/training_console\.log\n\n",
-            r"^✅ 백그라운드 학습 시작됨!$",
-            rf"^🔢 프로세스 ID: {pid}$",
-            r"^📄 PID 파일: \./logs/training\.pid\n\n",
-            r"^🔍 학습 상태 확인 명령어:$",
-            r"^  tail -f \./logs/training_console\.log +# 실시간 로그$",
-            rf"^  ps -p {pid} +# 프로세스 상태$",
-            rf"^  kill {pid} +# 학습 중단\n\n",
-            r"^📋 초기 로그 출력 \(5초간\):\n-{40}\n(?!-).+\n",
-            r"^-{40}$",
-            r"^(백그라운드에서 계속 실행 중\.\.\.|✅ 학습이 끝났습니다)",  # five seconds can be all of it
-        ],
-    )
+    phrases = [
+        r"^={56}$", r"^     한국어 sLLM H100 듀얼 GPU 학습 실행기$",
+        r"^     Korean sLLM H100 Dual GPU Training Launcher$", r"^     🚀 H100 최적화 \+ 분산 학습 지원$",
+        r"^={56}\n\n", r"^🔍 H100 학습 환경 확인 중\.\.\.$", r"^✅ PyTorch.* 확인 완료", r"CPU 프로세스 2개", r"더미",
+        r"^✅ 모든 요구사항 충족\n\n", r"^📋 학습 정보\n=+\n", r"^🎯 모드: 테스트 모드 \(10스텝\)$",
+        r"^🔧 하이퍼파라미터:$", r"^   • 배치 크기: 4$", r"^   • 학습률: 1e-4$", r"^   • 최대 시퀀스 길이: 256$",
+        r"^   • Mixed Precision: fp32$", r"^   • 모델 컴파일: false$", r"^   • 모델 파라미터: 3\.9M",
+        r"^   • 스텝당 토큰: 2,048$", r"^   • 전체 학습: 10 스텝, 20,480 토큰", r"^📁 경로:$", r"^   • 데이터셋: ",
+        r"^   • 출력: \./outputs$", r"^   • 로그: \./logs$", r"^💾 저장 설정:$", r"^   • 저장 간격: 500 스텝$",
+        r"^   • 초기 모델 저장: true$", r"^   • 백그라운드 실행: true$", r"^🚀 .*설정.*:$", r"^   • .*수: 2$",
+        r"^   • 분산 학습: DDP$", r"^   • 최적화: FP32$", r"예상 메모리: .*GiB", r"^🎯 학습 시작!$",
+        r"^🔄 백그라운드 모드로 실행됩니다$", r"^📋 로그 파일: \./logs/training_console\.log$",
+        r"^📋 실시간 로그 확인: tail -f \./logs/training_console\.log\n\n", r"^✅ 백그라운드 학습 시작됨!$",
+        rf"^🔢 프로세스 ID: {pid}$", r"^📄 PID 파일: \./logs/training\.pid\n\n", r"^🔍 학습 상태 확인 명령어:$",
+        r"^  tail -f \./logs/training_console\.log +# 실시간 로그$", rf"^  ps -p {pid} +# 프로세스 상태$",
+        rf"^  kill {pid} +# 학습 중단\n\n", r"^📋 초기 로그 출력 \(5초간\):\n-{40}\n(?!-).+\n", r"^-{40}$",
+        r"^(백그라운드에서 계속 실행 중\.\.\.|✅ 학습이 끝났습니다)",  # five seconds can be all of it
+    ]  # fmt: skip
+    assert_in_order(finished_run.console, phrases)
 
 
 def test_the_console_log_tells_the_run(finished_run: SimpleNamespace) -> None:
-    phrases = [
-        r"^🚀 초기 모델 저장 중\.\.\.$",
-        r"^✅ 초기 모델 저장 완료: \./outputs/initial_model$",
-        r"^🚀 학습 시작!\n테스트 모드: True\n최대 스텝: 10$",
-        *(rf"^스텝 {step}/10 \| 손실 \d" for step in range(1, 11)),
-        r"^✅ 체크포인트 저장 완료: \./outputs/checkpoint-10 ",
-        r"^✅ 학습 완료!",
-    ]
+    phrases = [r"^🚀 초기 모델 저장 중\.\.\.$", r"^✅ 초기 모델 저장 완료: \./outputs/initial_model$"]
+    phrases += [r"^🚀 학습 시작!\n테스트 모드: True\n최대 스텝: 10$"]
+    phrases += [rf"^스텝 {step}/10 \| 손실 \d" for step in range(1, 11)]
+    phrases += [r"^✅ 체크포인트 저장 완료: \./outputs/checkpoint-10 ", r"^✅ 학습 완료!"]
     assert_in_order(finished_run.place.console(), phrases)
     assert "Traceback" not in finished_run.place.console()
 

@@ -184,9 +184,6 @@ def test_everything_that_is_lacking_is_reported_at_once(place: Place) -> None:
     assert len(answer.complaints) == 3
 
 
-# --- Python and packages ---
-
-
 def test_missing_packages_are_named_and_not_installed(bare_place: Place, bare_folder: Path) -> None:
     before = list_tree(bare_folder / "checkout")
     answer = bare_place.run("--test", "--no-install")
@@ -210,9 +207,6 @@ def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothin
     assert_in_order(answer.out, ["📋 학습 정보", "🎯 모드", "실행할 명령어", "torch.distributed.run"])
     assert list_tree(bare_folder / "checkout") == before
     assert list_tree(bare_place.folder) == {}
-
-
-# --- the dry run ---
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -280,9 +274,6 @@ def test_a_dry_run_writes_nothing_and_its_command_can_be_pasted(pasted: tuple[Pl
     assert "✅ 학습 완료!" in done.out
     assert (place.outputs / "checkpoint-2" / "pytorch_model.bin").is_file()
     assert place.info()["state"] == "finished"
-
-
-# --- status and stop, where nothing runs ---
 
 
 def test_stop_where_nothing_runs(place: Place) -> None:

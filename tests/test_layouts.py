@@ -100,19 +100,15 @@ SPOKEN = ["--text-column", "document[].utterance[].form"]
 SJML = ["--text-column", "SJML.text[].content"]
 PATHS = {"modu.json": MODU, "spoken.json": SPOKEN, "sjml.json": SJML}
 LAYOUTS: dict[str, tuple[str, Callable[[list[str]], bytes], list[str]]] = {  # a name, what writes it, options
-    "JSON lines": ("a.jsonl", json_lines, []),
-    "ndjson": ("a.NDJSON", json_lines, []),
+    "JSON lines": ("a.jsonl", json_lines, []), "ndjson": ("a.NDJSON", json_lines, []),
     "JSON lines called .json": ("c4-ko.tfrecord-00000-of-01024.json", json_lines, []),
-    "no suffix": ("wiki_00", json_lines, []),
-    "a split's name": ("corpus.train", json_lines, []),
-    "array": ("namuwiki.json", pretty_array, []),
+    "no suffix": ("wiki_00", json_lines, []), "a split's name": ("corpus.train", json_lines, []),
+    "array": ("namuwiki.json", pretty_array, []), "object": ("modu.json", modu_written, MODU),
     "array on a line": ("a.json", lambda texts: to_json([{"text": text} for text in texts]), []),
-    "object": ("modu.json", modu_written, MODU),
     "object on a line": ("modu.json", lambda texts: modu_written(texts, None), MODU),
-    "csv": ("a.csv", lambda texts: table(texts, ","), []),
-    "parquet": ("a.parquet", parquet, []),
+    "csv": ("a.csv", lambda texts: table(texts, ","), []), "parquet": ("a.parquet", parquet, []),
     "arrow": ("data-00000-of-00001.arrow", arrow, []),
-}
+}  # fmt: skip
 WILD = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 
 

@@ -155,9 +155,6 @@ def test_the_estimate_of_compiled_activations_is_what_the_partitioner_keeps(
     assert parts["활성값"] + parts["반정밀도 사본"] == pytest.approx(kept[0], rel=0.1)
 
 
-# --- the loss in pieces ---
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> torch.nn.Module:
     with pytest.MonkeyPatch.context() as patch:
@@ -244,9 +241,6 @@ def test_models_that_change_their_logits_keep_their_own(tmp_path: Path) -> None:
         assert torch.allclose(loss(rows), plain_loss(model, rows), atol=1e-6), kind
 
 
-# --- the refusal ---
-
-
 def test_the_least_that_a_search_may_find_is_what_has_to_fit(tmp_path: Path) -> None:
     cfg, _ = t.resolve_config(t.parse_args(["--train", "--batch-size", "24", "--no-compile"]), "cuda")
     gpu = t.Gpu("NVIDIA H100 PCIe", 81559, 4)
@@ -281,8 +275,6 @@ def test_the_shape_of_a_model_that_is_brought_along_is_read(tmp_path: Path) -> N
     norms = 2 * 2 * 32  # Qwen3's of queries and keys
     assert found.parameter_count(512) == real - norms
 
-
-# --- the search for a batch size ---
 
 # As on GPUs of which the second holds five rows; a CPU would refuse the option.
 LIMIT = """
@@ -347,9 +339,6 @@ def test_nothing_that_fits_is_said(tmp_path: Path, monkeypatch, error: RuntimeEr
     with pytest.raises(t.EnvironmentProblem, match="배치 크기 1도"):
         t.find_batch_size(run.cfg, 4, run.corpus.tokenizer, run.accelerator)
     assert sizes == [4, 2, 1]
-
-
-# --- FP8 ---
 
 
 def test_fp8_is_refused_where_it_cannot_run(place: Place, with_gpus: Callable[..., None], with_cuda: None) -> None:

@@ -270,9 +270,6 @@ def comparable(line: str) -> str:
     return re.sub(r"\s+", " ", without_numbers(re.sub(r"\(/\S+\)", "(DATA)", line)))
 
 
-# --- figures ---
-
-
 def test_the_table_of_sizes_shows_the_estimates_of_the_launcher(place, with_gpus, with_cuda):
     with_gpus(2, name="NVIDIA H100 80GB HBM3", total=10**6)
     rows = []
@@ -307,9 +304,6 @@ def test_the_versions_are_those_of_the_script_and_the_requirements():
     assert "Python {}.{} 이상".format(*t.MINIMUM_PYTHON) in section("설치 요구사항")
     pins = re.findall(r"^(torch==[\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert set(re.findall(r"torch==[\d.]+", README)) == {*pins}
-
-
-# --- the whole ---
 
 
 def test_it_is_not_longer_than_somebody_reads_and_keeps_the_order():

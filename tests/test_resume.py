@@ -21,8 +21,8 @@ from test_hosts import BOOKS, DAMAGE, STATES, damage
 import train_h100_dual as t
 
 SCRIPT = ROOT / "train_h100_dual.py"
-TWENTY = ["--max-steps", "20", "--save-steps", "10", "--eval-steps", "10", "--report-to", "none", *SMALL_MODEL]
-TWENTY.append("--dummy-data")
+TWENTY = ["--max-steps", "20", "--save-steps", "10", "--eval-steps", "10", "--report-to", "none", "--dummy-data"]
+TWENTY += SMALL_MODEL
 
 
 def train(folder: Path, *more: str) -> str:
@@ -215,9 +215,6 @@ def test_what_dropout_draws_comes_back_too(tmp_path):
         trained.append(run.model.state_dict())
     assert state.step == 4
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
-
-
-# --- ends that the options set ---
 
 
 def test_a_run_ends_with_a_checkpoint_at_its_number_of_tokens(tmp_path):

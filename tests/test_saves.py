@@ -21,8 +21,6 @@ from faults import SMALL, assert_checkpoints_open, assert_same_run, slow_save
 
 import train_h100_dual as t
 
-# --- numbers going wrong ---
-
 
 def spoiled(steps: str, how: str) -> str:
     """A fault: rank 1's loss is spoiled at some steps (a condition on their number ``n``); all log their state."""
@@ -62,9 +60,6 @@ def test_losses_that_are_not_finite_on_one_rank_skip_steps_on_both_and_five_in_a
     assert "다시 시작했습니다" not in answer.out
     assert t.checkpoint_damage(place.outputs / "checkpoint-8", thorough=True) is None
     place.wait_for_end(5)
-
-
-# --- saves that take long, and disks that fill ---
 
 
 @pytest.mark.parametrize("seconds", [6, pytest.param(150, marks=pytest.mark.slow)])
@@ -191,9 +186,6 @@ def test_a_full_disk_costs_the_checkpoint_but_only_at_the_last_save_the_run_whic
     answer = place.run(*SMALL, "--resume")
     assert answer.code == 0, answer.text
     assert_same_run(place.outputs.parent, undisturbed.folder, 12)
-
-
-# --- kill -9 at any time ---
 
 
 def test_ranks_save_after_kill_9_of_torchrun_and_no_other_run_starts_meanwhile(broken, undisturbed: Place) -> None:

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCHER, SCRIPT, Place, Terminal, write_program
-from faults import FIRST_TIME, KILL, SLEEP_EARLY, SMALL, assert_checkpoints_open, at_step
-
-# --- SIGTERM, and torchrun killed ---
+from faults import FIRST_TIME, KILL, SLEEP_EARLY, SMALL, assert_checkpoints_open, at_steps
 
 
 def test_a_stop_during_a_restart_stops(broken) -> None:
-    place = broken(at_step(7, f"{FIRST_TIME}{KILL}"))
+    place = broken(at_steps((7, 1, f"{FIRST_TIME}{KILL}")))
     launcher = place.start(*SMALL, "--max-steps", "100000", "--save-total-limit", "2")
     info = place.outputs / "run_info.json"
     place.wait("the restart", lambda: info.exists() and "restarts" in info.read_text(encoding="utf-8"))
@@ -106,7 +104,7 @@ def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, w
 
 def test_a_restarted_run_that_was_asked_to_stop_is_not_repeated(broken) -> None:
     wait = "while not read_json(cfg.output_dir / 'run_info.json').get('stop_requested'): time.sleep(0.1)"
-    place = broken(at_step(3, f"{wait}\n        {KILL}"))
+    place = broken(at_steps((3, 1, f"{wait}\n        {KILL}")))
     launcher = place.start(*SMALL)
     place.wait_for_step()
     os.kill(place.pid(), signal.SIGTERM)
@@ -114,9 +112,6 @@ def test_a_restarted_run_that_was_asked_to_stop_is_not_repeated(broken) -> None:
     assert launcher.returncode == 130, shown
     assert "다시 시작했습니다" not in shown
     place.wait_for_end(5)
-
-
-# --- Ctrl-C, whatever the run is at ---
 
 
 def assert_ended_by_ctrl_c(terminal: Terminal, timeout: float = 60) -> None:

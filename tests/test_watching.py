@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -46,9 +45,6 @@ def write_run(folder: Path, lines: list[dict], **info: object) -> t.TrainConfig:
 def add_lines(path: Path, *lines: str) -> None:
     with open(path, "a", encoding="utf-8") as stream:
         stream.write("".join(line + "\n" for line in lines))
-
-
-# --- widths: Hangul takes two columns, and nothing wraps at 80 ---
 
 
 @pytest.fixture(scope="module")
@@ -243,18 +239,6 @@ def test_a_stop_before_the_run_has_begun_is_a_stop_and_not_the_state_of_an_earli
     # The run's files are the first machine's: what another one finds there is this run's, of another supervisor.
     assert ("시작되기 전에 중단했습니다" in shown, "상태: 중단됨" in shown) == (machine == 0, machine == 1)
     assert (stop.returncode, "실패" in shown) == (0, False)
-
-
-def test_no_bar_stands_without_tqdm(tmp_path, monkeypatch):
-    class Screen(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stdout", Screen())
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    t.follow_log(write_run(tmp_path, records(90, 100)), "77", io.BytesIO("가\n나".encode()))
-    assert sys.stdout.getvalue() == "가\n나"
 
 
 def test_a_bar_stands_at_its_beginning_until_the_run_has_logged_a_step(supervised):
