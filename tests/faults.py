@@ -52,16 +52,16 @@ def learning_rate_at(run, done):
 
 
 EARLY = "\n# before anything is heard or imported\n"
-SLEEP_EARLY = (
-    EARLY
-    + """
-if "RANK" in os.environ and {condition}:
-    time.sleep({seconds})
-"""
-)
+SLEEP_EARLY = EARLY + 'if "RANK" in os.environ and {condition}:\n    time.sleep({seconds})\n'
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 FIRST_TIME = 'os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and '
 SECOND_TIME = FIRST_TIME.replace('"0"', '"1"')
+
+
+def broken_place(folder: Path, fault: str, cache: Path) -> Place:
+    """A place whose runs have a fault."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return Place(folder / "place", broken_launcher(folder / "scripts", fault), cache, {"PATH": path})
 
 
 @pytest.fixture
@@ -70,9 +70,7 @@ def broken(tmp_path: Path, warm_cache: Path) -> Iterator:
     places = []
 
     def build(fault: str) -> Place:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        launcher = broken_launcher(tmp_path / f"scripts-{len(places)}", fault)
-        places.append(Place(tmp_path / f"place-{len(places)}", launcher, warm_cache, {"PATH": path}))
+        places.append(broken_place(tmp_path / f"broken-{len(places)}", fault, warm_cache))
         return places[-1]
 
     yield build
@@ -100,10 +98,7 @@ def assert_same_run(ours: Path, theirs: Path, step: int) -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    launcher = broken_launcher(folder / "scripts", "")
-    for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
+    for place in cleaned(broken_place(tmp_path_factory.mktemp("undisturbed"), "", warm_cache)):
         answer = place.run(*SMALL)
         assert answer.code == 0, answer.text
         place.seconds = answer.seconds

@@ -66,7 +66,5 @@ def test_a_run_scores_its_held_out_documents_as_its_checkpoint_scores_them_in_a_
     _, tokens, size, nats = sum(totals.values())[:4]
     assert nats / tokens == pytest.approx(state.evaluation["val_loss"], rel=1e-5)
     assert nats / math.log(2) / size == pytest.approx(state.evaluation["val_bits_per_byte"], rel=1e-5)
-    assert (
-        json.loads((checkpoint / "generation_config.json").read_text())["bos_token_id"]
-        == (t.document_start(run.corpus.tokenizer)[-1])
-    )
+    saved = json.loads((checkpoint / "generation_config.json").read_text())
+    assert saved["bos_token_id"] == t.document_start(run.corpus.tokenizer)[-1]

@@ -165,9 +165,8 @@ def test_int8_weights_of_torchao_change_little(checkpoint, model, capsys):
     names = run_readme_code("int8 (torchao)", checkpoint)
     assert capsys.readouterr().out.startswith("오늘 아침 서울에서")
     assert "Int8" in str(names["model"].model.layers[0].mlp.up_proj.weight)
-    rows = names["tokenizer"](
-        "오늘 학생이 서울에서 책을 읽었다. Today the student read a book.", return_tensors="pt"
-    ).input_ids
+    text = "오늘 학생이 서울에서 책을 읽었다. Today the student read a book."
+    rows = names["tokenizer"](text, return_tensors="pt").input_ids
     with torch.no_grad():
         exact, rounded = (item(rows, labels=rows).loss.item() for item in (model, names["model"]))
     assert 0 < abs(exact - rounded) < 0.01

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import Place, assert_in_order, cleaned
-from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_steps, broken_launcher
+from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_steps, broken_place
 
 import train_h100_dual as t
 
@@ -20,9 +18,7 @@ import train_h100_dual as t
 def hung_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
     """Rank 1 falls asleep at step 3, once and again after a restart, and rank 0 waits for it in a collective."""
     folder = tmp_path_factory.mktemp("hung")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    launcher = broken_launcher(folder / "scripts", at_steps((3, 1, "time.sleep(1e6)")))
-    for place in cleaned(Place(folder / "place", launcher, warm_cache, {"PATH": path})):
+    for place in cleaned(broken_place(folder, at_steps((3, 1, "time.sleep(1e6)")), warm_cache)):
         options = ["--hang-timeout", "0.25", "--max-restarts", "1", "--notify", f"echo >>'{folder}/notified'"]
         answer = place.run(*SMALL, *options, timeout=200)
         yield SimpleNamespace(place=place, answer=answer, folder=folder)

@@ -23,14 +23,8 @@ MISTAKES = {
     "no GPU at all": (["--num-gpus", "0"], ["--num-gpus", "'0'", "가장 가까운 값: 1"]),
     "machines without this one's number": (["--nnodes=2", "--rdzv-endpoint=a:1"], ["--nnodes 2", "--node-rank 0"]),
     "a number without machines": (["--node-rank", "1"], ["--node-rank", "--nnodes"]),
-    "a number past the machines": (
-        ["--nnodes=2", "--node-rank=2", "--rdzv-endpoint=10.0.0.1:29500"],
-        ["--node-rank", "--nnodes"],
-    ),
-    "a meeting place without a port": (
-        ["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=a"],
-        ["--rdzv-endpoint a:29500"],
-    ),
+    "a number past the machines": (["--nnodes=2", "--node-rank=2", "--rdzv-endpoint=a:1"], ["--node-rank", "--nnodes"]),
+    "a place without a port": (["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=a"], ["--rdzv-endpoint a:29500"]),
     "--json without --status": (["--stop", "--json"], ["--json", "--status"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground=yes", "가장 가까운 옵션"]),
 }
@@ -69,7 +63,8 @@ def assert_refused(answer: Answer, place: Place, code: int, *phrases: str) -> No
 # --- usage, where nothing is installed ---
 
 
-def test_help_answers_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
+def test_help_and_a_mistake_are_answered_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
+    assert answer_quickly(bare_place, "--batch-size", "0").code == 2
     answer = answer_quickly(bare_place, "--help")
     assert answer.code == 0
     for option in ["--test", "--train", "--batch-size", "--num-gpus", "--dry-run", "--status", "--stop", "--notify"]:
@@ -88,10 +83,6 @@ def test_a_mistake_gets_one_line_where_nothing_is_installed(
     assert_refused(answer, bare_place, 2, *phrases)
     assert answer.text.strip().count("\n") == 0, "one mistake, one line"
     assert list_tree(bare_folder / "checkout") == before
-
-
-def test_a_mistake_is_answered_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
-    assert answer_quickly(bare_place, "--batch-size", "0").code == 2
 
 
 def test_a_mistake_is_told_by_the_first_python_that_can(bare_place: Place, tmp_path: Path) -> None:

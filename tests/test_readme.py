@@ -122,14 +122,11 @@ def launcher_options() -> set[str]:
     return shown - {*t.OPTIONS}
 
 
-def test_the_tables_show_the_options_of_help_in_its_groups_and_order():
+def test_the_tables_show_the_options_of_help_in_its_groups_and_order_and_help_shows_all():
     assert {title: list(options) for title, options in readme_groups().items()} == {
         title: list(options) for title, options in help_groups().items()
     }
     assert list(readme_groups()) == list(help_groups())
-
-
-def test_help_shows_every_option_that_the_script_knows():
     shown = {name.split()[0] for options in help_groups().values() for name in options}
     assert {*t.OPTIONS} <= shown
 
@@ -227,7 +224,7 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[\d.,:]*\d(?:e-\d+)?(?:\.\d+)?[kM]?", "N", text)
 
 
-def test_the_tree_shows_what_is_in_the_repository_and_what_a_run_leaves(tested):
+def test_the_tree_shows_what_is_in_the_repository_and_every_file_that_a_run_leaves(tested):
     place, _ = tested
     written = {without_numbers(str(path.relative_to(place.folder))) for path in place.folder.rglob("*")}
     for path, always in tree():
@@ -235,10 +232,6 @@ def test_the_tree_shows_what_is_in_the_repository_and_what_a_run_leaves(tested):
             assert (ROOT / path).exists(), path
         elif always:
             assert without_numbers(path.rstrip("/")) in written, path
-
-
-def test_the_tree_names_every_file_that_a_run_leaves(tested):
-    place, _ = tested
     told = without_numbers(section("파일 구조"))
     for folder in (place.outputs, place.logs):
         for path in folder.rglob("[!.]*"):

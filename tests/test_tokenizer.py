@@ -251,12 +251,9 @@ def test_a_tokenizer_that_a_model_type_would_rebuild_is_refused_before_anything_
     assert prepare(tmp_path, TEXTS, *more).report["documents"] == len(TEXTS)
 
 
-def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
+def test_a_tokenizer_that_is_not_there_is_named_and_one_without_an_end_of_text_refused(tmp_path):
     with pytest.raises(RuntimeError, match="없는것"):
         t.load_tokenizer(tmp_path / "없는것")
-
-
-def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe()).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="eos_token"):
         t.load_tokenizer(tmp_path)
