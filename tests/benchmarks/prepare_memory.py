@@ -21,9 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, config, corpus_file, document_batches, provenance, table
-
-sys.path.insert(0, str(ROOT))
+from common import config, corpus_file, document_batches, provenance, table
 
 import train_h100_dual as ours
 

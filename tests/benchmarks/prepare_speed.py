@@ -12,29 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, config, corpus_file, document_batches, median_and_range, provenance, table
+from common import config, corpus_file, document_batches, median_and_range, provenance, ratios, table, take_turns
 
 SEQUENCE_LENGTH = 2048
 STAGES = ("load_dataset", "map", "group_texts")
-
-
-def load_ours() -> Any:
-    """Import the training script: only children do, so that a second start is a first import."""
-    sys.path.insert(0, str(ROOT))
-    import train_h100_dual
-
-    return train_h100_dual
 
 
 def processor_seconds() -> float:
@@ -42,21 +34,22 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-# --- parts: each runs in a process of its own and returns figures ---
+# --- parts: each runs in a process of its own, which alone imports what it needs, and returns figures ---
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Ours, whole: reading, tokenising, writing and fsync; it trains a tokenizer where none is given."""
-    t = load_ours()
+    import transformers
+
+    import train_h100_dual as t
+
+    assert transformers.AutoTokenizer  # imported only when it is asked for; the recipe does so before its clock starts
     given = [f"--tokenizer={args.tokenizer}"] if args.tokenizer else [f"--vocab-size={args.vocab_size}"]
     cfg = config(t, args.corpus, args.folder, *given)
     if args.corpus.stat().st_size < t.SMALL_CORPUS_BYTES:
         sys.exit(
             f"{args.corpus} is so small that ours would use one process only: give a file of 16 MB of text or more"
         )
-    import transformers
-
-    assert transformers.AutoTokenizer  # imported only when it is asked for; the recipe does so before its clock starts
     os.sync()
     start, cpu = time.perf_counter(), processor_seconds()
     corpus = t.prepare_corpus(cfg)
@@ -99,31 +92,21 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
     """Encode every document with our engine and with the tokenizer's own, a thousand at a time."""
-    t = load_ours()
+    import train_h100_dual as t
+
     cfg = config(t, args.corpus, args.folder, f"--tokenizer={args.tokenizer}")
-    reference = t.load_tokenizer(args.tokenizer).backend_tokenizer
+    reference, tokenizer = t.load_tokenizer(args.tokenizer).backend_tokenizer, t.load_tokenizer(args.tokenizer)
     reference.encode_special_tokens = True  # ours takes the names of special tokens in a text for text
-    tokenizer = t.load_tokenizer(args.tokenizer)
-    encode, engine = None, ""
-    documents = tokens = 0
-    different = 0
+    encode, engine = t.make_encoder(tokenizer)
+    documents = tokens = different = 0
     for batch in document_batches(t, cfg):
-        if encode is None:
-            encode, engine = t.make_encoder(tokenizer)
         for first in range(0, len(batch.texts), 1000):
             texts = batch.texts[first : first + 1000]
             own = reference.encode_batch_fast(texts, add_special_tokens=False)
             for (ids, _), theirs in zip(encode(texts), own, strict=True):
                 documents, tokens = documents + 1, tokens + len(ids)
                 different += ids.tolist() != theirs.ids
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "engine": engine,
-        "documents": documents,
-        "tokens": tokens,
-        "different": different,
-        "peak_mib": peak,
-    }
+    return {"engine": engine, "documents": documents, "tokens": tokens, "different": different}
 
 
 PARTS = {"prepare": prepare, "recipe": recipe, "ids": compare_ids}
@@ -133,7 +116,9 @@ PARTS = {"prepare": prepare, "recipe": recipe, "ids": compare_ids}
 
 
 def run_part(name: str, args: argparse.Namespace, folder: Path, tokenizer: str | None) -> dict[str, Any]:
-    """Run a part in a fresh process and return its figures."""
+    """Run a part in a fresh process and an empty folder and return its figures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     command = [sys.executable, __file__, str(args.corpus), "--part", name, "--folder", str(folder)]
     command += ["--processes", str(args.processes), "--vocab-size", str(args.vocab_size)]
     command += ["--tokenizer", tokenizer] if tokenizer else []
@@ -144,62 +129,28 @@ def run_part(name: str, args: argparse.Namespace, folder: Path, tokenizer: str |
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_rounds(args: argparse.Namespace, work: Path, tokenizer: str) -> list[tuple[dict, dict]]:
-    """Time both sides in turn, each with a cache of its own that is removed after it; our last cache stays."""
-    rounds = []
-    for number in range(args.rounds):
-        order = ("prepare", "recipe") if number % 2 == 0 else ("recipe", "prepare")
-        found = {}
-        for name in order:
-            shutil.rmtree(work / name, ignore_errors=True)
-            (work / name).mkdir()
-            found[name] = run_part(name, args, work / name, tokenizer)
-        shutil.rmtree(work / "recipe")
-        rounds.append((found["prepare"], found["recipe"]))
-        print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
-    return rounds
-
-
-def speed_table(rounds: list[tuple[dict, dict]]) -> str:
-    """Each round's seconds, and the ratio that counts: the recipe without its reading over ours with it."""
-    rows, ratios = [], []
-    for number, (ours, theirs) in enumerate(rounds, 1):
-        ratios.append((theirs["map"] + theirs["group_texts"]) / ours["whole"])
-        rows.append([number, f"{ours['whole']:.2f}", *(f"{theirs[name]:.2f}" for name in STAGES), f"{ratios[-1]:.2f}"])
-    columns = [[float(row[index]) for row in rows] for index in range(1, 5)]
-    rows.append(["median", *(f"{statistics.median(column):.2f}" for column in columns), median_and_range(ratios)])
-    head = ["round", "ours, whole, s", *(f"{name}, s" for name in STAGES), "(map + group_texts) / ours"]
-    return table(head, rows)
-
-
-def speed_notes(rounds: list[tuple[dict, dict]], processes: int) -> str:
-    """What both sides did, and whether they found the same tokens."""
-    ours, theirs = rounds[-1]
-    seconds = statistics.median(found["whole"] for found, _ in rounds)
-    same = (ours["documents"], ours["tokens"]) == (theirs["documents"], theirs["tokens"])
-    verdict = "the same" if same else f"NOT the same ({theirs['documents']:,} and {theirs['tokens']:,})"
-    ratios = [theirs["cpu"] / ours["cpu"] for ours, theirs in rounds]
+def report(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], processes: int) -> str:
+    """Both sides' seconds and the ratio that counts: the recipe without its reading over ours with it."""
+    whole, mapping = [one["whole"] for one in ours], [one["map"] + one["group_texts"] for one in theirs]
+    rows = [["ours, whole", median_and_range(whole), ratios(mapping, whole, 2)]]
+    rows += [[f"recipe, {name}", median_and_range([one[name] for one in theirs]), ""] for name in STAGES]
+    cpu = ratios([one["cpu"] for one in theirs], [one["cpu"] for one in ours], 2)
+    last, other, seconds = ours[-1], theirs[-1], statistics.median(whole)
+    same = (last["documents"], last["tokens"]) == (other["documents"], other["tokens"])
+    verdict = "the same" if same else f"NOT the same ({other['documents']:,} and {other['tokens']:,})"
+    head = [f"{len(ours)} rounds", "s, median and range", "(map + group_texts) / ours (95 %)"]
     return (
-        f"By processor time (map + group_texts) / ours is {median_and_range(ratios)}. {processes} processes each. "
-        f"Ours: {ours['bytes'] / 1e6 / seconds:.1f} MB/s, "
-        f"{ours['tokens'] / 1e6 / seconds:.2f} M tokens/s with engine {ours['engine']}. "
-        f"{ours['documents']:,} documents, {ours['tokens']:,} tokens without ends of text; in the recipe {verdict}."
+        f"{table(head, rows)}\n\nBy processor time (map + group_texts) / ours is {cpu}. {processes} processes each. "
+        f"Ours: {last['bytes'] / 1e6 / seconds:.1f} MB/s, {last['tokens'] / 1e6 / seconds:.2f} M tokens/s with engine "
+        f"{last['engine']}. {last['documents']:,} documents, {last['tokens']:,} tokens without ends of text; in the "
+        f"recipe {verdict}."
     )
-
-
-def ids_table(found: dict[str, Any]) -> str:
-    """How many ids were compared and how many documents differ."""
-    numbers = [f"{found[name]:,}" for name in ("documents", "tokens", "different")]
-    head = ["engine", "documents", "tokens", "documents that differ", "peak memory, MiB"]
-    return table(head, [[found["engine"], *numbers, f"{found['peak_mib']:.0f}"]])
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the options."""
     available = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", metavar="CORPUS", type=corpus_file, help=".jsonl, .jsonl.gz or .jsonl.zst with text")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokenizer trained first (default 16384)")
@@ -222,13 +173,13 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.processes])  # ours takes as many as it may
     with tempfile.TemporaryDirectory(prefix="prepare_speed_") as name:
         work = Path(name)
-        tokenizer = args.tokenizer
-        if not tokenizer:
-            tokenizer = run_part("prepare", args, work / "first", None)["path"] + "/tokenizer"
-        rounds = run_rounds(args, work, tokenizer)
+        tokenizer = args.tokenizer or run_part("prepare", args, work / "first", None)["path"] + "/tokenizer"
+        sides = {name: lambda name=name: run_part(name, args, work / name, tokenizer) for name in ("prepare", "recipe")}
+        rounds = take_turns(sides, args.rounds)
         ids = run_part("ids", args, work / "ids", tokenizer)
-    print(speed_table(rounds), speed_notes(rounds, args.processes), sep="\n\n")
-    print(f"\nIds, our engine against the tokenizer's own encode_batch_fast:\n\n{ids_table(ids)}\n")
+    print(report(rounds["prepare"], rounds["recipe"], args.processes))
+    compared = f"{ids['documents']:,} documents, {ids['tokens']:,} tokens"
+    print(f"\nIds of the engine {ids['engine']} against encode_batch_fast: {compared}, {ids['different']:,} differ.\n")
     print(provenance("torch", "transformers", "datasets", "tokenizers", "tiktoken"))
     if ids["different"]:
         sys.exit(f"{ids['different']} documents differ: the fast engine must not be used for this tokenizer")
