@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -76,20 +77,10 @@ def main() -> None:
         corpora = {f"documents of {length:,}": corpus_of(stream, length) for length in (30, 30_000)}
         corpora["documents of 30, every other"] = corpus_of(stream, 30, every_other=True)
         loaders = {PLAIN: plain_slices(cfg, stream), **{name: load(cfg, part) for name, part in corpora.items()}}
-        speeds = take_turns(
-            {
-                name: lambda batches=batches: tokens_per_second(batches, args.seconds)
-                for name, batches in loaders.items()
-            },
-            args.blocks,
-            warm_up=1,
-        )
-        print(
-            table(
-                ["", "M tokens/s, median and range"],
-                [[name, median_and_range(found, 1)] for name, found in speeds.items()],
-            )
-        )
+        calls = {name: partial(tokens_per_second, batches, args.seconds) for name, batches in loaders.items()}
+        speeds = take_turns(calls, args.blocks, warm_up=1)
+        rows = [[name, median_and_range(figures, 1)] for name, figures in speeds.items()]
+        print(table(["", "M tokens/s, median and range"], rows))
         lines = []
         for name, corpus in corpora.items():
             documents, times = corpus.domains[0], []

@@ -131,9 +131,10 @@ def time_opening(cfg: ours.TrainConfig) -> dict[str, str]:
 def read_an_epoch(cfg: ours.TrainConfig) -> list[tuple[int, int]]:
     """MB of (anonymous, file-backed) memory of this process, before and ten times while it reads one epoch."""
     corpus = ours.prepare_corpus(cfg)
-    steps = corpus.rows(cfg.max_seq_length) // (cfg.batch_size * cfg.gradient_accumulation_steps)
+    micro_steps = cfg.gradient_accumulation_steps
+    steps = corpus.rows(cfg.max_seq_length) // (cfg.batch_size * micro_steps)
     loader = ours.make_loader(cfg, corpus, ours.rank_positions(cfg, 0, 1, range(steps)))
-    found, every = [resident()], max(1, steps // 10)
+    found, every = [resident()], max(1, steps * micro_steps // 10)
     for number, _ in enumerate(loader, 1):
         if number % every == 0:
             found.append(resident())
