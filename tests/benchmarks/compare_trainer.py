@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,19 @@ def comparison(ours: dict[int, dict[str, float]], trainer: dict[int, dict[str, f
     return f"{table(['step', 'run', *(name.removeprefix('val_') for name in FIGURES)], rows)}\n\n{ratio}"
 
 
+def reached(records: list[dict[str, Any]], loss: float, step_tokens: int) -> tuple[int, float] | None:
+    """Our first evaluation that isn't above ``loss``: its step, and the seconds of training until then."""
+    step = next((record["step"] for record in records if record.get("val_loss", math.inf) <= loss), None)
+    if step is None:
+        return None
+    seconds, before = 0.0, 0
+    for record in records:
+        if "tokens_per_second" in record and record["step"] <= step:
+            seconds += (record["step"] - before) * step_tokens / record["tokens_per_second"]
+            before = record["step"]
+    return step, seconds
+
+
 def main() -> None:
     """Train one rank's share and, on rank 0, print the figures."""
     parser = argparse.ArgumentParser(
@@ -115,7 +129,7 @@ def main() -> None:
     parser.add_argument("--ours", type=Path, required=True, metavar="METRICS_JSONL", help="our run's metrics.jsonl")
     own, rest = parser.parse_known_args()
     rank, world_size = t.rank_and_world()
-    records = map(json.loads, own.ours.read_text(encoding="utf-8").splitlines())
+    records = [json.loads(line) for line in own.ours.read_text(encoding="utf-8").splitlines()]
     ours = {record["step"]: record for record in records if "val_loss" in record}
     typed = t.parse_args(rest)
     cfg, _ = t.resolve_config(typed, "cuda" if typed.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -123,19 +137,28 @@ def main() -> None:
     model = t.build_model(cfg, corpus.tokenizer)
     # What evaluate() asks of a Run; Trainer trains these very weights.
     run = SimpleNamespace(cfg=cfg, corpus=corpus, loss_module=t.LMWithLoss(model), stop=NeverStop())
-    run.batch_size, evaluations = cfg.batch_size, {}
+    run.batch_size, evaluations, apart = cfg.batch_size, {}, 0.0  # seconds
 
     def evaluate(args: Any, state: Any) -> None:
+        nonlocal apart
         if state.global_step % cfg.eval_steps == 0 or state.global_step == state.max_steps:
             ranks = {"num_processes": args.world_size, "process_index": args.process_index}
-            run.accelerator = SimpleNamespace(device=args.device, **ranks)
+            run.accelerator, evaluating = SimpleNamespace(device=args.device, **ranks), time.perf_counter()
             evaluations[state.global_step] = t.evaluate(cast(t.Run, run))
+            apart += time.perf_counter() - evaluating
 
-    steps = t.total_steps(cfg, corpus.rows(cfg.max_seq_length), cfg.tokens_per_step(world_size))
+    step_tokens = cfg.tokens_per_step(world_size)
+    steps = t.total_steps(cfg, corpus.rows(cfg.max_seq_length), step_tokens)
     rows = RowsInOrder(cfg, corpus, corpus.rows(cfg.max_seq_length))  # an epoch, which Trainer shuffles
-    build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluate).train()
+    trainer = build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluate)
+    begun = time.perf_counter()
+    trainer.train()
+    seconds, loss = time.perf_counter() - begun - apart, evaluations[steps]["val_loss"]
     if rank == 0:
-        print(comparison(ours, evaluations), provenance("torch", "transformers"), sep="\n\n")
+        first = reached(records, loss, step_tokens)
+        ours_first = f"at step {first[0]} ({first[0] / steps:.2f}), {first[1]:.0f} s" if first else "never"
+        goal = f"Trainer's last val_loss, {loss:.4f}: {steps} steps, {seconds:.0f} s of training; ours: {ours_first}"
+        print(comparison(ours, evaluations), goal, provenance("torch", "transformers"), sep="\n\n")
 
 
 if __name__ == "__main__":
