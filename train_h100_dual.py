@@ -1663,6 +1663,7 @@ LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before th
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
 SPIKE_WINDOW = 128  # steps by which a loss or a gradient norm is judged
 COMPILE_MINUTES = 30  # that the first step may take longer than --hang-timeout
+ATTENTION_NAME = "packed_causal"  # under which transformers knows ``causal_attention``
 logger = logging.getLogger("h100_dual")
 
 # ==== Runtime: logs, the accelerator ==================================================
@@ -1989,7 +1990,6 @@ def text_records(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, 
 
 
 def table_records(source: str, text_column: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a file, or of a data set of the hub, of which nothing is executed."""
     if name := HUB_NAME.fullmatch(source):
         import datasets
 
@@ -2055,7 +2055,6 @@ def read_chunks(cfg: TrainConfig, files: list[Path], size: int | None = None) ->
 
 
 def pinned_dataset(cfg: TrainConfig) -> str:
-    """The hub's data set with its commit: the newest where none is known."""
     if pin := known_pin(cfg):
         return pin
     repository, revision, *more = HUB_NAME.fullmatch(corpus_name(cfg)).groups()
@@ -2429,7 +2428,6 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
 
 
 def write_cache(folder: Path, cfg: TrainConfig, files: list[Path]) -> None:
-    """Prepare a corpus into ``folder``: the tokenizer (the one that was named, or a new one), stream, index, report."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a helper keeps one core busy, and has no threads after its fork
     config, place = model_settings(cfg), folder / "tokenizer"
     if cfg.tokenizer or cfg.init_from:
@@ -2626,8 +2624,8 @@ def write_dummy_data(folder: Path) -> Path:
     }
     draw, lines = random.Random(0), []  # the same text on every machine
     for lang, grammar in [*grammars.items()] * 1000:
-        parts = [part.split("|") for part in grammar.split("/")]
-        text = " ".join(draw.choice(part) for _ in range(draw.randint(3, 16)) for part in parts)
+        parts = [part.split("|") for part in grammar.split("/")] * draw.randint(3, 16)
+        text = " ".join(map(draw.choice, parts))
         lines.append(json.dumps({"text": text, "lang": lang}, ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -2648,7 +2646,6 @@ class RowOrder:
             taken[chosen] += 1
 
     def __call__(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domain and row (int64) at each position (int64)."""
         turn, slot = np.divmod(np.asarray(position, np.int64), len(self.slot_domain))
         domain, row = self.slot_domain[slot], np.empty(len(position), np.int64)
         for index, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
@@ -2693,13 +2690,9 @@ def make_loader(cfg: TrainConfig, corpus: Corpus, positions: Iterator[np.ndarray
 
 # ==== Model and optimizer: decoder, loss, attention; AdamW, Muon, schedule ============
 
-ATTENTION_NAME = "packed_causal"
 
-
-def causal_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of rows, (batch, heads, tokens, size), without the mask that keeps flash and cuDNN out."""
+def causal_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple:
+    """Causal attention of tensors (batch, heads, tokens, size), without the mask that keeps flash and cuDNN out."""
     settings = {"dropout_p": options.get("dropout") or 0.0, "scale": options.get("scaling")}
     settings["enable_gqa"] = query.shape[1] != key.shape[1]
     causal = query.shape[2] == key.shape[2]  # while generating, a single query sees all cached keys
@@ -2762,25 +2755,14 @@ def choose_attention(model: nn.Module) -> None:
         model.set_attn_implementation(name)
 
 
-def model_settings(cfg: TrainConfig, tokenizer: Any = None) -> Any:
-    """The configuration that --model-config or --init-from names, or a preset's: as it is, or for a tokenizer."""
+def model_settings(cfg: TrainConfig) -> Any:
     if source := cfg.model_config or cfg.init_from:
         with refusing("모델을 만들 수 없는 설정입니다", source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    else:
-        preset = PRESETS[cfg.model_size]
-        sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
-        sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
-        config = AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
-    if tokenizer is None:
-        return config
-    text = config.get_text_config()
-    text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
-    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
-    if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
-        text.max_position_embeddings = cfg.max_seq_length
-    return config
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    preset = PRESETS[cfg.model_size]
+    sizes = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_hidden_layers": preset.layers}
+    sizes |= {"num_attention_heads": preset.hidden // preset.head, "max_position_embeddings": cfg.max_seq_length}
+    return AutoConfig.for_model("llama", **sizes, rms_norm_eps=1e-5, tie_word_embeddings=True)
 
 
 def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
@@ -2793,7 +2775,13 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
             raise ValueError("\n".join(problems))
         embedding.padding_idx = None  # it may be the end of text's, and that row has to learn
     else:
-        config = model_settings(cfg, tokenizer)
+        config = model_settings(cfg)
+        text = config.get_text_config()
+        text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
+        text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
+        if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
+            text.max_position_embeddings = cfg.max_seq_length
         with refusing("모델을 만들 수 없는 설정입니다", cfg.model_config or cfg.model_size), torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             choose_attention(model)
@@ -3031,17 +3019,15 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
 
 def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelerator) -> bool:
     """Whether there is memory for two steps of a new model; without any collective, as one rank may fail alone."""
-    shape, first_buckets = (size, cfg.max_seq_length + 1), []
     try:
         loss_module = build_loss(cfg, tokenizer, accelerator.device)
         optimizer = build_optimizer(loss_module.model, cfg, alone=True)
         model = accelerator.prepare_model(loss_module, evaluation_mode=True)
-        # DDP's buckets: those of the gradients, and the first ones, which NCCL may hold while it makes them anew.
-        for weight in loss_module.parameters() if accelerator.num_processes > 1 else ():
-            weight.grad = torch.zeros_like(weight)
-            first_buckets.append(torch.empty_like(weight))
-        for _ in range(2):
-            model(torch.zeros(shape, dtype=torch.int64, device=accelerator.device)).backward()
+        if accelerator.num_processes > 1:  # DDP makes its buckets anew, while NCCL may still hold the first ones
+            model.first_buckets = [torch.empty_like(weight) for weight in model.parameters()]
+        rows = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
+        for _ in range(2):  # the second beside gradients and the optimizer's state
+            model(rows).backward()
             optimizer.step()
     except RuntimeError as error:
         if not is_out_of_memory(error):
