@@ -511,8 +511,7 @@ def query_gpus(visible: str | None) -> list[Gpu]:
     fits = [[name for name in gpus if key == name[0] or name[1].startswith(key)] for key in wanted]  # a UUID's start
     if any(len(names) != 1 for names in fits) or len({names[0] for names in fits}) < len(fits):
         reason = "MIG 장치로는 학습할 수 없습니다" if "MIG-" in visible else "없거나 두 번 고른 GPU가 있습니다"
-        advice = "nvidia-smi -L 이 보여 주는 번호나 GPU-로 시작하는 UUID를 쓰세요"
-        raise EnvironmentProblem(f"CUDA_VISIBLE_DEVICES={visible}: {reason}. {advice}")
+        raise EnvironmentProblem(f"CUDA_VISIBLE_DEVICES={visible}: {reason}. nvidia-smi -L 의 번호나 UUID를 쓰세요")
     return [gpus[names[0]] for names in fits]
 
 
@@ -738,8 +737,6 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
 
 
 # --- the corpus and the length of a run ---
-
-
 def corpus_name(cfg: TrainConfig) -> str:
     return ", ".join(map(str, cfg.dataset_path))
 
@@ -902,8 +899,6 @@ def peak_rate(cfg: TrainConfig, parameters: int, tokens: int, info: dict[str, An
 
 
 # --- the model that is to come, and the room that it takes ---
-
-
 def read_config(source: Path | str | None) -> dict[str, Any]:
     """The config.json that ``source``, a directory or the file itself, stands for; empty where it isn't here."""
     path = Path(source or os.devnull)
@@ -1197,7 +1192,6 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     estimated = "" if plan.exact else " (추정)"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
-    accumulation = point.step_tokens // (cfg.batch_size * world_size * cfg.max_seq_length)
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
     matrices = shape.matrix_parameters() if shape else 0
     rate = peak_rate(cfg, matrices, tokens, point.info)[1]
@@ -1208,7 +1202,6 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
         training["권장"] = f"--optimizer muon --learning-rate auto ({format_value(best)}){estimated}"
     training |= {"최대 시퀀스 길이": cfg.max_seq_length, "Mixed Precision": cfg.precision}
     training |= {"모델 컴파일": str(cfg.compile).lower(), "옵티마이저": cfg.optimizer, "모델 파라미터": parameters}
-    training |= {"기울기 누적": "배치 크기에 맞춤" if cfg.find_batch_size else accumulation}
     run = f"{plan.steps:,} 스텝, {tokens:,} 토큰{estimated}" if tokens else "데이터를 준비한 뒤 정해집니다"
     training |= {"스텝당 토큰": f"{point.step_tokens:,}", "전체 학습": run}
     paths = {"데이터셋": "더미 데이터" if uses_dummy_data(cfg) else ", ".join(map(display_path, cfg.dataset_path))}
