@@ -263,7 +263,7 @@ def switch(flags: dict[str, tuple[Any, str]], default: Any = False, **more: Any)
     return option("", (), "", default, flags=flags, **more)
 
 
-POSITIVE, SHARE, RATE = (int, 1), (float, 0, 1), (float, 1e-9, 1)
+POSITIVE, RATE = (int, 1), (float, 1e-9, 1)
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
 
@@ -308,7 +308,7 @@ class TrainConfig:
     gradient_accumulation_steps: int | None = option("N", POSITIVE, "기울기 누적 횟수", {"base": 8, "test": 1})
     optimizer: str = option("", OPTIMIZERS, "옵티마이저 (muon: 은닉 행렬은 Muon, 나머지는 AdamW)", default="adamw")
     lr_schedule: str = option("", ("wsd", "cosine", "linear", "constant"), "학습률 스케줄", default="wsd")
-    warmup_ratio: float = option("F", SHARE, "워밍업 비율", default=0.05)
+    warmup_ratio: float = option("F", (float, 0, 1), "워밍업 비율", default=0.05)
     decay_ratio: float = option("F", (float, 0.01, 1), "wsd가 끝에서 내려가는 구간의 비율", default=0.2)
     weight_decay: float = option("F", (float, 0, 10), "가중치 감쇠 (행렬에만)", default=0.1)
     max_grad_norm: float = option("F", (float, 1e-6), "기울기 클리핑 최대 노름", default=1.0)
@@ -440,9 +440,8 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
         problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-    half_only = ("cudnn", "flash", "fa3") if cfg.precision == "fp32" else ()
-    unusable = {"cpu": ("cudnn", "efficient", "fa3"), "cuda": half_only}
-    if cfg.attention in unusable.get(cfg.device, ()):
+    unusable = ("cudnn", "efficient", "fa3") if cfg.device == "cpu" else ("cudnn", "flash", "fa3")  # in fp32
+    if cfg.attention in unusable and (cfg.device == "cpu" or (cfg.device == "cuda" and cfg.precision == "fp32")):
         problems.append(f"--attention {cfg.attention}: 이 설정에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
     if problems:
         raise UsageProblem(problems)
@@ -1189,7 +1188,6 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     model = f"추정, {display_path(Path(source))}" if source else cfg.model_size
     parameters = f"{shape.parameter_count(cfg.vocab_size) / 1e6:,.1f}M ({model})" if shape else "읽은 뒤 정해집니다"
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
-    length += f", 최대 {cfg.max_tokens:,} 토큰" if cfg.max_tokens else ""
     estimated = "" if plan.exact else " (추정)"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
     training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
@@ -1320,7 +1318,13 @@ class StopFlag:
         self.limit, self.log = 0.0, None  # seconds without a heartbeat that are a hang, and where it is told
         self.armed = math.inf  # when the timer was last set; infinite while there is none
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        follow_agent()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return  # a shell may well go away
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no orphan of a killed torchrun holds a GPU
+        with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
+            if os.environ.get("H100_DUAL_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
+                return
+        os._exit(0)  # torchrun was gone before we asked
 
     def listen(self) -> None:
         """From now on there is something to save; before, the kernel ends us, also in a collective that never ends."""
@@ -1337,17 +1341,6 @@ class StopFlag:
         if now - self.armed > min(1.0, self.limit / 10):  # setting it costs 0.1 ms; it needs no thread and no GIL
             faulthandler.dump_traceback_later(self.limit, exit=True, file=self.log)
             self.armed = now
-
-
-def follow_agent() -> None:
-    """Under torchrun let the kernel send us SIGTERM when it dies, so that no orphan holds a GPU."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return  # a shell may well go away
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    with suppress(OSError):  # it died just now, or belongs to somebody else, as whoever adopts orphans may
-        if os.environ.get("H100_DUAL_RUN_ID", "").encode() in Path(f"/proc/{os.getppid()}/environ").read_bytes():
-            return
-    os._exit(0)  # torchrun was gone before we asked
 
 
 # ==== Watching: --status, --follow, training_curves.png ===============================
@@ -1425,11 +1418,9 @@ def run_status(cfg: TrainConfig) -> dict[str, Any]:
         "state": "running" if pid else ended,
         "stopping": bool(pid and info.get("stop_requested")),
         "pid": int(pid) if pid else None,
-        "started": info.get("started"),
         # The last logged one while it runs, or died; one that ended by itself has said which was its last.
         "step": info["step"] if not pid and "step" in info and ended != "failed" else latest.get("step"),
-        "total_steps": info.get("total_steps"),
-        **{name: {**latest, **info}.get(name) for name in STATUS_LINES},
+        **{name: {**latest, **info}.get(name) for name in ("started", "total_steps", *STATUS_LINES)},
         "seconds_left": seconds_left(records, info.get("total_steps")) if pid else None,
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
