@@ -362,7 +362,7 @@ def with_cuda(place: Place, tmp_path: Path) -> None:
     (package / "__init__.py").write_text(
         "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 2)\n"
         "    get_device_capability = staticmethod(lambda: (8, 0))\n"
-        "class version:\n    cuda = '12.8'\n"
+        "class version:\n    cuda = '12.8'\n__version__ = '2.13.0+cu128'\n"
     )
     place.environment["PYTHONPATH"] = str(package.parent)
 
