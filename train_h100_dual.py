@@ -1742,8 +1742,7 @@ SELF_TEST_ADVICE = {  # its parts in their order, and what to try where one fail
     "compile": "torch.compile을 쓸 수 없습니다. --no-compile 로 시작할 수 있습니다",
     "compute": "GPU가 계산을 마치지 못합니다. nvidia-smi 와 dmesg(Xid)를 보고 다른 GPU를 고르세요",
     "attention": "어텐션 커널을 쓸 수 없습니다. --attention math 로 시작할 수 있습니다",
-    "reduce": "GPU 사이의 통신이 되지 않습니다. 컨테이너라면 --ipc=host 를, 아니면 NCCL_P2P_DISABLE=1 을 써 보세요 "
-    "(BIOS의 ACS나 IOMMU가 P2P를 멈추게 합니다)",
+    "reduce": "GPU 사이의 통신이 되지 않습니다. --ipc=host(컨테이너), NCCL_P2P_DISABLE=1, BIOS의 ACS 끄기를 해 보세요",
 }
 
 
@@ -1753,15 +1752,12 @@ def check_compiler(device: torch.device) -> float:
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(1024, device=device)).item()
     except Exception as error:  # each backend and each compiler has its own
-        compilers = [name for name in (os.environ.get("CC", "cc"), "gcc", "clang") if shutil.which(name)]
-        if compilers and header.exists():
+        has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        lacking = [] if has_compiler else ["C 컴파일러가 없습니다 (apt install gcc)"]
+        lacking += [] if header.exists() else [f"{header} 파일이 없습니다 (apt install python3-dev)"]
+        if not lacking:
             raise
-        advice = (
-            f"{header} 파일이 없습니다 (apt install python3-dev)"
-            if compilers
-            else "C 컴파일러가 없습니다 (apt install gcc)"
-        )
-        raise RuntimeError(advice) from error
+        raise RuntimeError(". ".join(lacking)) from error
     return time.perf_counter() - begun
 
 
@@ -3071,9 +3067,6 @@ class Run:
         return self.accelerator.is_main_process
 
 
-# --- checkpoints: Hugging Face models with a training state beside them ---
-
-
 @functools.cache
 def provenance() -> dict[str, Any]:
     """What a run is made of: versions, and the commit of this checkout, with a plus where it was changed."""
@@ -3383,10 +3376,7 @@ class StepLog:
         return bool(asked)
 
     def judge(self, step: int, loss: float, grad_norm: float, verdict: float) -> None:
-        """Tell of a step that stands out (2) or isn't finite (1); RuntimeError, on all ranks, where NaN come too often.
-
-        A spike is skipped like a NaN, unless the person or FP16, whose scaler skips by itself, leaves it to this line.
-        """
+        """Tell of a step that stands out (2) or isn't finite (1); RuntimeError, on all ranks, where too many aren't."""
         run, state = self.run, self.state
         state.loss = loss
         if not verdict:
@@ -3716,22 +3706,18 @@ def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def skips_spikes(run: Run) -> bool:
-    return run.cfg.skip_spikes and run.accelerator.scaler is None
+    return run.cfg.skip_spikes and run.accelerator.scaler is None  # which skips by itself
 
 
 def find_spike(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-    """Whether a step stands out by 6 standard deviations, on the device (OLMo-core's skip-step optimizer).
-
-    Of values that are the same on all ranks.  Before the window is full it holds NaN, which nothing is above; what
-    isn't finite never enters it.  After three skips in a row the step is taken: the loss may really have changed.
-    """
+    """Whether a step stands out by 6 standard deviations, on the device (OLMo-core's skip-step optimizer)."""
+    # Values and window are the same on all ranks.  Before the window is full it holds NaN, which nothing is above; what
+    # isn't finite never enters it.  After three skips in a row the step is taken: the loss may really have changed.
     window, values = run.spike_window, torch.stack([loss, grad_norm])
-    usual = window[:2]
-    is_high = (values > usual.mean(1) + 6 * usual.std(1)).any() & torch.isfinite(values).all()
-    spike = is_high & ~window[2, -3:].bool().all()
-    skipped = spike.float() * skips_spikes(run)
-    shifted = torch.cat([window[:, 1:], torch.cat([values, skipped[None]])[:, None]], 1)
-    window.copy_(torch.where(torch.isfinite(values).all(), shifted, window))
+    is_finite, most = torch.isfinite(values).all(), window[:2].mean(1) + 6 * window[:2].std(1)
+    spike = is_finite & (values > most).any() & ~window[2, -3:].bool().all()
+    column = torch.cat([values, (spike * skips_spikes(run)).float()[None]])
+    window.copy_(torch.where(is_finite, torch.cat([window[:, 1:], column[:, None]], 1), window))
     return spike
 
 
@@ -4052,7 +4038,7 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
             # Kernels shall outlive a container's /tmp, where they stay only instead of a disk over the network, whose
             # locks don't hold; one cache for each attention, which a graph's key doesn't name.
             disks = [disk for disk in psutil.disk_partitions(all=True) if cfg.cache_dir.is_relative_to(disk.mountpoint)]
-            kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype
+            _, kind = max(((len(disk.mountpoint), disk.fstype) for disk in disks), default=(0, ""))
             remote = kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "gpfs", "fuse.sshfs"))
             folder = Path(f"/tmp/h100_dual_{os.getuid()}") if remote else cfg.cache_dir
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled" / cfg.attention))
