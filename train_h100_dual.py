@@ -440,6 +440,8 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
     if cfg.device == "cpu" and cfg.find_batch_size:
         problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
+    if cfg.device == "cpu" and cfg.bf16_allreduce:  # DDP's hook asks for NCCL
+        problems.append("--bf16-allreduce: CPU에서는 쓸 수 없습니다. 빼고 실행하세요")
     unusable = ("cudnn", "efficient", "fa3") if cfg.device == "cpu" else ("cudnn", "flash", "fa3")  # in fp32
     if cfg.attention in unusable and (cfg.device == "cpu" or (cfg.device == "cuda" and cfg.precision == "fp32")):
         problems.append(f"--attention {cfg.attention}: 이 설정에서는 쓸 수 없습니다. --attention auto 를 쓰세요")

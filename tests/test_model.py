@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from samples import SHAPE, Words, config, options
+from samples import SHAPE, SMALL_MODEL, Words, config, options
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import train_h100_dual as t
@@ -77,6 +77,27 @@ def test_one_compiled_graph_without_a_mask_serves_all_layers_and_gives_the_same_
             assert len(call.args) == 3
     torch._dynamo.reset()
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [(), ("--gradient-checkpointing",)])
+def test_parts_compiled_apart_find_what_the_whole_model_does(tmp_path, more, backend):
+    cfg, rows, found = config(tmp_path, *SMALL_MODEL, *more), torch.arange(66).reshape(2, 33) * 7 % 500, []
+    for compiles in (
+        lambda module: module,
+        lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
+        lambda module: module.compile_parts(backend=backend) or module,
+    ):
+        torch._dynamo.reset()
+        module = t.LMWithLoss(t.build_model(cfg, Words()))
+        loss = compiles(module)(rows)
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in module.parameters())])
+    torch._dynamo.reset()
+    eager, whole, parts = found
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(parts, eager, strict=True))
+    if backend == "aot_eager":
+        assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
 def test_a_model_configuration_can_be_brought_along(tmp_path):

@@ -43,10 +43,16 @@ def test_two_ranks_and_micro_steps_give_the_gradients_of_one_large_batch(togethe
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="DDP's hook asks for a build of PyTorch with CUDA")
 def test_gradients_that_cross_in_bf16_are_rounded_and_no_more(together, tmp_path):
     rounded = find_together(tmp_path, "--bf16-allreduce")["gradients"]
     assert_close(rounded, together["gradients"], 2**-7)
     assert any(not torch.equal(rounded[name], value) for name, value in together["gradients"].items())
+
+
+def test_two_compiled_graphs_serve_ddp_no_sync_and_checkpointing(together):
+    assert together["graphs"] == (2, 0)  # of a layer, and of the head with its loss; none is cut
+    assert_close(together["compiled"], together["gradients"])
 
 
 def test_an_evaluation_by_two_ranks_finds_what_one_does(together, tmp_path):

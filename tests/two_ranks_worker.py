@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from samples import tiny_run
+from torch._dynamo.utils import counters
 
 import train_h100_dual as t
 
@@ -52,8 +53,13 @@ def muon_steps(steps: int = 4) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    run = tiny_run(Path(sys.argv[1]), *sys.argv[2:])
+    words = [Path(sys.argv[1]), *sys.argv[2:]]
+    run = tiny_run(*words)
     together = {"figures": t.evaluate(run), "gradients": step_gradients(run), "muon": muon_steps()}
+    compile_parts = t.LMWithLoss.compile_parts
+    t.LMWithLoss.compile_parts = lambda module: compile_parts(module, backend="aot_eager")  # and no minutes of kernels
+    together["compiled"] = step_gradients(tiny_run(*words, "--compile", "--gradient-checkpointing"))
+    together["graphs"] = counters["stats"]["unique_graphs"], len(counters["graph_break"])
     if run.is_main:
         torch.save(together, Path(sys.argv[1]) / "together.pt")
     run.accelerator.end_training()
