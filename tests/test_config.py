@@ -70,9 +70,9 @@ def test_kernels_for_half_precision_are_refused_in_fp32_on_a_gpu(attention):
 
 
 @pytest.mark.parametrize("argv", [
-    "--device cpu --fp16", "--device cpu --attention cudnn", "--device cpu --bf16-allreduce",
-    "--test --resume", "--vocab-size 1000", "--dummy-data --dataset-path x", "--model-config a --init-from b", "--test --train", "--compile --no-compile",
-    "--generate a --train --prompt x",
+    "--device cpu --fp16", "--device cpu --attention cudnn", "--device cpu --bf16-allreduce", "--test --resume",
+    "--vocab-size 1000", "--dummy-data --dataset-path x", "--model-config a --init-from b", "--test --train",
+    "--compile --no-compile", "--generate a --train --prompt x",
 ])  # fmt: skip
 def test_combinations_that_cannot_be_meant_are_refused(argv):
     words = argv.split()
