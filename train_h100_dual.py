@@ -2264,8 +2264,7 @@ def document_start(tokenizer: Any) -> list[int]:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Up to the largest id: there may be holes below it, which ``len`` doesn't count."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values()) + 1  # there may be holes below it, which ``len`` doesn't count
 
 
 def tiktoken_ranks(spec: dict[str, Any]) -> dict[bytes, int] | None:
@@ -2730,9 +2729,8 @@ def choose_attention(model: nn.Module) -> None:
     AttentionInterface.register(ATTENTION_NAME, causal_attention)
     config = model.config
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    name = ATTENTION_NAME if full and not getattr(config, "sliding_window", None) else "sdpa"
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # which SDPA can't do
-        name = "eager"
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA can't do
+    name = "eager" if capped else ATTENTION_NAME if full and not getattr(config, "sliding_window", None) else "sdpa"
     with suppress(ValueError):  # the model knows its own only
         model.set_attn_implementation(name)
 
@@ -2762,8 +2760,7 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
         text.vocab_size = -(-vocabulary_size(tokenizer) // 128) * 128
         text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
-        if getattr(text, "max_position_embeddings", cfg.max_seq_length) < cfg.max_seq_length:
-            text.max_position_embeddings = cfg.max_seq_length
+        text.max_position_embeddings = max(cfg.max_seq_length, getattr(text, "max_position_embeddings", None) or 0)
         with refusing("모델을 만들 수 없는 설정입니다", cfg.model_config or cfg.model_size), torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             choose_attention(model)
@@ -2863,10 +2860,9 @@ class LMWithLoss(nn.Module):
         return torch.cat([F.cross_entropy((part @ weight.t()).float(), goal, reduction="none") for part, goal in parts])
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile the layers, which are one graph for all of them, and the head with its loss apart."""
         torch._dynamo.config.optimize_ddp = False  # which would cut a graph at each border of DDP's buckets
         for layer in next((module for module in self.model.modules() if isinstance(module, nn.ModuleList)), ()):
-            layer.compile(**options)
+            layer.compile(**options)  # one graph serves all of them
         self.head_loss = torch.compile(self.head_loss, **options)
 
 
@@ -2899,13 +2895,12 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, alone: bool = False) -> 
 
 def newton_schulz(matrices: torch.Tensor, out: torch.Tensor) -> None:
     """Orthogonalise ``matrices`` (n, rows, columns), overwriting them, into ``out`` (Jordan et al., "Muon", 2024)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     now, then = (matrices, out) if matrices.shape[1] <= matrices.shape[2] else (matrices.mT, out.mT)
     now.div_(torch.linalg.vector_norm(now, dim=(1, 2), keepdim=True).clamp_(min=1e-7))
     for _ in range(5):  # an odd number, so that the last one ends in ``out``
         gram = now @ now.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        torch.baddbmm(now, gram, now, beta=a, out=then)
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        torch.baddbmm(now, gram, now, beta=3.4445, out=then)
         now, then = then, now
 
 
@@ -2927,10 +2922,8 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every weight from its gradient, which is used up."""
-        groups = self.param_groups
-        found_inf = getattr(self, "found_inf", groups[0]["params"][0].new_zeros(()))
-        kept = 1 - found_inf
+        found_inf = getattr(self, "found_inf", self.param_groups[0]["params"][0].new_zeros(()))
+        groups, kept = self.param_groups, 1 - found_inf
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for weight in groups[0]["params"]:
             if not self.state[weight]:
@@ -2949,14 +2942,13 @@ class Muon(torch.optim.AdamW):
         self.param_groups = groups
 
     def update(self, alike: list[nn.Parameter], kept: torch.Tensor) -> None:
-        """Orthogonalise this rank's share of matrices of one shape, gather the others' and apply all of them."""
         shape, share = alike[0].shape, -(-len(alike) // self.ranks)
         mine = slice(self.rank * share, (self.rank + 1) * share)
         dtype = torch.float32 if alike[0].is_cpu else torch.bfloat16  # which is 22 times slower on a CPU with AVX2 only
         scratch = torch.zeros(share, *shape, dtype=dtype, device=alike[0].device)
         updates = scratch.new_empty(self.ranks * share, *shape)
         for row, weight in zip(scratch, alike[mine], strict=False):  # the last rank may have fewer, or none
-            row.copy_(weight.grad.lerp_(self.state[weight]["momentum_buffer"], self.momentum))
+            row.copy_(weight.grad.lerp_(self.state[weight]["momentum_buffer"], self.momentum))  # and so uses it up
         newton_schulz(scratch, updates[mine])
         if self.ranks > 1:
             dist.all_gather_into_tensor(updates, updates[mine])
@@ -3007,9 +2999,8 @@ def try_steps(cfg: TrainConfig, size: int, tokenizer: Any, accelerator: Accelera
         model = accelerator.prepare_model(loss_module, evaluation_mode=True)
         if accelerator.num_processes > 1:  # DDP makes its buckets anew, while NCCL may still hold the first ones
             model.first_buckets = [torch.empty_like(weight) for weight in model.parameters()]
-        rows = torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)
         for _ in range(2):  # the second beside gradients and the optimizer's state
-            model(rows).backward()
+            model(torch.zeros(size, cfg.max_seq_length + 1, dtype=torch.int64, device=accelerator.device)).backward()
             optimizer.step()
     except RuntimeError as error:
         if not is_out_of_memory(error):
