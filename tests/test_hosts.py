@@ -339,7 +339,6 @@ def supervised(
     ("exit 0", "echo stopped", "stopped", 0),  # by --max-hours
     ('rm "$0"; exit 1', "", "failed", 1),  # its Python was removed, with an environment that is made anew
     ("kill -TERM $PPID; exit 0", "echo stopped", "stopped", 130),
-    ("kill -TERM $PPID; exec sleep 1000", "echo stopped", "stopped", 130),  # it waits for ever, and has no rank yet
 ])  # fmt: skip
 def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
     tmp_path: Path, faults: str, agent: str, finalize: str, state: str, code: int
@@ -356,6 +355,12 @@ def test_a_notify_command_that_fails_is_told_and_changes_nothing(tmp_path: Path,
     code, _ = supervised(tmp_path, 'case "$*" in *finalize*) echo finished ;; esac', notify=end)
     assert (code, (tmp_path / "logs" / "training.pid").exists()) == (0, False)
     assert "--notify 명령이 실패했습니다" in (tmp_path / "logs" / "training_console.log").read_text(encoding="utf-8")
+
+
+def test_a_torchrun_that_waits_for_ever_can_be_stopped(tmp_path: Path) -> None:
+    body = 'case "$*" in *torch.distributed.run*) kill -TERM $PPID; exec sleep 1000 ;; *finalize*) echo stopped ;; esac'
+    assert supervised(tmp_path, body)[0] == 130
+    assert (tmp_path / "notified").read_text().strip() == "stopped"
 
 
 def test_a_start_that_does_not_come_on_says_so_with_the_last_line_of_the_detail_log(tmp_path: Path) -> None:
