@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, Place
-from samples import torchrun
+from samples import NeverStop, config, torchrun
+
+import train_h100_dual as t
 
 BODY = """
 import os, sys, time
@@ -100,9 +104,76 @@ def test_what_is_wrong_is_named_with_what_to_try(
     assert "--no-self-test" in text
 
 
-def test_a_run_by_hand_refuses_gpus_that_pytorch_can_not_use(place: Place, with_gpus: Callable[..., None]) -> None:
-    with_gpus(1)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_gpus_that_pytorch_can_not_use_are_refused(place: Place, with_gpus: Callable[..., None], by_hand: bool) -> None:
+    with_gpus(2)
     command = place.command("--train", "--dummy-data")
-    answer = place.execute({**command, "args": [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]})
+    if by_hand:
+        command["args"] = [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]
+    answer = place.execute(command)
     assert answer.code == 1
     assert "nvidia-smi의 GPU를 PyTorch" in answer.text
+    assert "드라이버를 올리거나 맞는 것을 설치하세요" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("compilers", "header", "sentence"),
+    [(True, False, r"Python\.h 파일이 없습니다 \(apt install python3-dev\)"), (False, True, r"C 컴파일러가 없습니다")],
+)
+def test_what_triton_lacks_is_named(tmp_path: Path, monkeypatch, compilers: bool, header: bool, sentence: str) -> None:
+    def broken(function: Callable) -> None:
+        raise ValueError("whatever Triton says")
+
+    (tmp_path / "Python.h").touch() if header else None
+    monkeypatch.setattr(t.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(t.shutil, "which", lambda name: compilers)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RuntimeError, match=sentence):
+        t.check_compiler(torch.device("cpu"))
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch, caplog) -> Callable[..., list[str]]:
+    """What two GPUs are told of their figures, where nvidia-smi shows this matrix and /dev/shm has so many MiB."""
+
+    def tell(matrix: str, shared: int = 1024, **slow: float) -> list[str]:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{matrix}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(t.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared << 20))
+        cfg = t.replace(config(tmp_path), device="cuda")
+        cfg.output_dir.mkdir()
+        found = {"compile": 4.0, "compute": 700.0, "attention": ["flash_fwd", "flash_bwd"], "reduce": 350.0, **slow}
+        with caplog.at_level("INFO", "h100_dual"):
+            t.report_self_test(cfg, [found, {**found, "compute": 690.0}])
+        return caplog.messages[1:]
+
+    return tell
+
+
+def test_a_healthy_machine_hears_four_lines(report: Callable) -> None:
+    assert report("GPU0  X  NV18") == [
+        "✅ 컴파일: 4.0초",
+        "✅ 계산: 700, 690 TFLOP/s (BF16 행렬곱)",
+        "✅ 어텐션: flash_fwd, flash_bwd (fp32와 비교)",
+        "✅ 통신: 350.0 GB/s (all-reduce, NVLink)",
+    ]
+
+
+def test_a_slow_card_slow_links_and_little_shared_memory_are_told_with_what_to_do(report: Callable) -> None:
+    lines = report("GPU0  X  PHB", shared=64, compute=620.0, reduce=20.0)
+    assert "✅ 통신: 20.0 GB/s (all-reduce, PCIe)" in lines
+    warnings = "\n".join(line for line in lines if line.startswith("⚠️"))
+    for sentence in ("랭크 0의 GPU가 10% 넘게 느려", "--bf16-allreduce", "/dev/shm에 64 MiB만", "--ipc=host"):
+        assert sentence in warnings
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("ext4", True), ("nfs4", False)])
+def test_kernels_are_kept_on_a_disk_of_this_machine(tmp_path: Path, monkeypatch, kind: str, stays: bool) -> None:
+    disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(t.psutil, "disk_partitions", lambda all: disks)
+    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in ("PATH", "HOME")})
+    for name in ("require_cuda", "set_up_logging", "run_training"):
+        monkeypatch.setattr(t, name, lambda *_: None)
+    t.main(t.replace(config(tmp_path), device="cuda"), NeverStop())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "cache")) is stays
