@@ -60,7 +60,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # ==== Options: by the standard library alone, so that any Python answers --help and a mistake within a second ====
 
@@ -487,8 +487,7 @@ def display_width(text: str) -> int:
 # ==== Plan: what can be told, and refused, before anything heavy is imported ==========
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     name: str
     total: int  # MiB of memory
     used: int
@@ -721,9 +720,8 @@ def output_problems(cfg: TrainConfig) -> list[str]:
 def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
     """A sentence if a run, which may be started anew, would remove what a training run of this ``info`` left."""
     goes_on = cfg.resume == "auto" or (cfg.resume and cfg.resume.resolve().parent == cfg.output_dir.resolve())
-    replaces = cfg.resume is None and info.get("mode") == "test"
     earlier = list_checkpoints(cfg.output_dir) or (cfg.output_dir / "metrics.jsonl").exists()
-    if not earlier or goes_on or replaces or is_restart(info):
+    if not earlier or goes_on or is_restart(info) or (cfg.resume is None and info.get("mode") == "test"):
         return []
     return [f"이전 학습의 결과가 있습니다: {cfg.output_dir} (--train --resume 이나 다른 --output-dir 를 쓰세요)"]
 
@@ -762,10 +760,9 @@ def split_name(path: Path) -> tuple[str, str, str]:
     """Of a file's name in lower case the stem, the suffix that tells the format, and that of a packed file."""
     name = path.name.lower()
     packed = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
-    name = name.removesuffix(packed)
-    stem, suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(name.removesuffix(packed))
     is_split = suffix[1:] in ("train", *HELD_OUT)  # which tells no format: kowikitext_20200920.train
-    return (name, "", packed) if is_split else (stem, suffix, packed)
+    return (stem + suffix, "", packed) if is_split else (stem, suffix, packed)
 
 
 def is_json_object(line: bytes | str) -> bool:
@@ -1065,8 +1062,7 @@ def check_use(cfg: TrainConfig) -> TrainConfig:
     return replace(complete, max_seq_length=cfg.max_seq_length)  # the model's own, unless it was typed
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
+class LaunchPlan(NamedTuple):
     cfg: TrainConfig  # complete
     files: list[Path]  # of the corpus
     gpus: list[Gpu]  # that it uses
