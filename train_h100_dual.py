@@ -414,7 +414,7 @@ def resolve_config(cfg: TrainConfig, device: str) -> tuple[TrainConfig, list[str
             adapted += switches or [f"{as_typed(item.name)} {value}"]
     cfg, notes = replace(cfg, **chosen), [f"CPU에 맞춰 바꾼 설정: {' '.join(adapted)}"] if adapted else []
     told = read_config(cfg.init_from).get("vocab_size") or -(-tokenizer_size(cfg.tokenizer) // 128) * 128
-    return replace(cfg, vocab_size=told or cfg.vocab_size), notes  # as far as the files tell it
+    return validate_config(replace(cfg, vocab_size=told or cfg.vocab_size)), notes  # as far as the files tell it
 
 
 def validate_config(cfg: TrainConfig) -> TrainConfig:
@@ -695,7 +695,6 @@ def lock_output(output_dir: Path, mode: str, patience: float = 0.0) -> Any:
 
 
 def output_problems(cfg: TrainConfig) -> list[str]:
-    """What keeps a run from writing where it is to: no right to, what an earlier one left, another that is at work."""
     problems = []
     for name in ("output_dir", "logs_dir", "cache_dir"):
         path = getattr(cfg, name)
@@ -1050,7 +1049,7 @@ def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: in
 def check_use(cfg: TrainConfig) -> TrainConfig:
     """Complete what --generate or --evaluate asks for; UsageProblem or EnvironmentProblem as ``make_launch_plan``."""
     device, _, _, problems = plan_device(cfg, 1)
-    complete = validate_config(resolve_config(cfg, device)[0])
+    complete = resolve_config(cfg, device)[0]
     path = cfg.generate or cfg.evaluate
     if not (path / "config.json").is_file():
         example = display_path([Path("outputs/checkpoint-500"), *list_checkpoints(path)][-1])
@@ -1078,7 +1077,6 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     """Complete the options on this machine; UsageProblem or EnvironmentProblem hold all that keeps a run from it."""
     device, gpus, notes, problems = plan_device(cfg, num_gpus)
     cfg, adapted = resolve_config(cfg, device)
-    validate_config(cfg)
     processes, nodes = len(gpus) or num_gpus, cfg.nnodes or int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     world_size = processes * nodes
     problems += source_problems(cfg)
@@ -1227,7 +1225,6 @@ def has_package(name: str, least: str) -> bool:
 
 
 # ==== Stops and restarts: what a run tells of itself on the disk, and how it ends =====
-#
 # Who holds what: training.pid names the supervisor, which holds the logs' lock on descriptor 9, as does torchrun; rank
 # 0 takes the outputs' lock (torchrun's ranks inherit nothing).  run_info.json's run_id tells this run from others.
 # A stop: the supervisor signals the ranks (before step 1 torchrun too); they agree, save, set "stopped", exit with 0.
