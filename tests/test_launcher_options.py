@@ -24,7 +24,7 @@ MISTAKES = {
     "machines without this one's number": (["--nnodes=2", "--rdzv-endpoint=a:1"], ["--nnodes 2", "--node-rank 0"]),
     "a number without machines": (["--node-rank", "1"], ["--node-rank", "--nnodes"]),
     "a number past the machines": (["--nnodes=2", "--node-rank=2", "--rdzv-endpoint=a:1"], ["--node-rank", "--nnodes"]),
-    "a place without a port": (["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=a"], ["--rdzv-endpoint a:29500"]),
+    "a place without port": (["--nnodes=2", "--node-rank=1", "--rdzv-endpoint=a"], ["--rdzv-endpoint 10.0.0.1:29500"]),
     "--json without --status": (["--stop", "--json"], ["--json", "--status"]),
     "value for a switch of the launcher": (["--foreground=yes"], ["--foreground=yes", "가장 가까운 옵션"]),
 }
