@@ -3422,14 +3422,15 @@ class StepLog:
         logger.info(f"   {speed:,.0f} 토큰/s | MFU {mfu} | 메모리 {memory:.1f} GB | 남은 시간 {left}")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``; one that a full disk doesn't take is kept for the next."""
+        """Append a line to ``metrics.jsonl``; what a full disk doesn't take of it is kept for the next."""
         if not self.run.is_main:
             return
         record, path = known_numbers(record), self.run.cfg.output_dir / "metrics.jsonl"
         self.unwritten += json.dumps(record).encode() + b"\n"
         try:
-            append_whole(path, self.unwritten)
-            self.unwritten = b""
+            with open(path, "ab", buffering=0) as stream:
+                while self.unwritten:  # a disk that fills up takes the first part
+                    self.unwritten = self.unwritten[stream.write(self.unwritten) :]
         except OSError as error:
             logger.warning(f"⚠️  metrics.jsonl에 쓰지 못했습니다 (다음에 다시 씁니다): {describe_error(error)[0]}")
         group = "validation" if "val_loss" in record else "train"
@@ -3467,18 +3468,6 @@ def draw_curves_beside(run: Run, wait: bool = False) -> None:
         run.painter = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if wait and run.painter.wait():
             logger.warning(f"⚠️  학습 곡선을 그리지 못했습니다. 자세한 내용: {display_path(detail_log)}")
-
-
-def append_whole(path: Path, data: bytes) -> None:
-    """Append all of ``data`` to a file or, where the disk doesn't take it, nothing."""
-    with open(path, "ab", buffering=0) as stream:
-        size = stream.tell()
-        try:
-            while data:  # a disk that fills up takes the first part
-                data = data[stream.write(data) :]
-        except OSError:
-            stream.truncate(size)
-            raise
 
 
 def cut_file(path: Path, step: int) -> None:
@@ -3632,7 +3621,8 @@ def generate_samples(run: Run, state: TrainState) -> None:
                 logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
             quoted = [f"**{prompt}**\n\n> " + text.replace("\n", "\n> ") + "\n" for prompt, text in texts.items()]
             section = "\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""])
-            append_whole(cfg.output_dir / "samples.md", section.encode())
+            with open(cfg.output_dir / "samples.md", "a", encoding="utf-8") as stream:
+                stream.write(section)
     except Exception as error:  # a model that can be trained but not generate, a full disk: no reason to end
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")

@@ -191,16 +191,27 @@ def test_no_damage_to_bookkeeping_forbids_a_resume(outputs: t.TrainConfig, name:
         assert (name in caplog.text) == (kind in ("cut", "NULs", "blank and bad lines"))
 
 
-def test_an_append_that_fails_is_cut_back(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
-    limit = f"ulimit -f 1; '{sys.executable}' -c 'import sys; sys.path.insert(0, \"{ROOT}\"); import signal; "
-    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import train_h100_dual as t; from pathlib import Path; "
-    done = subprocess.run(
-        ["bash", "-c", f'{limit}t.append_whole(Path("{path}"), b"x" * 5000)\''], capture_output=True, text=True
-    )
-    assert "File too large" in done.stderr
-    assert path.read_text() == '{"step": 1}\n'
+FULL_FILE = """
+import resource, signal, sys
+from types import SimpleNamespace
+sys.path[:0] = [{root!r}]
+import train_h100_dual as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = object.__new__(t.StepLog)
+accelerator = SimpleNamespace(log=lambda *more, **options: None)
+log.run = SimpleNamespace(is_main=True, cfg=SimpleNamespace(output_dir=t.Path({folder!r})), accelerator=accelerator)
+log.unwritten = b""
+for step in range(60):
+    room = 1000 if step < 59 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    log.write({{"step": step, "loss": 1.0}})
+"""
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_later(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FULL_FILE.format(root=str(ROOT), folder=str(tmp_path))], check=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(60)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "blank and bad lines"])
