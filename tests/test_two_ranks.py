@@ -59,6 +59,12 @@ def test_an_evaluation_by_two_ranks_finds_what_one_does(together, tmp_path):
     assert together["figures"] == pytest.approx(t.evaluate(tiny_run(tmp_path)), rel=1e-6)
 
 
+def test_an_outlier_on_one_rank_is_skipped_on_both_as_if_by_hand(together):
+    first, second = together["outlier"]
+    assert first == second, "each rank says the same of each step and ends with the same weights"
+    assert first[:2] == ([0, 2, 0, 0, 0], True)
+
+
 def test_muon_shared_among_two_ranks_gives_the_weights_of_one(together, monkeypatch):
     monkeypatch.setattr(t, "MUON_BATCH", t.MUON_BATCH)  # which the steps change
     alone = muon_steps()

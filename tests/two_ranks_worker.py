@@ -5,10 +5,12 @@ Usage: torchrun ... two_ranks_worker.py FOLDER [OPTION...]
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from samples import tiny_run
 from torch._dynamo.utils import counters
 
@@ -52,10 +54,37 @@ def muon_steps(steps: int = 4) -> dict[str, torch.Tensor]:
     return {str(index): tensor.detach() for index, tensor in enumerate([*hidden, *rest, *state])}
 
 
+def steps_beside_an_outlier(run: t.Run) -> list[tuple[list[float], bool, float]]:
+    """Three steps, the second an outlier on rank 1, then the first and third alone: by rank, what was said of each
+    step, whether both ends are the same bit for bit, and the weights' sum.
+    """
+    del run.optimizer.step  # which kept the gradients
+    rank, ranks, optimizer = run.accelerator.process_index, run.accelerator.num_processes, run.optimizer.optimizer
+    micro_steps = run.gradient_accumulation_steps
+    rows = list(t.make_loader(run.cfg, run.corpus, t.rank_positions(run.cfg, rank, ranks, range(3))))
+    start, fresh, real = copy.deepcopy(run.model.state_dict()), optimizer.state_dict(), t.propagate_nonfinite
+    verdicts, ends = [], []
+    for steps in ((0, 1, 2), (0, 2)):
+        run.model.load_state_dict(start)
+        optimizer.load_state_dict(copy.deepcopy(fresh))
+        run.spike_window.fill_(torch.nan)
+        for step in steps:
+            t.propagate_nonfinite = (lambda loss: real(loss) * 10) if (step, rank) == (1, 1) else real
+            stats = t.train_step(run, iter(rows[step * micro_steps : (step + 1) * micro_steps]), 1e-3)
+            verdicts.append(stats[2].item())
+            if step == 0:  # steps about these figures, a tenth up and down
+                wave = torch.tensor([0.9, 1.1]).repeat(t.SPIKE_WINDOW // 2)
+                run.spike_window.copy_(torch.stack([stats[0] * wave, stats[1] * wave, 0 * wave]))
+        ends.append([weight.detach().clone() for weight in run.model.parameters()])
+    same = all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    return gather_object([(verdicts, same, sum(weight.double().sum().item() for weight in ends[0]))])
+
+
 if __name__ == "__main__":
     words = [Path(sys.argv[1]), *sys.argv[2:]]
     run = tiny_run(*words)
     together = {"figures": t.evaluate(run), "gradients": step_gradients(run), "muon": muon_steps()}
+    together["outlier"] = steps_beside_an_outlier(run)
     compile_parts = t.LMWithLoss.compile_parts
     t.LMWithLoss.compile_parts = lambda module: compile_parts(module, backend="aot_eager")  # and no minutes of kernels
     together["compiled"] = step_gradients(tiny_run(*words, "--compile", "--gradient-checkpointing"))
