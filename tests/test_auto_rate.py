@@ -28,8 +28,8 @@ def planned(folder: Path, *more: str) -> str:
 
 
 def told(text: str) -> tuple[str, str]:
-    """The one rate that a text tells, and what it comes from."""
-    ((rate, basis),) = set(re.findall(r"학습률: (\S+) \(auto: ([^)]*)\)", text))
+    """The one rate that a text tells without a mark that it is estimated, and what it comes from."""
+    ((rate, basis),) = set(re.findall(r"학습률: (\S+) \(auto: ([^)]*)\)(?! \(추정\))", text))
     return rate, basis
 
 
