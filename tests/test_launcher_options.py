@@ -60,9 +60,6 @@ def assert_refused(answer: Answer, place: Place, code: int, *phrases: str) -> No
     assert list_tree(place.folder) == {}
 
 
-# --- usage, where nothing is installed ---
-
-
 def test_help_and_a_mistake_are_answered_within_a_second_where_nothing_is_installed(bare_place: Place) -> None:
     assert answer_quickly(bare_place, "--batch-size", "0").code == 2
     answer = answer_quickly(bare_place, "--help")
@@ -98,9 +95,6 @@ def test_several_mistakes_are_all_reported(place: Place) -> None:
     answer = place.run("--num-gpus", "0", "--batch-size", "0", "--learning-rate", "abc", "--outptu-dir", "x", "--seed")
     assert_refused(answer, place, 2, "--num-gpus", "--batch-size", "--learning-rate", "--output-dir", "--seed")
     assert len(answer.complaints) == 5
-
-
-# --- what the machine or its files lack ---
 
 
 def test_a_missing_data_path_is_refused(place: Place) -> None:

@@ -155,9 +155,6 @@ def test_any_paragraphs_articles_and_rows_without_quoting_come_back_the_same(tex
         assert read("--dataset-path", str(path), size=size).texts == expected
 
 
-# --- as corpora are published ---
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     (tmp_path / "data").mkdir()
@@ -274,9 +271,6 @@ def test_a_column_of_lists_is_refused_with_the_path_that_reads_it(folder):
     with pytest.raises(RuntimeError, match=r"글이 든 열: text\[\]"):
         prepare(config(folder.parent, "--dataset-path", str(path)))
     assert read("--dataset-path", str(path), "--text-column", "text[]").texts == ["1", "2", "3"]
-
-
-# --- bad records ---
 
 
 def bad_table(kind: str) -> bytes:
@@ -415,9 +409,6 @@ def test_a_carriage_return_in_a_row_is_no_end_of_the_table(folder):
     path = put(folder / "a.tsv", b"id\ttext\tlabel\n1\t1\t0\n2\tx\ry\t0\n3\t3\t0\n")
     found = read("--dataset-path", str(path))
     assert (found.texts, [bad["line"] for bad in found.bad]) == (["1", "3"], [3, 4])
-
-
-# --- what a directory stands for ---
 
 
 def listed(folder: Path, *options: str) -> tuple[list[str], dict[str, list[str]]]:

@@ -33,9 +33,6 @@ FOREIGN_OPTIONS = {
 }
 
 
-# --- reading the README ---
-
-
 def section(title: str) -> str:
     """The text below the heading ``title``, up to the next heading of its level or a higher one."""
     heading = re.search(rf"^(#+) {re.escape(title)}$", README, re.M)
@@ -76,9 +73,6 @@ def arguments_of(program: str) -> list[list[str]]:
     words = [shlex.split(line, comments=True) for line in commands()]
     found = [line[index + 1 :] for line in words for index, word in enumerate(line) if word.endswith(program)]
     return [list(arguments) for arguments in dict.fromkeys(map(tuple, found))]
-
-
-# --- options ---
 
 
 @cache
@@ -142,9 +136,6 @@ def test_no_option_is_named_that_is_not_there():
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known == set()
 
 
-# --- commands ---
-
-
 @pytest.mark.parametrize("arguments", arguments_of("run_h100_dual.sh"), ids=" ".join)
 def test_the_options_of_a_launcher_command_go_together(arguments):
     rest, own = [], launcher_options()
@@ -195,9 +186,6 @@ def test_the_two_set_up_commands_come_first():
         "./tests/run.sh",
     ]
     assert README.index(first) < README.index("\n## ")
-
-
-# --- a real test run: its files, its fields, what it prints ---
 
 
 @pytest.fixture(scope="module")

@@ -97,9 +97,6 @@ def test_every_line_of_a_run_fits_80_columns(trained):
     assert [line for line in lines if t.display_width(line) > 80] == []
 
 
-# --- status ---
-
-
 @pytest.fixture
 def alive(monkeypatch):
     """Let the supervisor of the PID file live."""
@@ -163,9 +160,6 @@ def test_a_run_that_died_without_a_word_is_told_as_failed_and_one_without_a_laun
             os.pwrite(lock.fileno(), str(dead.pid).encode(), 0)
             assert t.run_status(cfg)["state"] == "failed", "a supervisor that was killed: its ranks are about to go"
     assert [t.run_status(cfg)[name] for name in ("state", "pid")] == ["failed", None]
-
-
-# --- the followed log ---
 
 
 @pytest.fixture
@@ -341,9 +335,6 @@ def test_the_foreground_draws_a_bar_on_the_terminal_and_none_in_the_log(place: P
     assert shown[shown.index("🎯 학습 시작!\n") :].removeprefix("🎯 학습 시작!\n") == place.console()
 
 
-# --- curves ---
-
-
 def draw(folder: Path) -> bytes:
     command = [sys.executable, "-W", "error", str(SCRIPT), "internal:curves", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -381,9 +372,6 @@ def test_a_drawing_that_fails_is_said_and_training_goes_on(tmp_path, caplog):
     t.draw_curves_beside(SimpleNamespace(cfg=cfg, painter=None), wait=True)
     assert "학습 곡선을 그리지 못했습니다" in caplog.text
     assert "Traceback" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
-
-
-# --- trackers ---
 
 
 def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -443,9 +431,6 @@ def test_what_is_not_installed_is_left_out_and_said(tmp_path, monkeypatch, caplo
     cfg = config(tmp_path, "--device", "cpu", "--report-to", "tensorboard,wandb")
     assert [str(name) for name in t.build_accelerator(cfg).log_with] == ["tensorboard"]
     assert re.search(r"wandb 패키지가 없어 .*pip install wandb", caplog.text)
-
-
-# --- samples ---
 
 
 def test_sampling_changes_nothing_in_training(tmp_path):
