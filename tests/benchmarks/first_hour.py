@@ -43,7 +43,7 @@ COMMON = "--train --foreground --model-size tiny --gradient-accumulation-steps 1
 COMMON += " --logging-steps 1 --eval-steps 9999 --save-steps 9999 --no-save-initial --report-to none --max-restarts 0"
 ON_CPU = "--device cpu --model-size tiny --dummy-data --vocab-size 2048 --max-seq-length 64"
 BIG = "--model-size 1.3b --gradient-accumulation-steps 8 --max-steps 16"  # 4 x 8 rows a GPU
-HURT = "--no-compile --max-restarts 1 --batch-size 1 --max-steps 300 --save-steps 100"
+HURT = "--no-compile --max-restarts 1 --batch-size 1 --max-steps 150 --save-steps 50"
 RUNS = {  # what each has beside COMMON
     "self-test": "--max-steps 1",
     "eager": "--no-compile",
