@@ -101,8 +101,7 @@ DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("token
 # What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
 FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
-LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm")
-LEARNING_OPTIONS += ("precision",)
+LEARNING_OPTIONS = "learning_rate lr_schedule warmup_ratio decay_ratio weight_decay max_grad_norm precision".split()
 RATE_LAW = {"adamw": 1.79, "muon": 1.79}  # the constant of --learning-rate auto
 
 
@@ -473,10 +472,6 @@ def help_text() -> str:
             rows[f"{as_typed(item.name)} {details['metavar']}"] = details["help"] + (f" ({notes})" if notes else "")
         for left, text in rows.items():
             lines.append(f"  {left:<31} {text}" if len(left) < 32 else f"  {left}\n{'':34}{text}")
-    lines += ["", "모델 크기별 파라미터 수 (어휘 65,536):"]
-    for name, preset in PRESETS.items():
-        shape = f"{preset.layers}층 x {preset.hidden}, MLP {preset.mlp}, 헤드 차원 {preset.head}"
-        lines.append(f"  {name:<6}{preset.parameter_count(65536) / 1e6:>8,.1f}M  ({shape})")
     return "\n".join(lines[1:])
 
 
@@ -649,7 +644,7 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
     tokens, accumulation = info["tokens_seen"] // info["step"], cfg.gradient_accumulation_steps
     batch = typed // accumulation
     if tokens % batch:
-        text = f"체크포인트의 스텝당 토큰({tokens:,})이 모든 프로세스가 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
+        text = f"체크포인트의 스텝당 토큰({tokens:,})이 한 번에 읽는 {batch:,}개의 배수가 아닙니다"
         raise EnvironmentProblem(f"{text}. --batch-size 나 GPU 수를 바꾸세요")
     if tokens != typed:
         notes.append(f"스텝당 토큰({tokens:,})이 같도록 기울기 누적을 {accumulation} → {tokens // batch} 로 맞춥니다")
@@ -708,12 +703,9 @@ def output_problems(cfg: TrainConfig) -> list[str]:
     # In a shared directory the first machine, which judges it, may be at work already.
     if problems or node_rank(cfg) or is_restart(info):
         return problems
-    try:
-        if (cfg.output_dir / ".lock").exists():
-            lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
-    except OSError:  # another user's, for instance
-        problems.append(f"열 수 없는 잠금 파일입니다: {cfg.output_dir / '.lock'} (다른 --output-dir 를 쓰세요)")
-    return problems + results_problems(cfg, info)
+    if (cfg.output_dir / ".lock").exists():
+        lock_output(cfg.output_dir, "r+").close()  # writable, as NFS's flock wants it
+    return results_problems(cfg, info)
 
 
 def results_problems(cfg: TrainConfig, info: dict[str, Any]) -> list[str]:
@@ -734,7 +726,6 @@ def log_path(cfg: TrainConfig, name: str) -> Path:
     return cfg.logs_dir / (name.replace(".", f"_node_{node_rank(cfg)}.") if node_rank(cfg) else name)
 
 
-# --- the corpus and the length of a run ---
 def corpus_name(cfg: TrainConfig) -> str:
     return ", ".join(map(str, cfg.dataset_path))
 
@@ -777,8 +768,7 @@ def file_format(path: Path) -> str:
     if not suffix and not packed and path.is_file():
         with open(path, "rb") as file:
             line = file.readline(HEAD_BYTES)
-        title = re.match(TITLE, line.decode(errors="replace"))
-        kind = "lines" if is_json_object(line) else "text" if title else ""
+        kind = "lines" if is_json_object(line) else "text" if re.match(TITLE, line.decode(errors="replace")) else ""
     return "" if packed and kind == "table" else kind
 
 
@@ -895,7 +885,6 @@ def peak_rate(cfg: TrainConfig, parameters: int, tokens: int, info: dict[str, An
     return rate, f"{format_value(rate)} (auto: {basis})" if rate else "auto (데이터를 준비한 뒤 정해집니다)"
 
 
-# --- the model that is to come, and the room that it takes ---
 def read_config(source: Path | str | None) -> dict[str, Any]:
     """The config.json that ``source``, a directory or the file itself, stands for; empty where it isn't here."""
     path = Path(source or os.devnull)
@@ -1747,12 +1736,11 @@ def check_compiler(device: torch.device) -> float:
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(1024, device=device)).item()
     except Exception as error:  # each backend and each compiler has its own
-        has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-        lacking = [] if has_compiler else ["C 컴파일러가 없습니다 (apt install gcc)"]
-        lacking += [] if header.exists() else [f"{header} 파일이 없습니다 (apt install python3-dev)"]
-        if not lacking:
-            raise
-        raise RuntimeError(". ".join(lacking)) from error
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            raise RuntimeError("C 컴파일러가 없습니다 (apt install gcc)") from error
+        if not header.exists():
+            raise RuntimeError(f"{header} 파일이 없습니다 (apt install python3-dev)") from error
+        raise
     return time.perf_counter() - begun
 
 
@@ -1826,10 +1814,8 @@ def try_part(cfg: TrainConfig, part: str, found: dict[str, Any]) -> Any:
 
 
 def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
-    """Try this rank's compiler, GPU and links, and return what each rank measured; EnvironmentProblem says what fails.
-
-    It happens in a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
-    """
+    """Try this rank's compiler, GPU and links, and return what each rank measured; EnvironmentProblem says what fails."""
+    # In a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
     unneeded = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}
     found: dict[str, Any] = {}
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (None, os.getpid()))
@@ -1858,8 +1844,8 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
     logger.info(f"✅ 계산: {', '.join(f'{speed:,.0f}' for speed in speeds)} TFLOP/s (BF16 행렬곱)")
     logger.info(f"✅ 어텐션: {', '.join(found['attention']) or cfg.attention} (fp32와 비교)")
     if slow := [rank for rank, speed in enumerate(speeds) if speed < 0.9 * max(speeds)]:
-        advice = "온도와 전력 제한을 보세요: nvidia-smi -q -d PERFORMANCE"
-        logger.warning(f"⚠️  랭크 {', '.join(map(str, slow))}의 GPU가 10% 넘게 느려 모두 기다리게 합니다. {advice}")
+        ranks = ", ".join(map(str, slow))
+        logger.warning(f"⚠️  랭크 {ranks}의 GPU가 10% 넘게 느립니다. 온도와 전력을 보세요: nvidia-smi -q -d PERFORMANCE")
     if "reduce" in found:
         links = {"cuda": "PCIe", "cpu": "gloo"}[cfg.device]
         with suppress(OSError):  # without nvidia-smi
@@ -1869,8 +1855,9 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
         if found["reduce"] < SLOW_LINK and not cfg.bf16_allreduce:
             logger.warning("⚠️  GPU 사이가 느립니다. --bf16-allreduce 는 주고받는 양을 절반으로 줄입니다")
         if (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
-            advice = "컨테이너라면 --ipc=host 나 --shm-size=8g 를 쓰세요"
-            logger.warning(f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. {advice}")
+            logger.warning(
+                f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. 컨테이너라면 --ipc=host 나 --shm-size=8g 를 쓰세요"
+            )
     update_run_info(cfg.output_dir, self_test=everything)
 
 
@@ -1998,8 +1985,7 @@ def open_records(source: str, text_column: str) -> tuple[Iterable[tuple[int, Any
     open_text = functools.partial(io.TextIOWrapper, stream, encoding, errors, newline="\n")
     line, _, more = head.partition("\n")
     # JSON lines, but for one object alone in which a path finds documents: a bad one is to cost no other.
-    is_lines = is_json_object(line) and (more.strip() or "[]" not in text_column)
-    if kind == "json" and not is_lines:
+    if kind == "json" and not (is_json_object(line) and (more.strip() or "[]" not in text_column)):
         return enumerate(json_records(open_text(), head, text_column), 1), encoding
     if kind in ("lines", "json"):
         return enumerate(stream if encoding == "utf-8" else open_text(), 1), encoding
@@ -3141,8 +3127,8 @@ def save_initial_model(run: Run) -> None:
     """Write the untrained model to ``initial_model/``, on rank 0 only; a run can do without it."""
     logger.info("🚀 초기 모델 저장 중...")
     begun, folder = time.monotonic(), run.cfg.output_dir / "initial_model"
-    count, embedding = run.model.num_parameters, run.model.get_input_embeddings().weight
-    counts = {"total": count(), "trainable": count(only_trainable=True), "embedding": embedding.numel()}
+    embedding = run.model.get_input_embeddings().weight
+    counts = {"total": run.model.num_parameters(), "embedding": embedding.numel()}
     info = {"parameters": counts, "dtype": "float32", "vocab_size": len(embedding), **provenance()}
     info |= {"architecture": type(run.model).__name__, "model_size": options_of(run.cfg)["model_size"]}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
@@ -3274,8 +3260,7 @@ def report_save(run: Run, is_last: bool = False) -> None:
         text = f"마지막 스텝({saver.step:,})을 저장하지 못했습니다: {reason}"
         raise RuntimeError(f"{text}. 공간을 비우고 --train --resume 으로 이어서 하세요. {left}") from error
     logging.getLogger("traceback").error("a save failed", exc_info=error)
-    text = f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {reason}"
-    logger.warning(f"{text}. 다음 저장 때 다시 시도합니다. {left}")
+    logger.warning(f"⚠️  스텝 {saver.step:,}을 저장하지 못했습니다: {reason}. 다음 저장 때 다시 시도합니다. {left}")
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:
@@ -3558,8 +3543,7 @@ def evaluate(run: Run) -> dict[str, float | None]:
         dist.all_reduce(sums)
     figures = {}
     for suffix, languages in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
-        columns = [names.index(name) for name in languages if name in names]
-        _, tokens, size, nats = sums[columns].sum(0).tolist()
+        _, tokens, size, nats = sums[[names.index(name) for name in languages if name in names]].sum(0).tolist()
         figures[f"val_loss{suffix}"] = nats / tokens if tokens else None
         figures[f"val_bits_per_byte{suffix}"] = nats / math.log(2) / size if size else None
     return figures
@@ -3698,17 +3682,15 @@ def find_spike(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.T
 
 
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
-    """One optimizer step: accumulate, clip, step; the host never waits for the device.
+    """One optimizer step: accumulate, clip, step; the host never waits.  Returns four float32 on the device.
 
-    Returns four float32 there, the same on every rank: loss, gradient norm, whether the step was taken (0), wasn't
-    finite (1) or is a spike (2), and the requests to stop.
+    They are loss, gradient norm, whether it wasn't finite (1), a spike (2) or is taken (0), and the requests to stop.
     """
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
     for micro_step in range(micro_steps):
         rows = next(batches).to(accelerator.device, non_blocking=True)
-        last = micro_step == micro_steps - 1
-        with nullcontext() if last else accelerator.no_sync(run.ddp_model):
+        with nullcontext() if micro_step == micro_steps - 1 else accelerator.no_sync(run.ddp_model):
             loss = propagate_nonfinite(run.ddp_model(rows)) / micro_steps
             accelerator.backward(loss)
         total += loss.detach()
@@ -3773,8 +3755,9 @@ def train(run: Run, state: TrainState) -> str:
             keep_to_hours(run, time.monotonic() - begun)
         if state.step == start + 3 and cfg.device == "cuda":  # from now on it takes no more
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
-            words = "   GPU 메모리: 최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB"
-            logger.info(words.format(*(count / 1e9 for count in peaks)))
+            logger.info(
+                "   GPU 메모리: 최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB".format(*(n / 1e9 for n in peaks))
+            )
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
@@ -3818,8 +3801,8 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     if is_restart(info):
         kept += ("restarts", "first_step", "failed_saves", "dataset", "self_test")
         info["restarts"] = count = info.get("restarts", 0) + 1
-        most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
-        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({count}/{most}번째)")
+        most = f"{count}/{os.environ['TORCHELASTIC_MAX_RESTARTS']}번째"
+        logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({most})")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["env", f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
     command += os.environ.get("LAUNCHER_COMMAND", "").split("\x1e")[:-1] or [sys.executable, *sys.argv]
