@@ -99,8 +99,7 @@ SYSTEM_ERRORS = {errno.ENOSPC: "디스크 공간이 부족합니다", errno.EDQU
 SYSTEM_ERRORS |= {errno.EROFS: "읽기 전용 파일 시스템입니다", errno.EACCES: "접근 권한이 없습니다"}  # to be mended
 DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}  # if given
 # What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
-FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
-FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
+FIXED_OPTIONS = "model_config init_from tokenizer seed max_seq_length validation_split mix optimizer".split()
 LEARNING_OPTIONS = "learning_rate lr_schedule warmup_ratio decay_ratio weight_decay max_grad_norm precision".split()
 RATE_LAW = {"adamw": 1.79, "muon": 1.79}  # the constant of --learning-rate auto
 
@@ -663,7 +662,7 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
-    for name in FIXED_OPTIONS:
+    for name in (*DECIDED_BY, *FIXED_OPTIONS):
         moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
         others = any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
         if before[name] == after[name] or moved or others:
@@ -1620,12 +1619,9 @@ CHUNK_BYTES = 4 << 20
 LONGEST_RECORD = 128 << 20  # of a file: more isn't meant to be one document
 SAMPLE_BYTES = 64 << 20  # of a large corpus that are looked at for the tokenizer's sample
 SAMPLE_CHUNK_BYTES = 256 << 10
-TOKENIZER_SAMPLE_CHARACTERS = 20 << 20
-LONGEST_SAMPLE_TEXT = 64 << 10
 LEAST_HELD_OUT_DOCUMENTS = 30
 LARGE_SHARE = 0.05  # of characters that a tokenizer can't write, and of the bytes that a language has to have for it
 MOST_EVALUATION_TOKENS = 2_000_000
-LEAST_EVALUATION_BATCH = 2048  # tokens: small batches of short rows, as on a CPU, cost more in calls than in work
 MUON_BATCH = 32 << 20  # elements that a rank orthogonalises at once: enough for a GPU, little beside the momentum
 LOADER_THREADS, BATCHES_AHEAD = 2, 4  # batches that each thread reads before the step asks
 SAMPLE_PROMPTS = ("오늘 아침 서울에서", "It is important that")  # completed while training, unless --prompt is given
@@ -1731,7 +1727,6 @@ SELF_TEST_ADVICE = {  # its parts in their order, and what to try where one fail
 
 
 def check_compiler(device: torch.device) -> float:
-    """Compile one line; returns the seconds that it took."""
     begun, header = time.perf_counter(), Path(sysconfig.get_path("include"), "Python.h")
     try:
         torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(1024, device=device)).item()
@@ -1745,7 +1740,6 @@ def check_compiler(device: torch.device) -> float:
 
 
 def measure_tflops(device: torch.device) -> float:
-    """BF16 matrix products, in TFLOP/s."""
     size = 8192 if device.type == "cuda" else 256
     names = {"a": torch.randn(size, size, device=device, dtype=torch.bfloat16), "torch": torch}
     timer = torch.utils.benchmark.Timer("torch.mm(a, a)", globals=names)
@@ -1814,7 +1808,7 @@ def try_part(cfg: TrainConfig, part: str, found: dict[str, Any]) -> Any:
 
 
 def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
-    """Try this rank's compiler, GPU and links, and return what each rank measured; EnvironmentProblem says what fails."""
+    """Try this rank's compiler, GPU and links; returns what each rank measured, EnvironmentProblem says what fails."""
     # In a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
     unneeded = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}
     found: dict[str, Any] = {}
@@ -1836,7 +1830,6 @@ def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
 
 
 def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None:
-    """Tell what the machine can do and what is odd about it, and keep it with the run; rank 0."""
     found, speeds = everything[0], [found["compute"] for found in everything]
     logger.info("🩺 머신 점검")
     if "compile" in found:
@@ -1844,8 +1837,8 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
     logger.info(f"✅ 계산: {', '.join(f'{speed:,.0f}' for speed in speeds)} TFLOP/s (BF16 행렬곱)")
     logger.info(f"✅ 어텐션: {', '.join(found['attention']) or cfg.attention} (fp32와 비교)")
     if slow := [rank for rank, speed in enumerate(speeds) if speed < 0.9 * max(speeds)]:
-        ranks = ", ".join(map(str, slow))
-        logger.warning(f"⚠️  랭크 {ranks}의 GPU가 10% 넘게 느립니다. 온도와 전력을 보세요: nvidia-smi -q -d PERFORMANCE")
+        advice = "nvidia-smi -q -d PERFORMANCE 로 온도와 전력을 보세요"
+        logger.warning(f"⚠️  랭크 {', '.join(map(str, slow))}의 GPU가 10% 넘게 느려 모두 기다리게 합니다. {advice}")
     if "reduce" in found:
         links = {"cuda": "PCIe", "cpu": "gloo"}[cfg.device]
         with suppress(OSError):  # without nvidia-smi
@@ -1855,9 +1848,7 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
         if found["reduce"] < SLOW_LINK and not cfg.bf16_allreduce:
             logger.warning("⚠️  GPU 사이가 느립니다. --bf16-allreduce 는 주고받는 양을 절반으로 줄입니다")
         if (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
-            logger.warning(
-                f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. 컨테이너라면 --ipc=host 나 --shm-size=8g 를 쓰세요"
-            )
+            logger.warning(f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. 컨테이너라면 --ipc=host 를 쓰세요")
     update_run_info(cfg.output_dir, self_test=everything)
 
 
@@ -2316,7 +2307,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
         documents = parse_chunk(chunk, cfg.text_column)
         for text, language in zip(documents.texts, documents.languages, strict=True):
             data = text.encode()
-            drawn.setdefault(language, []).append((content_hash(data), text[:LONGEST_SAMPLE_TEXT], len(data)))
+            drawn.setdefault(language, []).append((content_hash(data), text[: 64 << 10], len(data)))
         size += documents.counts["bytes"]
         if not files and size > SAMPLE_BYTES:
             logger.info("🔤 허브 데이터셋은 앞부분의 문서로 토크나이저를 학습합니다")
@@ -2331,7 +2322,7 @@ def draw_sample(cfg: TrainConfig, files: list[Path]) -> list[str]:
         texts.append(text)
         characters += len(text)
         words.update(text.split())  # of which each distinct one takes 1.2 KB of the trainer's memory
-        if characters > TOKENIZER_SAMPLE_CHARACTERS or len(words) > 550_000:
+        if characters > 20 << 20 or len(words) > 550_000:
             break
     return texts
 
@@ -3536,11 +3527,10 @@ def evaluate(run: Run) -> dict[str, float | None]:
         total += (1, len(tokens) - len(start), corpus.documents["bytes"][number], 0)
         windows += [(row, count, total) for row, count in rolling_windows(tokens, length, len(start))]
     run.loss_module.eval()
-    score_windows(run.loss_module, windows, max(run.batch_size * length, LEAST_EVALUATION_BATCH), run.stop.heartbeat)
+    most = max(run.batch_size * length, 2048)  # small batches of short rows, as on a CPU, cost more in calls than work
+    score_windows(run.loss_module, windows, most, run.stop.heartbeat)
     run.loss_module.train()
-    sums = torch.from_numpy(totals).to(run.accelerator.device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    sums = run.accelerator.reduce(torch.from_numpy(totals).to(run.accelerator.device), "sum")
     figures = {}
     for suffix, languages in (("", names), ("_ko", ["ko"]), ("_en", ["en"])):
         _, tokens, size, nats = sums[[names.index(name) for name in languages if name in names]].sum(0).tolist()
@@ -3604,9 +3594,8 @@ def generate_samples(run: Run, state: TrainState) -> None:
             for prompt, text in texts.items():
                 logger.info("\n     ".join([f"   [{prompt}]", *text.split("\n")]))
             quoted = [f"**{prompt}**\n\n> " + text.replace("\n", "\n> ") + "\n" for prompt, text in texts.items()]
-            section = "\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""])
             with open(cfg.output_dir / "samples.md", "a", encoding="utf-8") as stream:
-                stream.write(section)
+                stream.write("\n".join([f"## 스텝 {state.step:,}\n", *quoted, ""]))
     except Exception as error:  # a model that can be trained but not generate, a full disk: no reason to end
         logging.getLogger("traceback").error("sampling failed", exc_info=error)
         logger.warning(f"⚠️  샘플을 만들지 못했습니다: {describe_error(error)[0]}. 학습은 계속합니다")
@@ -3698,10 +3687,9 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.cfg.max_grad_norm)
     asked = torch.full((), float(run.stop.requested), device=accelerator.device)
     shared = torch.stack([total / accelerator.num_processes, asked])
-    if dist.is_initialized():
-        dist.all_reduce(shared)  # NCCL holds up the stream and not the host
+    loss, asked = accelerator.reduce(shared, "sum")  # NCCL holds up the stream and not the host
     grad_norm = grad_norm.float()
-    skipped, spike = ~torch.isfinite(grad_norm), find_spike(run, shared[0], grad_norm)
+    skipped, spike = ~torch.isfinite(grad_norm), find_spike(run, loss, grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     if accelerator.scaler is None:  # which, under FP16, skips such a step; else the optimizer reads this on the device
@@ -3709,7 +3697,7 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
     run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
-    return torch.stack([shared[0], grad_norm, torch.where(skipped, 1.0, 2.0 * spike), shared[1]])
+    return torch.stack([loss, grad_norm, torch.where(skipped, 1.0, 2.0 * spike), asked])
 
 
 def keep_to_hours(run: Run, step_seconds: float) -> None:
@@ -3747,8 +3735,7 @@ def train(run: Run, state: TrainState) -> str:
         if is_first:
             run.stop.arm(cfg.hang_timeout)  # evaluations and samples compile nothing
             if cfg.device == "cuda":
-                # The second forward pass makes DDP's buckets anew.  The first ones, 4 bytes a parameter, stand beside
-                # its activations unless NCCL's watchdog, which looks every 0.1 s, has let go of them.
+                # DDP makes its buckets anew in the second forward pass: NCCL's watchdog (0.1 s) is to let go of the old.
                 torch.cuda.synchronize()
                 time.sleep(0.3)
         else:
@@ -3994,8 +3981,7 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
             return 0
         if cfg.device == "cuda":
             require_cuda()
-            # Kernels shall outlive a container's /tmp, where they stay only instead of a disk over the network, whose
-            # locks don't hold; one cache for each attention, which a graph's key doesn't name.
+            # A cache for each attention, which a graph's key doesn't name; on no remote disk, whose locks don't hold.
             disks = [disk for disk in psutil.disk_partitions(all=True) if cfg.cache_dir.is_relative_to(disk.mountpoint)]
             _, kind = max(((len(disk.mountpoint), disk.fstype) for disk in disks), default=(0, ""))
             remote = kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "gpfs", "fuse.sshfs"))
