@@ -99,8 +99,10 @@ SYSTEM_ERRORS = {errno.ENOSPC: "디스크 공간이 부족합니다", errno.EDQU
 SYSTEM_ERRORS |= {errno.EROFS: "읽기 전용 파일 시스템입니다", errno.EACCES: "접근 권한이 없습니다"}  # to be mended
 DECIDED_BY = {"model_size": ("model_config", "init_from"), "vocab_size": ("tokenizer", "init_from")}  # if given
 # What has to stay at a resume, and what may change but is told, as it has an effect on what is learnt.
-FIXED_OPTIONS = "model_config init_from tokenizer seed max_seq_length validation_split mix optimizer".split()
-LEARNING_OPTIONS = "learning_rate lr_schedule warmup_ratio decay_ratio weight_decay max_grad_norm precision".split()
+FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", "max_seq_length")
+FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
+LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm")
+LEARNING_OPTIONS += ("precision",)
 RATE_LAW = {"adamw": 1.79, "muon": 1.79}  # the constant of --learning-rate auto
 
 
@@ -166,19 +168,17 @@ class Refusal(Exception):
 
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else problems
+        self.exit_code = USAGE_ERROR if isinstance(self, ValueError) else ENVIRONMENT_ERROR
         super().__init__("\n".join(self.problems))
 
 
-class UsageProblem(Refusal, ValueError):
-    exit_code = USAGE_ERROR
+class UsageProblem(Refusal, ValueError): ...
 
 
-class EnvironmentProblem(Refusal, RuntimeError):
-    exit_code = ENVIRONMENT_ERROR
+class EnvironmentProblem(Refusal, RuntimeError): ...
 
 
-class MissingPath(Refusal, FileNotFoundError):
-    exit_code = ENVIRONMENT_ERROR
+class MissingPath(Refusal, FileNotFoundError): ...
 
 
 def parse_value(kind: Any, text: str) -> Any:
@@ -662,7 +662,7 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
-    for name in (*DECIDED_BY, *FIXED_OPTIONS):
+    for name in FIXED_OPTIONS:
         moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
         others = any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
         if before[name] == after[name] or moved or others:
@@ -1501,9 +1501,8 @@ def draw_curves(folder: str) -> None:
     os.nice(10)
     from matplotlib.figure import Figure
 
-    records, info = read_metrics(Path(folder), most=sys.maxsize), read_json(Path(folder) / "run_info.json")
+    records = read_metrics(Path(folder), most=sys.maxsize)
     figure = Figure(figsize=(8, 6), dpi=200, layout="constrained")  # legible at half of its 1600 x 1200
-    figure.suptitle(f"Step {records[-1]['step']:,} of {info.get('total_steps', 0):,}")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for name in names:
             known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
@@ -1717,7 +1716,6 @@ def build_accelerator(cfg: TrainConfig) -> Accelerator:
 # ==== Self-test: what is wrong with the machine, told before the corpus is touched ====
 
 SELF_TEST_SECONDS = 120  # that a part of it may take: NCCL itself waits for as long as --hang-timeout
-SLOW_LINK = 100  # GB/s
 SELF_TEST_ADVICE = {  # its parts in their order, and what to try where one fails or hangs
     "compile": "torch.compile을 쓸 수 없습니다. --no-compile 로 시작할 수 있습니다",
     "compute": "GPU가 계산을 마치지 못합니다. nvidia-smi 와 dmesg(Xid)를 보고 다른 GPU를 고르세요",
@@ -1810,8 +1808,7 @@ def try_part(cfg: TrainConfig, part: str, found: dict[str, Any]) -> Any:
 def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
     """Try this rank's compiler, GPU and links; returns what each rank measured, EnvironmentProblem says what fails."""
     # In a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
-    unneeded = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}
-    found: dict[str, Any] = {}
+    unneeded, found = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}, {}
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (None, os.getpid()))
     try:
         for part in [part for part in SELF_TEST_ADVICE if not unneeded.get(part)]:
@@ -1845,7 +1842,7 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
             matrix = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
             links = "NVLink" if re.search(r"\bNV\d+\b", matrix) else links
         logger.info(f"✅ 통신: {found['reduce']:,.1f} GB/s (all-reduce, {links})")
-        if found["reduce"] < SLOW_LINK and not cfg.bf16_allreduce:
+        if found["reduce"] < 100 and not cfg.bf16_allreduce:
             logger.warning("⚠️  GPU 사이가 느립니다. --bf16-allreduce 는 주고받는 양을 절반으로 줄입니다")
         if (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
             logger.warning(f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. 컨테이너라면 --ipc=host 를 쓰세요")
@@ -3671,10 +3668,7 @@ def find_spike(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.T
 
 
 def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) -> torch.Tensor:
-    """One optimizer step: accumulate, clip, step; the host never waits.  Returns four float32 on the device.
-
-    They are loss, gradient norm, whether it wasn't finite (1), a spike (2) or is taken (0), and the requests to stop.
-    """
+    """One optimizer step: accumulate, clip, step; the host never waits.  Returns four float32 on the device."""
     accelerator, micro_steps = run.accelerator, run.gradient_accumulation_steps
     total = torch.zeros((), device=accelerator.device)
     for micro_step in range(micro_steps):
@@ -3697,6 +3691,7 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
     run.optimizer.step()
     # DDP's buckets are the gradients: cut off from them, the earlier micro-steps' would need memory of their own.
     run.optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
+    # Loss, gradient norm, whether the step wasn't finite (1), is a spike (2) or neither (0), and the requests to stop.
     return torch.stack([loss, grad_norm, torch.where(skipped, 1.0, 2.0 * spike), asked])
 
 
@@ -3735,7 +3730,7 @@ def train(run: Run, state: TrainState) -> str:
         if is_first:
             run.stop.arm(cfg.hang_timeout)  # evaluations and samples compile nothing
             if cfg.device == "cuda":
-                # DDP makes its buckets anew in the second forward pass: NCCL's watchdog (0.1 s) is to let go of the old.
+                # DDP makes its buckets anew in the second forward pass: NCCL's watchdog (0.1 s) lets go of the old.
                 torch.cuda.synchronize()
                 time.sleep(0.3)
         else:
@@ -3910,9 +3905,8 @@ def train_quietly(run: Run, state: TrainState) -> str:
     logger.info(f"🚀 학습 시작!\n테스트 모드: {run.cfg.mode == 'test'}\n최대 스텝: {run.total_steps:,}")
     logger.info(f"파라미터 {size:,.1f}M, {tokens:,} 토큰 ({epochs:.2f} 에포크), 어텐션 {run.backend}")
     for (name, count), domain in zip(run.cfg.mix_counts.items(), run.corpus.domains, strict=False):
-        share = count / MIX_WINDOW
-        epochs = share * tokens / (domain.rows(length) * length)
-        logger.info(f"   • {name}: 비율 {share:.1%}, {epochs:.2f} 에포크")
+        epochs = count / MIX_WINDOW * tokens / (domain.rows(length) * length)
+        logger.info(f"   • {name}: 비율 {count / MIX_WINDOW:.1%}, {epochs:.2f} 에포크")
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step costs up to half a second; the loop does it
@@ -3940,8 +3934,7 @@ def use_checkpoint(cfg: TrainConfig) -> None:
         return
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         totals = score_corpus(model, tokenizer, cfg)
-    length = cfg.max_seq_length or context_length(model)
-    settings = f"구간 {length:,} 토큰, {device.upper()} {cfg.precision}"
+    settings = f"구간 {cfg.max_seq_length or context_length(model):,} 토큰, {device.upper()} {cfg.precision}"
     print(f"📈 평가: {display_path(source)} ({', '.join(map(display_path, cfg.dataset_path))}, {settings})")
     print("\n".join(evaluation_table(totals)))
 
