@@ -103,7 +103,7 @@ FIXED_OPTIONS = (*DECIDED_BY, "model_config", "init_from", "tokenizer", "seed", 
 FIXED_OPTIONS += ("validation_split", "mix", "optimizer")
 LEARNING_OPTIONS = ("learning_rate", "lr_schedule", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm")
 LEARNING_OPTIONS += ("precision",)
-RATE_LAW = {"adamw": 1.79, "muon": 1.79}  # the constant of --learning-rate auto
+RATE_LAW = {"adamw": 1.27, "muon": 1.79}  # of --learning-rate auto: Step Law, and what was measured of AdamW
 
 
 @dataclass(frozen=True)
@@ -3248,7 +3248,8 @@ def report_save(run: Run, is_last: bool = False) -> None:
         text = f"마지막 스텝({saver.step:,})을 저장하지 못했습니다: {reason}"
         raise RuntimeError(f"{text}. 공간을 비우고 --train --resume 으로 이어서 하세요. {left}") from error
     logging.getLogger("traceback").error("a save failed", exc_info=error)
-    logger.warning(f"⚠️  스텝 {saver.step:,}을 저장하지 못했습니다: {reason}. 다음 저장 때 다시 시도합니다. {left}")
+    text = f"⚠️  체크포인트를 저장하지 못했습니다 (스텝 {saver.step:,}): {reason}"
+    logger.warning(f"{text}. 다음 저장 때 다시 시도합니다. {left}")
 
 
 def last_checkpoint(cfg: TrainConfig) -> str:

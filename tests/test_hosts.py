@@ -390,7 +390,7 @@ def test_a_lock_that_can_not_be_opened_is_refused_in_a_sentence(place: Place) ->
     answer = place.run("--test")
     (complaint,) = answer.complaints
     assert (answer.code, "Traceback" in answer.text) == (1, False)
-    assert f"{place.outputs}/.lock" in complaint and "--output-dir" in complaint
+    assert f"{place.outputs}/.lock" in complaint
 
 
 @pytest.mark.parametrize("name", ["outputs", "logs", "cache"])

@@ -354,7 +354,7 @@ def test_fp8_is_refused_where_it_cannot_run(place: Place, with_gpus: Callable[..
 
 def test_fp8_without_its_package_is_refused(tmp_path: Path, monkeypatch) -> None:
     plan = t.make_launch_plan(t.parse_args(options(tmp_path, "--dummy-data")), 1)
-    plan = replace(plan, cfg=replace(plan.cfg, precision="fp8"), gpus=[t.Gpu("NVIDIA H100 PCIe", 81559, 4)])
+    plan = plan._replace(cfg=replace(plan.cfg, precision="fp8"), gpus=[t.Gpu("NVIDIA H100 PCIe", 81559, 4)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(t.importlib.util, "find_spec", lambda name: None)

@@ -254,21 +254,22 @@ def comparable(line: str) -> str:
 def test_the_table_of_sizes_shows_the_estimates_of_the_launcher(place, with_gpus, with_cuda):
     with_gpus(2, name="NVIDIA H100 80GB HBM3", total=10**6)
     rows = []
-    for name, count, *shape in re.findall(
-        r"^  (\S+) +([\d.,]+M)  \((\d+)층 x (\d+), MLP (\d+), 헤드 차원 (\d+)\)$", help_text(), re.M
-    ):
-        tokens = 20e6 * float(count[:-1].replace(",", ""))
+    for name, preset in t.PRESETS.items():
+        count, shape = preset.parameter_count(65536), (preset.layers, preset.hidden, preset.mlp, preset.head)
+        tokens = 20 * count
         # A test goes on where a training run would be refused for the disk of this machine.
         options = ["--dry-run", "--model-size", name, "--dummy-data", "--gradient-accumulation-steps", "8"]
         told = place.run(*options).out
         less = place.run(*options, "--gradient-checkpointing").out
         memory = [re.search(r"예상 메모리: GPU당 ([\d.]+) GiB", out)[1] for out in (told, less)]
-        width = [int(number) for number in shape[:2]]
-        flops = t.training_flops(float(count[:-1].replace(",", "")) * 1e6, *width, 2048) * tokens
+        flops = t.training_flops(count, *shape[:2], 2048) * tokens
         hours = flops / (2 * 0.4 * t.named_peak_flops("NVIDIA H100 80GB HBM3")) / 3600
         time = f"{hours:.0f}시간" if hours > 0.9 else f"{60 * hours:.0f}분"
-        rows.append([name, count, "{} × {}, {}, {}".format(*shape), *memory, f"{tokens / 1e8:.0f}억", time])
-    assert [row[:7] for row in tables(section("3. 크기, 배치, 학습률 고르기"))[0][1:]] == rows
+        row = [name, f"{count / 1e6:,.1f}M", "{} × {}, {}, {}".format(*shape), *memory, f"{tokens / 1e8:.0f}억", time]
+        auto = t.TrainConfig(optimizer="muon", learning_rate="auto")
+        rate = t.peak_rate(auto, preset.matrix_parameters(), tokens, {})[0]
+        rows.append([*row, f"{rate:.1e}".replace("e-0", "e-"), f"{0.58e-3 * tokens**0.571:.0f}k"])
+    assert tables(section("3. 크기, 배치, 학습률 고르기"))[0][1:] == rows
 
 
 def help_text() -> str:

@@ -369,9 +369,10 @@ def test_the_run_draws_its_curves_without_waiting(tmp_path):
 
 def test_a_drawing_that_fails_is_said_and_training_goes_on(tmp_path, caplog):
     cfg = write_run(tmp_path, [])
+    (cfg.output_dir / "training_curves.png").mkdir()
     t.draw_curves_beside(SimpleNamespace(cfg=cfg, painter=None), wait=True)
     assert "학습 곡선을 그리지 못했습니다" in caplog.text
-    assert "Traceback" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
+    assert "training_curves.png" in (cfg.logs_dir / "training_detail_rank_0.log").read_text()
 
 
 def tensorboard_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
