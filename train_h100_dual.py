@@ -1802,27 +1802,28 @@ def try_part(cfg: TrainConfig, part: str, found: dict[str, Any]) -> Any:
         dist.all_gather_object(everything, found | {"reduce": measure_reduce(device)})
         return everything
     except Exception as error:  # whatever a driver, a compiler or NCCL says, in words: not all errors can be pickled
-        raise EnvironmentProblem(describe_error(error)[0]) from error
+        raise EnvironmentProblem(str(error)[:300] or repr(error)) from error
 
 
 def self_test(cfg: TrainConfig) -> list[dict[str, Any]]:
     """Try this rank's compiler, GPU and links; returns what each rank measured, EnvironmentProblem says what fails."""
     # In a process that is gone before the corpus is read: nothing may be forked from one that knows CUDA.
-    unneeded, found = {"compile": not cfg.compile, "reduce": rank_and_world()[1] == 1}, {}
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (None, os.getpid()))
+    (rank, ranks), found, part = rank_and_world(), {}, "compute"
+    alone = ranks == 1 or ranks > int(os.environ["LOCAL_WORLD_SIZE"])  # other machines may be at another restart
+    skipped = {"compile": not cfg.compile, "reduce": alone}
     try:
-        for part in [part for part in SELF_TEST_ADVICE if not unneeded.get(part)]:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, (None, os.getpid()))
+        for part in [part for part in SELF_TEST_ADVICE if not skipped.get(part)]:
             found[part] = pool.submit(try_part, cfg, part, found).result(SELF_TEST_SECONDS)
-    except (TimeoutError, BrokenExecutor, EnvironmentProblem) as error:
+    except (OSError, BrokenExecutor, EnvironmentProblem) as error:  # a time-out is an OSError without a text
         reason = "점검하던 프로세스가 죽었습니다" if isinstance(error, BrokenExecutor) else str(error)
         reason = reason or f"{SELF_TEST_SECONDS}초 안에 끝나지 않았습니다"
-        raise EnvironmentProblem(
-            f"머신 점검: {SELF_TEST_ADVICE[part]}. 이유: {reason} (점검 끄기: --no-self-test)"
-        ) from error
+        text = f"머신 점검(랭크 {rank}): {SELF_TEST_ADVICE[part]}. 이유: {reason}"
+        raise EnvironmentProblem(f"{text} (점검 끄기: --no-self-test)") from error
     finally:
         for worker in multiprocessing.active_children():  # it may hang
             worker.kill()
-        pool.shutdown()
+    pool.shutdown()
     return found.get("reduce", [found])
 
 
@@ -1838,13 +1839,13 @@ def report_self_test(cfg: TrainConfig, everything: list[dict[str, Any]]) -> None
         logger.warning(f"⚠️  랭크 {', '.join(map(str, slow))}의 GPU가 10% 넘게 느려 모두 기다리게 합니다. {advice}")
     if "reduce" in found:
         links = {"cuda": "PCIe", "cpu": "gloo"}[cfg.device]
-        with suppress(OSError):  # without nvidia-smi
-            matrix = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True).stdout
+        with suppress(OSError, subprocess.SubprocessError):  # without nvidia-smi, or with one that hangs
+            matrix = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30).stdout
             links = "NVLink" if re.search(r"\bNV\d+\b", matrix) else links
         logger.info(f"✅ 통신: {found['reduce']:,.1f} GB/s (all-reduce, {links})")
         if found["reduce"] < 100 and not cfg.bf16_allreduce:
             logger.warning("⚠️  GPU 사이가 느립니다. --bf16-allreduce 는 주고받는 양을 절반으로 줄입니다")
-        if (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
+        if os.path.isdir("/dev/shm") and (left := shutil.disk_usage("/dev/shm").free >> 20) < 256:
             logger.warning(f"⚠️  /dev/shm에 {left:,} MiB만 남았습니다. 컨테이너라면 --ipc=host 를 쓰세요")
     update_run_info(cfg.output_dir, self_test=everything)
 
@@ -2728,7 +2729,8 @@ def build_model(cfg: TrainConfig, tokenizer: Any, device: torch.device | str = "
         text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         text.pad_token_id = None  # an Embedding doesn't train its padding row, which is the end of text's here
         text.max_position_embeddings = max(cfg.max_seq_length, getattr(text, "max_position_embeddings", None) or 0)
-        with refusing("모델을 만들 수 없는 설정입니다", cfg.model_config or cfg.model_size), torch.device(device):
+        naming = refusing("모델을 만들 수 없는 설정입니다", cfg.model_config) if cfg.model_config else nullcontext()
+        with naming, torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             choose_attention(model)
         for name, weight in model.named_parameters() if not cfg.model_config else ():
@@ -3681,9 +3683,8 @@ def train_step(run: Run, batches: Iterator[torch.Tensor], learning_rate: float) 
         run.stop.heartbeat()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), run.cfg.max_grad_norm)
     asked = torch.full((), float(run.stop.requested), device=accelerator.device)
-    shared = torch.stack([total / accelerator.num_processes, asked])
-    loss, asked = accelerator.reduce(shared, "sum")  # NCCL holds up the stream and not the host
-    grad_norm = grad_norm.float()
+    shared = torch.stack([total, grad_norm.float(), asked])  # as one, so that ranks can't judge differently
+    loss, grad_norm, asked = accelerator.reduce(shared, "mean")  # NCCL holds up the stream and not the host
     skipped, spike = ~torch.isfinite(grad_norm), find_spike(run, loss, grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -3891,8 +3892,7 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)
     if point.checkpoint is not None:
         logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
-        before, now = point.info["total_steps"], run.total_steps
-        if before != now:
+        if (before := point.info["total_steps"]) != (now := run.total_steps):
             rate = learning_rate_at(run, min(state.step, now - 1))
             change = f"학습률: 마지막 스텝 {point.info['learning_rate']:.2e} → 다음 스텝 {rate:.2e}"
             logger.info(f"⚠️  전체 스텝: {before:,} → {now:,}. {change} (워밍업은 처음처럼 {run.warmup_steps:,}스텝)")
@@ -3973,6 +3973,7 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
         if stop is None:
             use_checkpoint(cfg)
             return 0
+        set_up_logging(cfg, rank_and_world()[0])
         if cfg.device == "cuda":
             require_cuda()
             # A cache for each attention, which a graph's key doesn't name; on no remote disk, whose locks don't hold.
@@ -3981,7 +3982,6 @@ def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
             remote = kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "gpfs", "fuse.sshfs"))
             folder = Path(f"/tmp/h100_dual_{os.getuid()}") if remote else cfg.cache_dir
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled" / cfg.attention))
-        set_up_logging(cfg, rank_and_world()[0])
         run_training(cfg, stop)
     except Exception as error:
         report_failure(cfg, error) if stop else complain(error)
