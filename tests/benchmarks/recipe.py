@@ -45,15 +45,8 @@ SIZES = {
 t.PRESETS |= {name: shape for name, (shape, _, _) in SIZES.items()}
 SEEDS, DOCUMENTS_RATE = (42, 43, 44), 1e-4
 STAGES = ("grid", "share", "decay", "candidates", "outer", "batch")
-CANDIDATES: list[dict[str, Any]] = [
-    {"cautious": True},
-    {"falling": True},
-    {"mlp_init": 0.0},
-    {"mlp_init": 0.25},
-    {"ema": 0.2},
-    {"qk_norm": True},
-    {"normuon": True},
-]
+CANDIDATES: list[dict[str, Any]] = [{"cautious": True}, {"falling": True}, {"mlp_init": 0.0}, {"mlp_init": 0.25}]
+CANDIDATES += [{"ema": 0.2}, {"qk_norm": True}, {"normuon": True}]
 
 
 @dataclass(frozen=True)
