@@ -63,6 +63,7 @@ def test_a_healthy_machine_hears_what_it_can_do_and_a_slow_rank_is_named(tmp_pat
     assert '"self_test"' in kept
 
 
+@pytest.mark.slow
 def test_ranks_that_never_meet_end_in_its_time(tmp_path: Path) -> None:
     fault = "t.SELF_TEST_SECONDS = 25\nif rank: t.measure_reduce = lambda device: time.sleep(60)"
     text = examine(tmp_path, fault, ranks=2)
