@@ -215,9 +215,10 @@ explain_pip_failure() { # explain_pip_failure OUTPUT
 build_command() {
   local rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1) # whatever the machine's own name resolves to
   if [[ -n ${H100_DUAL_STORE_DIR-} ]]; then
-    # A server of torch's listens on every interface; nobody else can connect to a file, which grows with each heartbeat.
+    # A server of torch's listens on every interface; nobody else can connect to a file.  No heartbeats: half a record,
+    # which is what a full disk leaves of one, is read for ever, and then torchrun sees no crash and no signal.
     rendezvous=(
-      --nnodes 1 --rdzv-backend c10d --rdzv-conf "store_type=file,keep_alive_interval=3600"
+      --nnodes 1 --rdzv-backend c10d --rdzv-conf "store_type=file,keep_alive_interval=31536000"
       --rdzv-endpoint "$H100_DUAL_STORE_DIR/torchrun" --local-addr 127.0.0.1
     )
   fi
@@ -262,15 +263,16 @@ read_pid() { # read_pid PID_FILE
 acquire_lock() {
   # Held on descriptor 9 by the launcher, its supervisor and torchrun, so a kill -9 can't leave it behind; the plan
   # has looked at the output's, which rank 0 takes.  Looked at first, so that a refused start makes no directory.
-  [[ ! -e $logs_lock ]] || flock -n "$logs_lock" true || refuse_second_run
+  [[ ! -e $logs_lock ]] || flock -n "$logs_lock" true || refuse_second_run $?
   mkdir -p "${plan[logs_dir]}" "${plan[output_dir]}" 2>/dev/null ||
     die "디렉토리를 만들지 못했습니다: ${plan[logs_dir]}, ${plan[output_dir]} (다른 --logs-dir, --output-dir 를 주세요)"
   exec 9>>"$logs_lock"
-  flock -n 9 || refuse_second_run
+  flock -n 9 || refuse_second_run $?
 }
 
-refuse_second_run() {
+refuse_second_run() { # refuse_second_run CODE: of flock, 1 where another process has the lock
   local tries
+  (($1 == 1)) || die "잠글 수 없는 파일입니다: $logs_lock (쓸 수 있는 로컬 디스크의 --logs-dir 를 주세요)"
   for ((tries = 0; tries < 20; tries++)); do # whoever holds the lock may be about to write its PID
     ! pid_is_ours "$(read_pid "$pid_file")" || break
     sleep 0.1
@@ -287,7 +289,7 @@ rotate_console_log() {
 
 supervise() { # runs torchrun until every rank has left; the PID in the file is this shell's
   # Called where set -e doesn't count: whatever fails in here, its duties at the end are done, one after the other.
-  local agent ranks="" signals=0 heard=false code=0 outcome=finished state="" logged guard=() pause
+  local agent ranks="" signals=0 heard=false code=0 outcome=finished state="" logged guard=() pause turns=0
   H100_DUAL_RUN_ID="$$-$(date +%s)" # tells this run's state from an earlier one's
   export H100_DUAL_RUN_ID
   trap 'signals=$((signals + 1))' TERM INT # no more: one that comes while a trap runs may be lost
@@ -302,7 +304,7 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
   exec {pause}<> <(:)
   SECONDS=0
   # A killed torchrun leaves ranks that save before they go: rank 0 holds the output's lock so long.
-  while kill -0 "$agent" 2>/dev/null || { [[ $(read_pid "$output_lock") == "$$" ]] && ! flock -n "$output_lock" true; }; do
+  while kill -0 "$agent" 2>/dev/null || { [[ $(read_pid "$output_lock") == "$$" ]] && is_locked "$output_lock"; }; do
     if ((signals > 1)); then
       signal_ranks KILL
       kill -KILL "$agent" 2>/dev/null || true
@@ -317,6 +319,9 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     if ((SECONDS > QUIET_START)) && [[ ! -s $console_log ]]; then
       warn "$SECONDS초가 지나도록 시작하지 못했습니다. $detail_log 의 마지막 줄: $(tail -c "+$((logged + 1))" "$detail_log" | tail -n 1)"
       SECONDS=0
+    fi
+    if ((++turns % 7200 == 0)) && [[ -n ${H100_DUAL_STORE_DIR-} ]]; then # an hour: what ages in /tmp is tidied away
+      touch -c "$H100_DUAL_STORE_DIR" "$H100_DUAL_STORE_DIR"/* || true
     fi
     read -rt 0.5 -u "$pause" || true # a sleep without a process
   done
@@ -340,6 +345,12 @@ supervise() { # runs torchrun until every rank has left; the PID in the file is 
     stopped) return $((signals > 0 ? 130 : 0)) ;; # 0: by its own --max-hours, as a chain of jobs wants it
     *) return 1 ;;
   esac
+}
+
+is_locked() { # is_locked FILE: another process has its lock; where files can't be locked, none has
+  local code=0
+  flock -n "$1" true || code=$?
+  ((code == 1))
 }
 
 signal_ranks() { # signal_ranks SIGNAL: to torchrun's children, and to torchrun itself only while it has none
