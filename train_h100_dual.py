@@ -663,7 +663,8 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
     for name in FIXED_OPTIONS:
-        moved = name in ("init_from", "tokenizer") and before[name] and after[name]  # to a path of the same files
+        # To a path of the same files, or to what was trained in the run: the fingerprint tells.
+        moved = after[name] and (name == "tokenizer" or (name == "init_from" and before[name]))
         others = any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
         if before[name] == after[name] or moved or others:
             continue
@@ -671,7 +672,8 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
         instead = f"{typed} 없이 실행하세요" if value is None else f"쓸 값: {typed} {format_value(value)}"
         problems.append(f"{typed}: 체크포인트와 다른 값으로는 이어서 학습할 수 없습니다 ({instead})")
     if fingerprint and fingerprint != info["data_fingerprint"]:
-        problems.append("체크포인트와 데이터의 내용이 다릅니다. 새 데이터로는 --init-from 을 쓰세요")
+        text = "체크포인트와 데이터나 토크나이저의 내용이 다릅니다. 같은 데이터면 --tokenizer"
+        problems.append(f"{text} {checkpoint} 를 덧붙이고, 새 데이터로는 --init-from 을 쓰세요")
     return problems
 
 
@@ -1095,6 +1097,13 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
     if cfg.precision == "fp8":
         notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
+    if point.checkpoint and not report:
+        notes.append("준비해 둔 토큰이 없어 데이터를 다시 토큰화합니다. 그때와 내용이 다르면 그 뒤에 거부됩니다")
+    if exact and point.info and steps != point.info["total_steps"]:
+        notes.append(f"전체 스텝: {point.info['total_steps']:,} → {steps:,}. 학습률을 이 길이로 다시 계산합니다")
+    if not cfg.max_steps and steps < (cfg.max_tokens or 0) // step_tokens:
+        text = f"--max-tokens 보다 --max-epochs {cfg.max_epochs}({steps * step_tokens:,} 토큰)가 먼저 끝납니다"
+        notes.append(f"{text}. 다 학습하려면 --max-epochs 를 늘리세요")
     if cfg.learning_rate == "auto" and cfg.max_hours:
         notes.append("--max-hours 로 먼저 끝나면 auto가 헤아린 토큰 수보다 짧고, 학습률이 다 내려가지 않습니다")
     return LaunchPlan(cfg, files, gpus, processes, nodes, point, steps, exact, notes)
@@ -1128,11 +1137,17 @@ def print_launch_plan(argv: list[str], when: str, background: bool) -> None:
 def require_cuda() -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        version = importlib.metadata.version("torch")
-        package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-        text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버를 올리거나 맞는 것을 설치하세요"
-        raise EnvironmentProblem(f"{text}: {sys.executable} -m pip install {package}")
+    if torch.cuda.is_available():
+        return
+    version, reason = importlib.metadata.version("torch"), ""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # one without CUDA, or the driver's own words
+        reason = f" ({str(error).partition(chr(10))[0][:200]})"
+    package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다{reason}"
+    advice = "오류 802면 nvidia-fabricmanager를 켜고, 아니면 드라이버를 올리거나 맞는 것을 설치하세요"
+    raise EnvironmentProblem(f"{text}. {advice}: {sys.executable} -m pip install {package}")
 
 
 def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
@@ -1331,6 +1346,7 @@ class StopFlag:
 STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
 STATUS_LINES = {  # label and format; what isn't known, and a count of 0, has no line
     "seconds_left": ("남은 시간", format_duration),
+    "idle_seconds": ("마지막 기록 뒤", format_duration),
     "loss": ("손실", "{:.4f}".format),
     "val_bits_per_byte": ("검증 bits/byte", "{:.4f}".format),
     "val_bits_per_byte_ko": ("   한국어", "{:.4f}".format),
@@ -1405,6 +1421,7 @@ def run_status(cfg: TrainConfig) -> dict[str, Any]:
         "step": info["step"] if not pid and "step" in info and ended != "failed" else latest.get("step"),
         **{name: {**latest, **info}.get(name) for name in ("started", "total_steps", *STATUS_LINES)},
         "seconds_left": seconds_left(records, info.get("total_steps")) if pid else None,
+        "idle_seconds": time.time() - (cfg.output_dir / "metrics.jsonl").stat().st_mtime if pid and records else None,
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
 
@@ -1465,6 +1482,12 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     if not pid:
         print(f"이 로그 디렉토리로 실행 중인 학습이 없습니다: {display_path(cfg.logs_dir)}")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
+    if mode == "stop" and cfg.output_dir != TrainConfig().output_dir:  # the logs decide, but two may be meant
+        with suppress(FileNotFoundError):
+            other = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
+            if other != pid and os.path.exists(f"/proc/{other}/fd/9"):
+                text = f"{display_path(cfg.output_dir)} 의 학습(PID {other})은 로그 디렉토리가 다릅니다"
+                raise UsageProblem([f"{text}. 그 학습의 --logs-dir 도 주세요"])
     # For a launcher in the foreground signals are meant; of the others Ctrl-C ends only this, not the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == pid else signal.SIG_DFL)
@@ -1473,8 +1496,8 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
         if mode == "follow":
             stream.seek(-sum(map(len, deque(stream, 10))), os.SEEK_CUR)
         elif mode == "stop":
-            stream.seek(0, os.SEEK_END)
-            if run_status(cfg)["stopping"]:  # a second signal would end it unsaved
+            # A second signal would end it unsaved; the log tells of the first one, whichever --output-dir was typed.
+            if "🛑 중단 요청".encode() in stream.read() or run_status(cfg)["stopping"]:
                 print(f"이미 멈추는 중입니다. 저장을 기다립니다 (저장하지 않고 즉시 끝내려면: kill {pid})")
             else:
                 print(f"🛑 중단 요청을 보냅니다 (PID {pid}). 현재 스텝을 마치고 저장합니다...")
@@ -1531,6 +1554,7 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 def set_up_config(typed: TrainConfig) -> TrainConfig:
     """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
     info, processes = read_json(typed.output_dir / "run_info.json"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers, which the plan's are
     if is_restart(info):
         if info.get("state", "running") != "running" or "stop_requested" in info:
             sys.exit()  # it failed for a known reason, or is to stop
@@ -2480,6 +2504,7 @@ class Corpus:
     val: DocumentList
     val_documents: np.ndarray  # their numbers in the index
     report: dict[str, Any]
+    lists: str = ""  # their folder, for a restart
     store: Any = None  # what the ranks shared to open it; kept for the process group, as it ends with rank 0's
 
     def rows(self, max_seq_length: int) -> int:
@@ -2488,7 +2513,13 @@ class Corpus:
 
 def prepare_lists(cfg: TrainConfig) -> Path:
     """Write what the token cache lacks; return the folder of the lists, which stands in the prepared corpus's."""
+    info = read_json(cfg.output_dir / "run_info.json")
+    if is_restart(info) and os.path.exists(info.get("lists", "")):  # whatever became of the files meanwhile
+        return Path(info["lists"])
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
+    for torn in cfg.cache_dir.glob(".*.tmp"):  # of a preparation that was stopped
+        with suppress(TimeoutError), FileLock(cfg.cache_dir / f"{torn.stem[1:]}.lock", timeout=0):
+            shutil.rmtree(torn, ignore_errors=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)[0]
     if not files:
         cfg = replace(cfg, dataset_path=(Path(pinned_dataset(cfg)),))
@@ -2528,7 +2559,8 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
     *domains, val = (DocumentList(tokens, part) for part in pieces)
     documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
-    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report, store)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Corpus(folder, tokenizer, documents, tuple(domains), val, numbers, report, str(lists), store)
 
 
 def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
@@ -2945,7 +2977,8 @@ def find_batch_size(cfg: TrainConfig, rows: int, tokenizer: Any, accelerator: Ac
     while True:
         fits = try_steps(cfg, size, tokenizer, accelerator)
         torch._dynamo.reset()  # a second shape would make the sizes of the first graph dynamic
-        accelerator.free_memory()  # it keeps the models that it prepared
+        for _ in range(2):  # it keeps the models that it prepared, and collects only before it lets go of them
+            accelerator.free_memory()
         if all(gather_object([fits])):
             break
         logger.info(f"   • 배치 크기 {size}: 메모리가 부족합니다")
@@ -3477,7 +3510,10 @@ def start_profile(run: Run, left: int) -> Any:
 
     def report(profiler: Any) -> None:
         path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
-        profiler.export_chrome_trace(str(path))
+        try:
+            profiler.export_chrome_trace(str(path))
+        except OSError as error:  # no reason to end a run
+            logger.warning(f"⚠️  트레이스를 쓰지 못했습니다: {describe_error(error)[0]}")
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
 
@@ -3783,7 +3819,7 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     path = cfg.output_dir / "run_info.json"
     info, kept = read_json(path), ("step", "total_steps", "dataset") if cfg.resume else ()  # what still holds
     if is_restart(info):
-        kept += ("restarts", "first_step", "failed_saves", "dataset", "self_test")
+        kept += ("restarts", "first_step", "failed_saves", "dataset", "self_test", "lists")
         info["restarts"] = count = info.get("restarts", 0) + 1
         most = f"{count}/{os.environ['TORCHELASTIC_MAX_RESTARTS']}번째"
         logger.info(f"⚠️  학습 프로세스가 죽어 자동으로 다시 시작했습니다 ({most})")
@@ -3794,8 +3830,8 @@ def claim_output(cfg: TrainConfig, world_size: int) -> Any:
     info |= {"state": "running", "mode": cfg.mode, "options": options_of(cfg), "world_size": world_size}
     info["command"] = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"  # it can be pasted anywhere
     info["machine"] = {"host": os.uname().nodename, "cpus": os.cpu_count(), "visible_devices": visible}
-    path.unlink(missing_ok=True)  # with all that isn't kept, a stop request too
-    update_run_info(cfg.output_dir, **info, started=timestamp(), run_id=run_id(), **provenance())
+    # What isn't kept goes, a stop request too; never removed first, as a full disk may take no new one.
+    write_json(path, info | {"started": timestamp(), "run_id": run_id(), **provenance()})
     return lock
 
 
@@ -3860,9 +3896,9 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
             if point.checkpoint is None and cfg.save_initial:
                 save_initial_model(run)
         ended = train_quietly(run, state)
-    faulthandler.cancel_dump_traceback_later()  # from here on nothing hangs: what is left takes as long as it takes
     with tracking(run):
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
+    faulthandler.cancel_dump_traceback_later()  # from here on nothing hangs: what is left takes as long as it takes
     if lock is not None:
         report_save(run, is_last=True)
         draw_curves_beside(run, wait=True)
@@ -3878,7 +3914,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
 
 def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
-    cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step}
+    cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step, "lists": run.corpus.lists}
     run.saver.failed = read_json(cfg.output_dir / "run_info.json").get("failed_saves", 0)
     for name in ("metrics.jsonl", "samples.md"):
         cut_file(cfg.output_dir / name, state.step)
@@ -3943,14 +3979,18 @@ def use_checkpoint(cfg: TrainConfig) -> None:
 def report_failure(cfg: TrainConfig, error: Exception) -> None:
     """Tell the person, keep the traceback, set the run's state unless it restarts; of ranks that fail one speaks."""
     (text, known), rank = describe_error(error), rank_and_world()[0]
+    info = read_json(cfg.output_dir / "run_info.json")
     logging.getLogger("traceback").error("run failed", exc_info=error)
-    is_victim = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    own = known or re.search("nccl(System|UnhandledCuda|Internal|Invalid)", str(error))  # it says why itself
+    is_victim = not own and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+    if is_out_of_memory(error) and list_checkpoints(cfg.output_dir, after=info.get("first_step", math.inf)):
+        known = False  # it did fit: another process has taken the memory
     if is_victim:  # the other's fault is the cause: it may be about to say why
         text = LOST_PEER
         time.sleep(1)
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     again = not known and used < most
-    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # before the directory was ours
+    if info.get("run_id") != run_id():  # before the directory was ours
         speaks = is_local_main()
     elif again:
         speaks = not is_victim
