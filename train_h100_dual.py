@@ -1497,8 +1497,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
 
 
 def draw_curves(folder: str) -> None:
-    """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
-    os.nice(10)
+    os.nice(10)  # training goes first
     from matplotlib.figure import Figure
 
     records = read_metrics(Path(folder), most=sys.maxsize)
@@ -3633,7 +3632,6 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 
 
 def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
-    """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
     rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
     for name, (documents, tokens, size, nats, characters, lost) in {"전체": sum(totals.values()), **totals}.items():
         if lost > LARGE_SHARE * characters:  # of what wasn't encoded nothing was predicted
@@ -3711,7 +3709,6 @@ def keep_to_hours(run: Run, step_seconds: float) -> None:
 
 
 def train(run: Run, state: TrainState) -> str:
-    """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator, start = run.cfg, run.accelerator, state.step
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
@@ -3966,7 +3963,6 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
 
 
 def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
-    """Run one rank of a training run, or use a checkpoint; returns the exit code."""
     gc.freeze()  # what was imported stays: no collection has to look at it
     gc.enable()
     try:
