@@ -657,8 +657,8 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str) -> list[str]:
     """What keeps a run from reading on where a checkpoint with this ``training_info.json`` is, a sentence each."""
     if info.get("layout_version") != LAYOUT_VERSION:
-        text = f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint}"
-        return [f"{text} (가중치만 이어받으려면 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요)"]
+        advice = f"가중치만 이어받으려면 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요"
+        return [f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다 ({advice})"]
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
@@ -1029,8 +1029,7 @@ def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: in
     if size > vocabulary:
         problems.append(f"--tokenizer의 어휘 {size:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
-        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest}보다 깁니다"
-        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
+        problems.append(f"--init-from 모델의 최대 길이 {longest}보다 깁니다. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
 
 
