@@ -3735,9 +3735,8 @@ def train(run: Run, state: TrainState) -> str:
             keep_to_hours(run, time.monotonic() - begun)
         if state.step == start + 3 and cfg.device == "cuda":  # from now on it takes no more
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
-            logger.info(
-                "   GPU 메모리: 최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB".format(*(n / 1e9 for n in peaks))
-            )
+            figures = "최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB".format(*(size / 1e9 for size in peaks))
+            logger.info(f"   GPU 메모리: {figures}")
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
