@@ -3120,10 +3120,9 @@ def save_initial_model(run: Run) -> None:
     info = {"parameters": counts, "dtype": "float32", "vocab_size": len(embedding), **provenance()}
     info |= {"architecture": type(run.model).__name__, "model_size": options_of(run.cfg)["model_size"]}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
-    weights = run.saver.copy_weights(run.model)
     try:
         with atomic_dir(folder) as temporary:
-            write_model(temporary, run, weights)
+            write_model(temporary, run, run.saver.copy_weights(run.model))
             write_json(temporary / "model_info.json", info)
         logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
     except OSError as error:
