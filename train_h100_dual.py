@@ -657,8 +657,8 @@ def find_resume_point(cfg: TrainConfig, world_size: int, fingerprint: str = "", 
 def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fingerprint: str) -> list[str]:
     """What keeps a run from reading on where a checkpoint with this ``training_info.json`` is, a sentence each."""
     if info.get("layout_version") != LAYOUT_VERSION:
-        text = f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다: {checkpoint}"
-        return [f"{text} (가중치만 이어받으려면 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요)"]
+        advice = f"가중치만 이어받으려면 --init-from {checkpoint} 와 새 --output-dir 를 쓰세요"
+        return [f"다른 버전이 쓴 체크포인트라 이어서 학습할 수 없습니다 ({advice})"]
     if info["mode"] == "test":
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
@@ -1031,8 +1031,7 @@ def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: in
     if size > vocabulary:
         problems.append(f"--tokenizer의 어휘 {size:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
-        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest}보다 깁니다"
-        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
+        problems.append(f"--init-from 모델의 최대 길이 {longest}보다 깁니다. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
 
 
@@ -1520,8 +1519,7 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
 
 
 def draw_curves(folder: str) -> None:
-    """Draw ``training_curves.png`` from ``metrics.jsonl``, in a process that gives way to training."""
-    os.nice(10)
+    os.nice(10)  # training goes first
     from matplotlib.figure import Figure
 
     records = read_metrics(Path(folder), most=sys.maxsize)
@@ -3155,10 +3153,9 @@ def save_initial_model(run: Run) -> None:
     info = {"parameters": counts, "dtype": "float32", "vocab_size": len(embedding), **provenance()}
     info |= {"architecture": type(run.model).__name__, "model_size": options_of(run.cfg)["model_size"]}
     info |= {"tokenizer_fingerprint": tokenizer_fingerprint(run.corpus.tokenizer), "created": timestamp()}
-    weights = run.saver.copy_weights(run.model)
     try:
         with atomic_dir(folder) as temporary:
-            write_model(temporary, run, weights)
+            write_model(temporary, run, run.saver.copy_weights(run.model))
             write_json(temporary / "model_info.json", info)
         logger.info(f"✅ 초기 모델 저장 완료: {display_path(folder)}")
     except OSError as error:
@@ -3669,7 +3666,6 @@ def score_corpus(model: nn.Module, tokenizer: Any, cfg: TrainConfig) -> dict[str
 
 
 def evaluation_table(totals: dict[str, np.ndarray]) -> list[str]:
-    """Lines of a table: loss and perplexity of a token, bits per byte of text, for all and by language."""
     rows = [("언어", "문서", "토큰", "바이트", "손실", "퍼플렉시티", "bits/byte")]
     for name, (documents, tokens, size, nats, characters, lost) in {"전체": sum(totals.values()), **totals}.items():
         if lost > LARGE_SHARE * characters:  # of what wasn't encoded nothing was predicted
@@ -3747,7 +3743,6 @@ def keep_to_hours(run: Run, step_seconds: float) -> None:
 
 
 def train(run: Run, state: TrainState) -> str:
-    """Train to the end or until asked to stop; returns the state in which the run ended."""
     cfg, accelerator, start = run.cfg, run.accelerator, state.step
     steps = range(start, run.total_steps)
     positions = rank_positions(run, accelerator.process_index, accelerator.num_processes, steps)
@@ -3775,9 +3770,8 @@ def train(run: Run, state: TrainState) -> str:
             keep_to_hours(run, time.monotonic() - begun)
         if state.step == start + 3 and cfg.device == "cuda":  # from now on it takes no more
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
-            logger.info(
-                "   GPU 메모리: 최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB".format(*(n / 1e9 for n in peaks))
-            )
+            figures = "최대 할당 {:.1f} GB, 예약 {:.1f} GB, 남음 {:.1f} GB".format(*(size / 1e9 for size in peaks))
+            logger.info(f"   GPU 메모리: {figures}")
         last = state.step == run.total_steps
         intervals = (cfg.eval_steps, cfg.sample_steps, cfg.save_steps)
         evaluates, samples, saves = (last or state.step % interval == 0 for interval in intervals)
@@ -4006,7 +4000,6 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
 
 
 def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
-    """Run one rank of a training run, or use a checkpoint; returns the exit code."""
     gc.freeze()  # what was imported stays: no collection has to look at it
     gc.enable()
     try:
