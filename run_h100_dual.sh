@@ -20,6 +20,7 @@ readonly QUIET_START=120   # seconds without one that are told
 readonly OWN_OPTIONS="--foreground --dry-run --help --status --json --follow --stop --notify --python --no-install"
 
 export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID} # the numbers of nvidia-smi, by which the plan goes
 export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 
 action=run foreground=false dry_run=false as_json=false may_install=true

@@ -181,6 +181,16 @@ class EnvironmentProblem(Refusal, RuntimeError): ...
 class MissingPath(Refusal, FileNotFoundError): ...
 
 
+@contextmanager
+def refusing(problem: str, source: Any) -> Iterator[None]:
+    """Say that a library can't use ``source``, with the first line of its reason: each of its checks has an error."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EnvironmentProblem(f"{problem}: {source} ({reason})") from error
+
+
 def parse_value(kind: Any, text: str) -> Any:
     """Read a value by its kind: a function, choices, or a number's type and limits; ValueError names the nearest."""
     if callable(kind):
@@ -436,10 +446,9 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append("셋을 함께 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
     if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-    if cfg.device == "cpu" and cfg.find_batch_size:
-        problems.append("--find-batch-size: CPU에서는 쓸 수 없습니다. --batch-size 로 정하세요")
-    if cfg.device == "cpu" and cfg.bf16_allreduce:  # DDP's hook asks for NCCL
-        problems.append("--bf16-allreduce: CPU에서는 쓸 수 없습니다. 빼고 실행하세요")
+    for name in ("find_batch_size", "bf16_allreduce"):  # for which DDP's hook asks for NCCL
+        if cfg.device == "cpu" and getattr(cfg, name):
+            problems.append(f"{as_typed(name)}: CPU에서는 쓸 수 없습니다. 빼고 실행하세요")
     unusable = ("cudnn", "efficient", "fa3") if cfg.device == "cpu" else ("cudnn", "flash", "fa3")  # in fp32
     if cfg.attention in unusable and (cfg.device == "cpu" or (cfg.device == "cuda" and cfg.precision == "fp32")):
         problems.append(f"--attention {cfg.attention}: 이 설정에서는 쓸 수 없습니다. --attention auto 를 쓰세요")
@@ -663,8 +672,7 @@ def resume_problems(cfg: TrainConfig, checkpoint: Path, info: dict[str, Any], fi
         return ["테스트 모드의 체크포인트에서는 이어서 학습하지 않습니다. --resume 없이 시작하세요"]
     problems, before, after = [], info["options"], options_of(cfg)
     for name in FIXED_OPTIONS:
-        # To a path of the same files, or to what was trained in the run: the fingerprint tells.
-        moved = after[name] and (name == "tokenizer" or (name == "init_from" and before[name]))
+        moved = after[name] and (name == "tokenizer" or (name == "init_from" and before[name]))  # the fingerprint tells
         others = any(before[other] or after[other] for other in DECIDED_BY.get(name, ()))
         if before[name] == after[name] or moved or others:
             continue
@@ -985,8 +993,7 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
     parts = estimate_memory(replace(cfg, **least), shape, world_size)
     if gpu.total and sum(parts.values()) > gpu.total << 20:
         text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
-        advice = "--find-batch-size, --gradient-checkpointing, --model-size 를 쓰세요"
-        problems.append(f"GPU 메모리가 부족합니다: {text}. {advice}")
+        problems.append(f"GPU 메모리가 부족합니다: {text}. --find-batch-size, --gradient-checkpointing, --model-size")
     have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
     needed = (count + (cfg.save_initial and not have)) * parts["가중치"]
@@ -1094,15 +1101,10 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     for reason, paths in left_out.items():
         names = ", ".join(display_path(path) for path in paths[:3]) + (" …" if len(paths) > 3 else "")
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
-    if cfg.precision == "fp8":
-        notes.append("--fp8은 실험 기능입니다. 손실을 --bf16과 견주어 보세요")
     if point.checkpoint and not report:
         notes.append("준비해 둔 토큰이 없어 데이터를 다시 토큰화합니다. 그때와 내용이 다르면 그 뒤에 거부됩니다")
-    if exact and point.info and steps != point.info["total_steps"]:
-        notes.append(f"전체 스텝: {point.info['total_steps']:,} → {steps:,}. 학습률을 이 길이로 다시 계산합니다")
     if not cfg.max_steps and steps < (cfg.max_tokens or 0) // step_tokens:
-        text = f"--max-tokens 보다 --max-epochs {cfg.max_epochs}({steps * step_tokens:,} 토큰)가 먼저 끝납니다"
-        notes.append(f"{text}. 다 학습하려면 --max-epochs 를 늘리세요")
+        notes.append(f"--max-tokens 보다 {steps * step_tokens:,} 토큰에서 먼저 끝납니다. --max-epochs 를 늘리세요")
     if cfg.learning_rate == "auto" and cfg.max_hours:
         notes.append("--max-hours 로 먼저 끝나면 auto가 헤아린 토큰 수보다 짧고, 학습률이 다 내려가지 않습니다")
     return LaunchPlan(cfg, files, gpus, processes, nodes, point, steps, exact, notes)
@@ -1138,15 +1140,11 @@ def require_cuda() -> None:
 
     if torch.cuda.is_available():
         return
-    version, reason = importlib.metadata.version("torch"), ""
-    try:
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:  # one without CUDA, or the driver's own words
-        reason = f" ({str(error).partition(chr(10))[0][:200]})"
+    version = importlib.metadata.version("torch")
     package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다{reason}"
-    advice = "오류 802면 nvidia-fabricmanager를 켜고, 아니면 드라이버를 올리거나 맞는 것을 설치하세요"
-    raise EnvironmentProblem(f"{text}. {advice}: {sys.executable} -m pip install {package}")
+    text = f"PyTorch {version}는 이 GPU를 쓰지 못합니다. nvidia-fabricmanager와 드라이버를 보거나 맞는 것을 설치하세요"
+    with refusing(text, f"{sys.executable} -m pip install {package}"):
+        torch.cuda.init()  # the driver's own words; it makes no context here
 
 
 def check_lines(plan: LaunchPlan, missing: list[str]) -> list[str]:
@@ -1188,10 +1186,10 @@ def info_lines(plan: LaunchPlan, background: bool) -> list[str]:
     length = f"{cfg.max_steps}스텝" if cfg.max_steps else f"{cfg.max_epochs}에포크"
     estimated = "" if plan.exact else " (추정)"
     nodes = f" (머신 {plan.nodes}대 x {plan.processes}개, 이 머신은 {node_rank(cfg)}번)" if plan.nodes > 1 else ""
-    training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
     matrices = shape.matrix_parameters() if shape else 0
     rate = peak_rate(cfg, matrices, tokens, point.info)[1]
-    training |= {"학습률": rate + (estimated if "토큰" in rate else "")}
+    training = {"배치 크기": f"{cfg.batch_size}{'부터 줄여 찾음' if cfg.find_batch_size else ''}"}
+    training["학습률"] = rate + (estimated if "토큰" in rate else "")
     best = peak_rate(replace(cfg, optimizer="muon", learning_rate="auto"), matrices, tokens, {})[0]
     fresh, typed = cfg.mode == "train" and not (cfg.init_from or point.info), cfg.learning_rate
     if best and fresh and typed != "auto" and (typed == TrainConfig.learning_rate or not best / 3 <= typed <= 3 * best):
@@ -1345,7 +1343,6 @@ class StopFlag:
 STATE_NAMES = {"running": "실행 중", "finished": "완료", "stopped": "중단됨", "failed": "실패"}
 STATUS_LINES = {  # label and format; what isn't known, and a count of 0, has no line
     "seconds_left": ("남은 시간", format_duration),
-    "idle_seconds": ("마지막 기록 뒤", format_duration),
     "loss": ("손실", "{:.4f}".format),
     "val_bits_per_byte": ("검증 bits/byte", "{:.4f}".format),
     "val_bits_per_byte_ko": ("   한국어", "{:.4f}".format),
@@ -1420,7 +1417,6 @@ def run_status(cfg: TrainConfig) -> dict[str, Any]:
         "step": info["step"] if not pid and "step" in info and ended != "failed" else latest.get("step"),
         **{name: {**latest, **info}.get(name) for name in ("started", "total_steps", *STATUS_LINES)},
         "seconds_left": seconds_left(records, info.get("total_steps")) if pid else None,
-        "idle_seconds": time.time() - (cfg.output_dir / "metrics.jsonl").stat().st_mtime if pid and records else None,
         "last_checkpoint": str(checkpoints[-1]) if checkpoints else None,
     }
 
@@ -1481,12 +1477,6 @@ def follow_run(cfg: TrainConfig, mode: str) -> int:
     if not pid:
         print(f"이 로그 디렉토리로 실행 중인 학습이 없습니다: {display_path(cfg.logs_dir)}")
         return print_status(cfg) if mode == "follow" else NOT_RUNNING
-    if mode == "stop" and cfg.output_dir != TrainConfig().output_dir:  # the logs decide, but two may be meant
-        with suppress(FileNotFoundError):
-            other = (cfg.output_dir / ".lock").read_text(encoding="utf-8")
-            if other != pid and os.path.exists(f"/proc/{other}/fd/9"):
-                text = f"{display_path(cfg.output_dir)} 의 학습(PID {other})은 로그 디렉토리가 다릅니다"
-                raise UsageProblem([f"{text}. 그 학습의 --logs-dir 도 주세요"])
     # For a launcher in the foreground signals are meant; of the others Ctrl-C ends only this, not the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == pid else signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == pid else signal.SIG_DFL)
@@ -1552,7 +1542,6 @@ INTERNAL: dict[str, Callable[..., int | None]] = {
 def set_up_config(typed: TrainConfig) -> TrainConfig:
     """Complete the options of a rank; where no launcher has made the plan and shown it, the first one does."""
     info, processes = read_json(typed.output_dir / "run_info.json"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers, which the plan's are
     if is_restart(info):
         if info.get("state", "running") != "running" or "stop_requested" in info:
             sys.exit()  # it failed for a known reason, or is to stop
@@ -1652,16 +1641,6 @@ ATTENTION_NAME = "packed_causal"  # under which transformers knows ``causal_atte
 logger = logging.getLogger("h100_dual")
 
 # ==== Runtime: logs, the accelerator ==================================================
-
-
-@contextmanager
-def refusing(problem: str, source: Any) -> Iterator[None]:
-    """Say that a library can't use ``source``, with the first line of its reason: each of its checks has an error."""
-    try:
-        yield
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EnvironmentProblem(f"{problem}: {source} ({reason})") from error
 
 
 def set_up_logging(cfg: TrainConfig, rank: int) -> None:
@@ -1889,7 +1868,6 @@ class Documents:
     bad: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)  # records that aren't blank, bad, empty; of the others the figures
     by_language: dict[str, Counter] = field(default_factory=dict)  # documents, bytes, tokens, eojeols, characters, lost
-    lost_example: str = ""  # of what the tokenizer can't write
 
 
 def detect_encoding(head: bytes) -> str:
@@ -2357,7 +2335,6 @@ def encode_chunk(text_column: str, encode: Callable, opening: np.ndarray, chunk:
         figures = {"tokens": len(ids), "eojeols": len(words), "characters": sum(map(len, words)), "lost": len(lost)}
         documents.counts.update(figures)
         documents.by_language.setdefault(language, Counter()).update(figures, documents=1, bytes=len(data))
-        documents.lost_example = documents.lost_example or lost[:20]
     documents.texts = []
     return documents, b"".join(tokens), np.array(rows, DOCUMENT)
 
@@ -2368,7 +2345,7 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
     if problem := disk_problem(folder.parent, estimated_bytes(files) * opening.itemsize // 4):
         raise RuntimeError(f"{problem}. 다른 --cache-dir 를 쓰세요")
     names: dict[str, dict[str, int]] = {"language": {}, "source": {"": 0}}  # each with its number
-    tally, by_language, example = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}, ""
+    tally, by_language = Tally(cfg.logs_dir / "bad_lines.jsonl"), {}
     workers = 0 if 0 < estimated_bytes(files) < SMALL_CORPUS_BYTES else usable_cpus()
     encoding = functools.partial(encode_chunk, cfg.text_column, encode, opening)
     waiting = log_waiting("토큰화하는 중", tally.total, estimated_bytes(files))
@@ -2386,14 +2363,13 @@ def write_stream(folder: Path, cfg: TrainConfig, files: list[Path], tokenizer: A
                 by_language.setdefault(language, Counter()).update(figures)
             stream.write(tokens)
             records.write(index.tobytes())
-            example = example or documents.lost_example
         records.write(np.array((0, stream.tell() // opening.itemsize, 0, 0, 0), DOCUMENT).tobytes())
         stream.write(opening[:1].tobytes())  # the end of text
     tally.check(corpus_name(cfg))
     write_json(folder / "files.json", tally.files)
     if tally.bad:
         shutil.copy(tally.path, folder)  # for the runs that find the corpus prepared
-    figures = {**tally.total, "by_language": by_language, "lost_example": example}
+    figures = {**tally.total, "by_language": by_language}
     figures |= {"languages": list(names["language"]), "sources": list(names["source"])}
     return figures | {"engine": engine, "dtype": opening.dtype.name}
 
@@ -2502,7 +2478,6 @@ class Corpus:
     val: DocumentList
     val_documents: np.ndarray  # their numbers in the index
     report: dict[str, Any]
-    lists: str = ""  # their folder, for a restart
     store: Any = None  # what the ranks shared to open it; kept for the process group, as it ends with rank 0's
 
     def rows(self, max_seq_length: int) -> int:
@@ -2515,9 +2490,6 @@ def prepare_lists(cfg: TrainConfig) -> Path:
     if is_restart(info) and os.path.exists(info.get("lists", "")):  # whatever became of the files meanwhile
         return Path(info["lists"])
     cfg.cache_dir.mkdir(parents=True, exist_ok=True)
-    for torn in cfg.cache_dir.glob(".*.tmp"):  # of a preparation that was stopped
-        with suppress(TimeoutError), FileLock(cfg.cache_dir / f"{torn.stem[1:]}.lock", timeout=0):
-            shutil.rmtree(torn, ignore_errors=True)
     files = [write_dummy_data(cfg.cache_dir)] if uses_dummy_data(cfg) else corpus_files(cfg)[0]
     if not files:
         cfg = replace(cfg, dataset_path=(Path(pinned_dataset(cfg)),))
@@ -2549,7 +2521,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
     lists = Path(store.get(name).decode())
     folder = lists.parent
-    report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json")}
+    report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json"), "lists": str(lists)}
     if report["bad"] and is_local_main():
         path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
         logger.warning(f"⚠️  읽지 못한 줄 {report['bad']:,}개를 건너뛰었습니다: {display_path(path)}")
@@ -2557,8 +2529,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     pieces = (np.asarray(np.load(lists / f"{place}.npy", "r")) for place in range(len(report["domains"]) + 1))
     *domains, val = (DocumentList(tokens, part) for part in pieces)
     documents, numbers = np.memmap(folder / "documents.bin", DOCUMENT, "r"), np.load(lists / "val_documents.npy")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return Corpus(folder, tokenizer, documents, tuple(domains), val, numbers, report, str(lists), store)
+    return Corpus(folder, load_tokenizer(folder / "tokenizer"), documents, tuple(domains), val, numbers, report, store)
 
 
 def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
@@ -2584,7 +2555,7 @@ def log_report(cfg: TrainConfig, corpus: Corpus) -> None:
     if report["left_out"]:
         logger.info(f"⚠️  --mix에 없는 문서 {report['left_out']:,}개는 학습에 쓰지 않습니다")
     if most_lost > 0.01:
-        problem = f"토크나이저가 쓰지 못하는 글자가 최대 {most_lost:.1%}입니다 (예: {report['lost_example']})"
+        problem = f"토크나이저가 쓰지 못하는 글자가 최대 {most_lost:.1%}입니다"
         if most_lost > LARGE_SHARE and cfg.mode == "train":
             raise RuntimeError(f"{problem}. 그 글자를 아는 --tokenizer 를 주거나, 빼고 말뭉치로 학습하세요")
         logger.warning(f"⚠️  {problem}")
@@ -3507,10 +3478,7 @@ def start_profile(run: Run, left: int) -> Any:
 
     def report(profiler: Any) -> None:
         path, device = run.cfg.output_dir / "profile_trace.json.gz", "device" if run.cfg.device == "cuda" else "cpu"
-        try:
-            profiler.export_chrome_trace(str(path))
-        except OSError as error:  # no reason to end a run
-            logger.warning(f"⚠️  트레이스를 쓰지 못했습니다: {describe_error(error)[0]}")
+        profiler.export_chrome_trace(str(path))
         table = profiler.key_averages().table(f"self_{device}_time_total", row_limit=20, max_name_column_width=60)
         logger.info(f"🔬 프로파일: 3스텝의 합, 자기 시간이 긴 연산부터 (트레이스: {display_path(path)})\n{table}")
 
@@ -3908,7 +3876,7 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
 
 def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
     """Make the files agree with the step where the run begins, and say where that is; rank 0 only."""
-    cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step, "lists": run.corpus.lists}
+    cfg, begun = run.cfg, {"total_steps": run.total_steps, "first_step": state.step}
     run.saver.failed = read_json(cfg.output_dir / "run_info.json").get("failed_saves", 0)
     for name in ("metrics.jsonl", "samples.md"):
         cut_file(cfg.output_dir / name, state.step)
@@ -3919,7 +3887,7 @@ def begin_at(run: Run, state: TrainState, point: ResumePoint) -> None:
         begun["dataset"] = {"asked": corpus_name(cfg), "pinned": run.corpus.report["dataset"]}
     if cfg.device == "cuda":
         begun["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, **begun)
+    update_run_info(cfg.output_dir, skipped_steps=state.skipped_steps, lists=run.corpus.report["lists"], **begun)
     if point.checkpoint is not None:
         logger.info(f"🔁 이어서 학습: {display_path(point.checkpoint)} (스텝 {state.step:,}부터)")
         if (before := point.info["total_steps"]) != (now := run.total_steps):
@@ -3973,18 +3941,16 @@ def use_checkpoint(cfg: TrainConfig) -> None:
 def report_failure(cfg: TrainConfig, error: Exception) -> None:
     """Tell the person, keep the traceback, set the run's state unless it restarts; of ranks that fail one speaks."""
     (text, known), rank = describe_error(error), rank_and_world()[0]
-    info = read_json(cfg.output_dir / "run_info.json")
     logging.getLogger("traceback").error("run failed", exc_info=error)
-    own = known or re.search("nccl(System|UnhandledCuda|Internal|Invalid)", str(error))  # it says why itself
-    is_victim = not own and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
-    if is_out_of_memory(error) and list_checkpoints(cfg.output_dir, after=info.get("first_step", math.inf)):
-        known = False  # it did fit: another process has taken the memory
+    is_lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    is_victim = is_lost and not (known or re.search("nccl(System|UnhandledCuda|Internal|Invalid)", str(error)))
+    known = known and not (is_out_of_memory(error) and list_checkpoints(cfg.output_dir))  # where it did fit before
     if is_victim:  # the other's fault is the cause: it may be about to say why
         text = LOST_PEER
         time.sleep(1)
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     again = not known and used < most
-    if info.get("run_id") != run_id():  # before the directory was ours
+    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # before the directory was ours
         speaks = is_local_main()
     elif again:
         speaks = not is_victim
@@ -3994,9 +3960,9 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
         except OSError:  # a disk that takes nothing any more
             speaks = True
     if speaks:
-        detail_log = display_path(cfg.logs_dir / f"training_detail_rank_{rank}.log")
+        text += f"\n   자세한 내용: {display_path(cfg.logs_dir / f'training_detail_rank_{rank}.log')}"
         with suppress(OSError):  # a full disk
-            print(f"{'⚠️ ' if again else '❌'} {text}\n   자세한 내용: {detail_log}", flush=True)
+            print(f"{'⚠️ ' if again else '❌'} {text}", flush=True)
 
 
 def main(cfg: TrainConfig, stop: StopFlag | None) -> int:
