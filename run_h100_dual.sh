@@ -19,7 +19,7 @@ readonly FIRST_LOG_SHOW=5  # seconds of it to show
 readonly QUIET_START=120   # seconds without one that are told
 readonly OWN_OPTIONS="--foreground --dry-run --help --status --json --follow --stop --notify --python --no-install"
 
-export PYTHONUTF8=1 # Hangul in paths and output, also under LC_ALL=C
+export PYTHONUTF8=1                                       # Hangul in paths and output, also under LC_ALL=C
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID} # the numbers of nvidia-smi, by which the plan goes
 export LAUNCHER_OPTIONS="$OWN_OPTIONS"
 

@@ -42,6 +42,12 @@ def by_law(run: t.Run) -> float:
     return float(f"{t.RATE_LAW[run.cfg.optimizer] * shape.matrix_parameters() ** -0.713 * tokens**0.307:.1e}")
 
 
+def test_a_number_of_tokens_beyond_the_epochs_is_told(tmp_path, corpus):
+    for tokens, told in (("100000000", True), ("2000", False)):
+        plan = t.make_launch_plan(t.parse_args(options(tmp_path, *corpus, "--max-tokens", tokens)), 1)
+        assert any("토큰에서 먼저 끝납니다. --max-epochs" in note for note in plan.notes) is told
+
+
 def test_auto_is_estimated_then_one_rate_in_plan_run_and_resume(tmp_path, corpus):
     assert re.search(r"학습률: \S+ \(auto: .*\) \(추정\)$", planned(tmp_path, *corpus), re.M)
     shown = forked_run(tmp_path, *corpus, "--save-steps", "1000")

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import Place, assert_in_order, cleaned
 from faults import FIRST_TIME, KILL, SECOND_TIME, SMALL, assert_same_run, at_steps, broken_place
+from samples import config
 
 import train_h100_dual as t
 
@@ -86,19 +88,32 @@ def write_cache(*arguments):
 
 
 def test_killed_workers_are_started_again_and_the_losses_are_as_undisturbed(broken, undisturbed: Place) -> None:
-    """Once before the run's first checkpoint, where a --test has been, and once behind it."""
-    place = broken(at_steps((3, 0, f"{FIRST_TIME}{KILL}"), (7, 1, f"{SECOND_TIME}{KILL}")))
+    """Once before the run's first checkpoint, where a --test has been, and once behind it, where its memory did fit."""
+    full = f"if {SECOND_TIME}True: raise torch.OutOfMemoryError"
+    place = broken(at_steps((3, 0, f"{FIRST_TIME}{KILL}"), (7, 1, full)))
     shutil.copytree(undisturbed.outputs, place.outputs, symlinks=True)
     t.update_run_info(place.outputs, mode="test")
     answer = place.run(*SMALL, "--max-restarts", "2")
     assert answer.code == 0, answer.text + place.report()
     first, second = (rf"⚠️  학습 프로세스가 죽어 .*\({number}/2번째\)" for number in (1, 2))
-    assert_in_order(answer.out, ["스텝 1/12", first, "스텝 1/12", "스텝 5/12", second, "스텝 4부터", "✅ 학습 완료!"])
+    again = ["스텝 1/12", "스텝 5/12", "GPU 메모리가 부족합니다"]
+    assert_in_order(answer.out, ["스텝 1/12", first, *again, second, "스텝 4부터", "✅ 학습 완료!"])
     assert "Traceback" not in answer.text
     assert "❌" not in answer.text
     assert_same_run(place.folder, undisturbed.folder, 12)
     assert place.info()["state"] == "finished"
+    assert Path(place.info()["lists"], "lists.json").exists()  # which the next restart would take
     place.wait_for_end(5)
+
+
+@pytest.mark.parametrize(("error", "own"), [("ncclSystemError: no room in /dev/shm", True), ("ncclRemoteError", False)])
+def test_a_fault_of_nccl_itself_is_told_and_not_another_ranks_death(tmp_path, monkeypatch, capsys, error, own) -> None:
+    cfg = config(tmp_path)
+    cfg.output_dir.mkdir()
+    t.update_run_info(cfg.output_dir, run_id=t.run_id(), state="running")
+    t.report_failure(cfg, torch.distributed.DistBackendError(f"NCCL error: unhandled, {error}"))
+    assert (error in capsys.readouterr().out) is own
+    assert (t.read_json(cfg.output_dir / "run_info.json")["error"] == t.LOST_PEER) is not own
 
 
 def test_an_error_whose_cause_is_known_is_not_repeated(broken) -> None:

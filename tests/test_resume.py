@@ -110,6 +110,18 @@ def test_a_checkpoint_whose_state_was_removed_for_newer_ones_is_no_damaged_one(a
     assert "손상" not in str(problem.value)
 
 
+def test_without_its_cache_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
+    checkpoint = tmp_path / "outputs" / "checkpoint-20"
+    resumed = options(tmp_path, *TWENTY, "--train", "--resume", "--cache-dir", str(tmp_path / "new"))
+    plan = t.make_launch_plan(t.parse_args(resumed), 1)
+    assert any("다시 토큰화합니다" in note for note in plan.notes)
+    cfg = t.parse_args([*resumed, "--tokenizer", str(checkpoint)])
+    with pytest.raises(t.EnvironmentProblem, match=f"--tokenizer {checkpoint}"):
+        t.find_resume_point(t.resolve_config(cfg, "cpu")[0], 1, "another")
+    assert "20 → 22" in forked_run(tmp_path, *resumed, "--tokenizer", str(checkpoint), "--max-steps", "22")
+
+
 def test_a_finished_run_goes_on_to_a_larger_number_of_steps_and_says_how(alone, tmp_path):
     shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     shown = forked_run(tmp_path, *TWENTY, "--resume", "--max-steps", "24")

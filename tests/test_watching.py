@@ -205,9 +205,13 @@ def test_a_terminal_shows_the_log_with_a_bar_below_it(supervised):
     assert max(map(t.display_width, re.split(r"[\n\r]", terminal.text))) <= 80
 
 
-def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised):
+@pytest.mark.parametrize("told", ["its state", "the log"])
+def test_stop_typed_twice_waits_for_the_save_instead_of_ending_it(supervised, told):
     place = supervised.place
-    t.update_run_info(place.outputs, stop_requested="now")
+    if told == "the log":  # as where only --logs-dir is typed
+        add_lines(place.console_log, "🛑 중단 요청: 현재 스텝을 마치고 저장합니다")
+    else:
+        t.update_run_info(place.outputs, stop_requested="now")
     stop = place.start("--stop")
     place.wait("the message", lambda: "이미 멈추는 중입니다" in stop.stdout.readline())
     t.update_run_info(place.outputs, state="stopped")
