@@ -89,7 +89,9 @@ def write_cache(*arguments):
 
 def test_killed_workers_are_started_again_and_the_losses_are_as_undisturbed(broken, undisturbed: Place) -> None:
     """Once before the run's first checkpoint, where a --test has been, and once behind it, where its memory did fit."""
-    full = f"if {SECOND_TIME}True: raise torch.OutOfMemoryError"
+    full = f"""while {SECOND_TIME}True:
+            if list_checkpoints(run.cfg.output_dir):  # it is written beside the steps
+                raise torch.OutOfMemoryError"""
     place = broken(at_steps((3, 0, f"{FIRST_TIME}{KILL}"), (7, 1, full)))
     shutil.copytree(undisturbed.outputs, place.outputs, symlinks=True)
     t.update_run_info(place.outputs, mode="test")
