@@ -142,8 +142,7 @@ def main() -> None:
     def evaluate(args: Any, state: Any) -> None:
         nonlocal apart
         if state.global_step % cfg.eval_steps == 0 or state.global_step == state.max_steps:
-            ranks = {"num_processes": args.world_size, "process_index": args.process_index}
-            run.accelerator, evaluating = SimpleNamespace(device=args.device, **ranks), time.perf_counter()
+            run.accelerator, evaluating = trainer.accelerator, time.perf_counter()
             evaluations[state.global_step] = t.evaluate(cast(t.Run, run))
             apart += time.perf_counter() - evaluating
 
