@@ -59,7 +59,7 @@ def prepare(cfg: t.TrainConfig) -> None:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes that a process and its descendants hold; a page that several share counts once."""
+    """Bytes that a process and its descendants hold; a page that several share counts once, with others in part."""
     held, root = 0, psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
