@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare training speed and start-up with Hugging Face's Trainer, a bare DDP loop and, with --peers, litgpt.
+"""Compare training speed and start-up with Hugging Face's Trainer and a bare DDP loop.
 
 ``run.sh`` starts it.  All contestants train the same model on the same rows, and their blocks of steps take turns
 in one run.  See README.md beside this file.
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import corpus_file, median_and_range, model_options, provenance, ratios, record, table, take_turns
+from common import corpus_file, median_and_range, provenance, ratios, record, table, take_turns
 
 import train_h100_dual as t
 
@@ -38,8 +38,6 @@ MOST_TOKENS = 20_000_000  # of the stream; a longer run reads it again
 ENOUGH_STEPS = "10000000"
 BLOCK_SECONDS = 2  # or one step
 MUON = "ours, Muon"
-# 30.9 M parameters with a vocabulary of 16,384: no preset is that small.
-PRESETS = {**t.PRESETS, "30m": t.Preset(8, 512, 1152, 64)}
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,11 @@ class Setting:
         times = f" x {self.accumulation}" if self.accumulation > 1 else ""
         return f"{self.model}, {self.ranks} x {self.batch_size} x {self.max_seq_length}{times} tokens a step, {kind}"
 
-    def plain(self) -> dict[str, Any]:
-        """What a script needs that doesn't know ours; ``shape`` is layers, hidden, MLP and heads."""
-        preset = PRESETS[self.model]
-        shape = (preset.layers, preset.hidden, preset.mlp, preset.hidden // preset.head)
-        return {**asdict(self), "shape": shape, "learning_rate": 1e-3 if self.device == "cpu" else 3e-4}
-
-    def options(self, folder: Path) -> list[str]:
-        """The options of train_h100_dual.py that stand for it; ``folder`` takes the config of what is no preset."""
-        model = ["--model-size", self.model]
-        if self.model not in t.PRESETS:
-            names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-            model = model_options(folder, **dict(zip(names, self.plain()["shape"], strict=True)))
+    def options(self) -> list[str]:
+        """The options of train_h100_dual.py that stand for it."""
         batch = f"--batch-size {self.batch_size} --gradient-accumulation-steps {self.accumulation}"
         rows = f"--vocab-size {self.vocab_size} --max-seq-length {self.max_seq_length}"
-        return [*f"--train --device {self.device} {rows} {batch}".split(), *model]
+        return f"--train --device {self.device} --model-size {self.model} {rows} {batch}".split()
 
 
 def write_tokens(path: Path, setting: Setting) -> None:
@@ -107,16 +95,13 @@ class Gone(RuntimeError):
 class Contestant:
     """All ranks of one way to train, started as torchrun would with a pipe to each, and what was measured of them."""
 
-    def __init__(self, name: str, setting: Setting, folder: Path, python: str):
-        self.setting, self.log, place, plain = setting, folder / f"{name}.log", folder / name, setting.plain()
-        if name == "litgpt":
-            words = [str(HERE / "bench_litgpt.py"), str(folder / "tokens.bin"), json.dumps(plain)]
-        else:
-            run = f"--dummy-data --lr-schedule constant --warmup-ratio 0 --learning-rate {plain['learning_rate']}"
-            run += "".join(f" --{kind}-steps {ENOUGH_STEPS}" for kind in ("max", "eval", "save"))
-            words = [str(HERE / "bench_worker.py"), name, str(folder / "tokens.bin"), str(place)]
-            words += [*setting.options(folder), *run.split(), *(["--optimizer=muon"] if name == MUON else [])]
-        self.name, self.place, self.command = name, place, [python, *words]
+    def __init__(self, name: str, setting: Setting, folder: Path):
+        self.name, self.setting, self.log, self.place = name, setting, folder / f"{name}.log", folder / name
+        optimizer, rate = "muon" if name == MUON else "adamw", 1e-3 if setting.device == "cpu" else 3e-4
+        run = f"--dummy-data --report-to none --optimizer {optimizer} --learning-rate {rate} --lr-schedule constant"
+        run += " --warmup-ratio 0" + "".join(f" --{kind}-steps {ENOUGH_STEPS}" for kind in ("max", "eval", "save"))
+        words = [name, str(folder / "tokens.bin"), str(self.place), *setting.options(), *run.split()]
+        self.command = [sys.executable, str(HERE / "bench_worker.py"), *words]
         self.blocks: list[dict[str, float]] = []
         self.first_steps: list[float] = []
         self.processes: list[subprocess.Popen] = []
@@ -214,10 +199,10 @@ def play(contestants: Sequence[Contestant], blocks: int, steps: int) -> int:
     return steps
 
 
-def compete(setting: Setting, folder: Path, pythons: dict[str, str], blocks: int, rounds: int) -> list[Contestant]:
+def compete(setting: Setting, folder: Path, names: Sequence[str], blocks: int, rounds: int) -> list[Contestant]:
     """All resident at once on the CPU; on a GPU, which holds only one such model, one at a time anew in each round."""
     write_tokens(folder / "tokens.bin", setting)
-    contestants, steps = [Contestant(name, setting, folder, python) for name, python in pythons.items()], 0
+    contestants, steps = [Contestant(name, setting, folder) for name in names], 0
     if setting.device == "cpu":
         play(contestants, blocks, steps)
         return contestants
@@ -229,7 +214,7 @@ def compete(setting: Setting, folder: Path, pythons: dict[str, str], blocks: int
 def speed_table(contestants: list[Contestant]) -> str:
     """The table of one setting."""
     ours, setting = contestants[0], contestants[0].setting
-    preset, length = PRESETS[setting.model], setting.max_seq_length
+    preset, length = t.PRESETS[setting.model], setting.max_seq_length
     flops = t.training_flops(preset.parameter_count(setting.vocab_size), preset.layers, preset.hidden, length)
     peak = t.named_peak_flops(torch.cuda.get_device_name()) if setting.device == "cuda" else None
     steps, rows = ours.last_steps, []
@@ -263,7 +248,7 @@ def best_batch(setting: Setting, folder: Path) -> Setting:
     best, speed = setting, 0.0
     while True:
         trial = replace(setting, batch_size=2 * best.batch_size if speed else setting.batch_size)
-        (ours,) = compete(trial, folder, {"ours": sys.executable}, 3, 1)
+        (ours,) = compete(trial, folder, ["ours"], 3, 1)
         now = 0 if ours.problem else ours.last_steps * trial.step_tokens / statistics.median(ours.column("seconds"))
         print(f"{setting.model}: batch {trial.batch_size}, {now:,.0f} tokens/s", file=sys.stderr)
         if now < 1.01 * speed or ours.problem:
@@ -297,13 +282,14 @@ def seconds_to(marker: Path, command: Sequence[str]) -> float:
 def start_commands(setting: Setting, folder: Path, corpus: Path) -> dict[str, Callable[[Path], float]]:
     """For each side how to measure a start with the caches in a folder; both are given one tokenizer."""
     ranks, place = str(setting.ranks), folder / "start" / "out"
-    ours = [*setting.options(folder), "--max-steps=1", "--no-save-initial", f"--dataset-path={corpus}"]
+    ours = [*setting.options(), "--max-steps=1", "--no-save-initial", f"--dataset-path={corpus}"]
     cfg, _ = t.resolve_config(t.parse_args([*ours, f"--cache-dir={folder}", f"--logs-dir={folder}"]), setting.device)
     tokenizer = str(t.prepare_corpus(cfg).path / "tokenizer")
+    t.model_settings(cfg).save_pretrained(folder)
     words = f"--num-gpus {ranks} --foreground --output-dir {place} --logs-dir {folder / 'start' / 'logs'}"
     launcher = [str(HERE.parents[1] / "run_h100_dual.sh"), *ours, f"--tokenizer={tokenizer}", *words.split()]
     first = place / "first"
-    given = {**setting.plain(), "data": str(corpus), "tokenizer": tokenizer, "first_step": str(first)}
+    given = {**asdict(setting), "data": str(corpus), "tokenizer": tokenizer, "config": str(folder), "first": str(first)}
     threads = max(1, len(os.sched_getaffinity(0)) // setting.ranks)
     torchrun = f"OMP_NUM_THREADS={threads} HF_HUB_OFFLINE=1 {sys.executable} -m torch.distributed.run --standalone"
     recipe = [*torchrun.split(), "--nproc-per-node", ranks, str(HERE / "trainer_recipe.py"), json.dumps(given)]
@@ -337,15 +323,12 @@ def measure_start(setting: Setting, folder: Path, corpus: Path | None, rounds: i
 
 def parse_arguments() -> argparse.Namespace:
     """Read and check the options."""
-    parser = argparse.ArgumentParser(
-        prog="run.sh", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="run.sh", description=__doc__, allow_abbrev=False)
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="the tiny model only, on the CPU: under 15 minutes")
+    kind.add_argument("--quick", action="store_true", help="tiny on the CPU, under 15 minutes (the default)")
     kind.add_argument("--gpu", action="store_true", help="125m, 350m and 1.3b on the GPUs that are visible")
     kind.add_argument("--muon", action="store_true", help="ours alone on the CPU: AdamW and Muon, accumulation 8 and 1")
-    parser.add_argument("--peers", action="store_true", help="litgpt too, in an environment of its own")
-    parser.add_argument("--models", nargs="+", choices=PRESETS, help="others than these")
+    parser.add_argument("--models", nargs="+", choices=t.PRESETS, help="others than these")
     parser.add_argument("--blocks", type=int, default=24, metavar="N", help="of each, 0 for none (default 24)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each on a GPU (default 3)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="on a GPU: this one alone, without 4 and the best")
@@ -355,15 +338,11 @@ def parse_arguments() -> argparse.Namespace:
     args, gpus = parser.parse_args(), torch.cuda.device_count()
     if args.gpu and not gpus:
         parser.error("--gpu: PyTorch sees no GPU here; without --gpu the CPU is measured")
-    if args.muon and args.peers:
-        parser.error("--muon measures ours alone: leave --peers out")
-    small = ["tiny"] if args.quick or args.muon else ["tiny", "30m"]
-    names = args.models or (["125m", "350m", "1.3b"] if args.gpu else small)
     if args.gpu:
+        names = args.models or ["125m", "350m", "1.3b"]
         args.settings = [Setting(name, 65536, args.batch_size or 4, 2048, "cuda", gpus) for name in names]
     else:
-        sizes = {"tiny": (8192, 4)}  # vocabulary and batch
-        args.settings = [Setting(name, *sizes.get(name, (16384, 2)), 256, "cpu", 2) for name in names]
+        args.settings = [Setting(name, 8192, 4, 256, "cpu", 2) for name in args.models or ["tiny"]]
     if args.muon:
         args.settings = [replace(setting, accumulation=count) for setting in args.settings for count in (8, 1)]
     return args
@@ -374,16 +353,13 @@ def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no worker is left with the GPUs
     names = ("ours", MUON) if args.muon else ("ours", "HF Trainer", "bare DDP")
-    pythons = dict.fromkeys(names, sys.executable)
-    if args.peers:
-        pythons["litgpt"] = os.environ["LITGPT_PYTHON"]
     parts = []
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         folder = Path(name)
         for setting in args.settings if args.blocks else ():
             best = best_batch(setting, folder) if args.gpu and not args.batch_size else setting
             for variant in dict.fromkeys((setting, best)):
-                contestants = compete(variant, folder, pythons, args.blocks, args.rounds)
+                contestants = compete(variant, folder, names, args.blocks, args.rounds)
                 if contestants[0].problem:
                     sys.exit("ours failed: nothing to compare with")
                 parts.append(speed_table(contestants))

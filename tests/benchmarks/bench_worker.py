@@ -5,20 +5,22 @@ Usage: bench_worker.py CONTESTANT TOKENS FOLDER OPTION...   (options of train_h1
 
 from __future__ import annotations
 
-import gc
+import json
+import os
 import sys
+import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from common import HELD_OUT_ROWS, Turns, Words
 from compare_trainer import RowsInOrder, build_trainer
+from samples import Words
 
 import train_h100_dual as t
 
 ENOUGH_ROWS = 1 << 30  # the driver ends it earlier
+HELD_OUT_ROWS = 16  # at the end of the stream
 
 
 def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:
@@ -31,23 +33,62 @@ def open_tokens(path: Path, cfg: t.TrainConfig) -> t.Corpus:
     return t.Corpus(path.parent, Words(cfg.vocab_size), documents, (train,), none, np.zeros(0, np.int64), report)
 
 
-def make_turns(cfg: t.TrainConfig, corpus: t.Corpus, model: torch.nn.Module) -> Turns:
-    """The conversation with the driver; its last word is the loss on the rows that nobody trained on."""
-    stream, size = corpus.domains[0].tokens, HELD_OUT_ROWS * cfg.max_seq_length
-    windows = np.lib.stride_tricks.sliding_window_view(stream[-size - 1 :], cfg.max_seq_length + 1)
-    rows = torch.from_numpy(windows[:: cfg.max_seq_length].astype(np.int64))
+class Turns:
+    """One rank's side of the conversation with ``bench.py``: counts its steps, and waits between blocks.
+
+    For each block the driver writes the number of steps to the pipe ``BENCH_IN`` of every rank; rank 0 answers on
+    ``BENCH_OUT`` with a line of JSON.  The first step is a block of its own: whatever happens once happens there.
+    When the orders end, rank 0 tells the loss on the rows that nobody trained on, and the process ends.
+    """
+
+    def __init__(self, cfg: t.TrainConfig, corpus: t.Corpus, model: torch.nn.Module):
+        self.cfg, self.model, self.tokens = cfg, model, corpus.domains[0].tokens
+        self.orders = open(int(os.environ["BENCH_IN"]), encoding="utf-8")  # noqa: SIM115  (until the process ends)
+        self.answers = open(int(os.environ["BENCH_OUT"]), "w", encoding="utf-8")  # noqa: SIM115
+        self.begin_block(1)
+
+    def begin_block(self, steps: int) -> None:
+        self.left, self.begun, self.cpu_begun = steps, time.perf_counter(), time.process_time()
+
+    def tell(self, **figures: float) -> None:
+        """Answer the driver; rank 0 only."""
+        if t.rank_and_world()[0] == 0:
+            print(json.dumps(figures), file=self.answers, flush=True)
+
+    def peak_memory(self) -> float:
+        """The most MiB that this process ever held, on the GPU if it uses one."""
+        if self.cfg.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
     @torch.no_grad()
-    def final_loss() -> float:
-        loss, device = t.LMWithLoss(model), next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            return sum(loss(row[None].to(device)).item() for row in rows) / len(rows)
+    def final_loss(self) -> float:
+        length, device = self.cfg.max_seq_length, next(self.model.parameters()).device
+        tokens = torch.from_numpy(self.tokens[-HELD_OUT_ROWS * length - 1 :].astype(np.int64))
+        rows, loss = tokens.unfold(0, length + 1, length).to(device), t.LMWithLoss(self.model)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+            return sum(loss(row[None]).item() for row in rows) / len(rows)
 
-    return Turns(final_loss, torch.cuda if cfg.device == "cuda" else None)
+    def end_step(self) -> None:
+        """Count a step; after a block's last one report it and wait for the next turn."""
+        self.left -= 1
+        if self.left:
+            return
+        if self.cfg.device == "cuda":
+            torch.cuda.synchronize()
+        seconds, cpu_seconds = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
+        self.tell(seconds=seconds, cpu_seconds=cpu_seconds, memory_mib=self.peak_memory())
+        order = self.orders.readline()
+        if not order:  # the driver has seen enough, or is gone
+            if t.rank_and_world()[0] == 0:
+                self.tell(loss=self.final_loss())
+            os._exit(0)
+        self.begin_block(int(order))
 
 
 def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
-    """The script's own ``train``, with all that runs beside it; a call of ``train_step`` ends a step."""
+    """The script's own loop, with all that runs beside it; a call of ``train_step`` ends a step."""
     stop = t.StopFlag()
     t.set_up_logging(cfg, t.rank_and_world()[0])
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
@@ -55,10 +96,7 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
         run = t.build_run(cfg, corpus, stop, t.build_accelerator(cfg))
         stop.arm(cfg.hang_timeout, sys.stderr)
         stop.listen()
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        turns, train_step = make_turns(cfg, corpus, run.model), t.train_step
+        turns, train_step = Turns(cfg, corpus, run.model), t.train_step
 
         def counted_step(*arguments: Any) -> torch.Tensor:
             stats = train_step(*arguments)
@@ -66,22 +104,15 @@ def train_ours(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
             return stats
 
         t.train_step = counted_step
-        t.train(run, t.TrainState())
-
-
-class OrderedTrainer(transformers.Trainer):
-    """Trainer without its shuffling, so that every contestant reads the same rows."""
-
-    def _get_train_sampler(self, *arguments: Any, **more: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
+        t.train_quietly(run, t.TrainState())
 
 
 def train_trainer(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
-    """The same model with Trainer: attention through SDPA and the loss through labels, as it comes."""
+    """The same model and rows with Trainer: attention through SDPA and the loss through labels, as it comes."""
     model = t.build_model(cfg, corpus.tokenizer)
     model.set_attn_implementation("sdpa")
-    rows, turns = RowsInOrder(cfg, corpus, ENOUGH_ROWS), make_turns(cfg, corpus, model)
-    build_trainer(OrderedTrainer, cfg, cfg.max_steps, model, rows, lambda args, state: turns.end_step()).train()
+    rows, turns = RowsInOrder(cfg, corpus, ENOUGH_ROWS), Turns(cfg, corpus, model)
+    build_trainer(cfg, cfg.max_steps, model, rows, lambda args, state: turns.end_step(), "sequential").train()
 
 
 def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
@@ -101,7 +132,7 @@ def train_bare(cfg: t.TrainConfig, corpus: t.Corpus) -> None:
     positions = t.rank_positions(cfg, rank, world_size, range(cfg.max_steps))
     rows = RowsInOrder(cfg, corpus, ENOUGH_ROWS)
     loader = torch.utils.data.DataLoader(rows, batch_sampler=positions, pin_memory=on_gpu)
-    turns = make_turns(cfg, corpus, model.model)
+    turns = Turns(cfg, corpus, model.model)
     for step, batch in enumerate(loader, 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
             loss = ddp(batch["input_ids"].to(device, non_blocking=True))

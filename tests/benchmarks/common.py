@@ -1,12 +1,11 @@
 """What the measuring scripts share: taking turns, tables, where figures come from, a corpus's configuration.
 
-Standard library only, since ``bench_litgpt.py`` imports it in litgpt's own environment.
+Standard library only, so that a process that times other code imports no more than that code does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -23,8 +22,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "RESULTS.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # train_h100_dual, samples
-
-HELD_OUT_ROWS = 16  # at the end of bench.py's stream
 
 
 # --- tables ---
@@ -101,56 +98,9 @@ def take_turns(calls: dict[str, Callable[[], Any]], turns: int, warm_up: int = 0
             result = calls[name]()
             if turn >= 0:
                 results[name].append(result)
-        show_progress(f"turn {max(0, turn + 1)} of {turns}")
+        line_end = "" if sys.stderr.isatty() else "\n"
+        print(f"\rturn {max(0, turn + 1)} of {turns}\033[K", end=line_end, file=sys.stderr, flush=True)
     return results
-
-
-def show_progress(text: str) -> None:
-    """Say how far it is, to whoever watches."""
-    print(f"\r{text}\033[K", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-
-
-class Turns:
-    """One rank's side of the conversation with ``bench.py``: counts its steps, and waits between blocks.
-
-    For each block the driver writes the number of steps to the pipe ``BENCH_IN`` of every rank; rank 0 answers on
-    ``BENCH_OUT`` with a line of JSON.  The first step is a block of its own: whatever happens once happens there.
-    When the orders end, rank 0 tells ``final_loss()``, and the process ends.  ``device`` is torch.cuda on a GPU.
-    """
-
-    def __init__(self, final_loss: Callable[[], float], device: Any = None):
-        self.final_loss, self.device = final_loss, device
-        self.orders = open(int(os.environ["BENCH_IN"]), encoding="utf-8")  # noqa: SIM115  (until the process ends)
-        self.answers = open(int(os.environ["BENCH_OUT"]), "w", encoding="utf-8")  # noqa: SIM115
-        self.left, self.begun, self.cpu_begun = 1, time.perf_counter(), time.process_time()
-
-    def tell(self, **figures: Any) -> None:
-        """Answer the driver; rank 0 only."""
-        if os.environ["RANK"] == "0":
-            print(json.dumps(figures), file=self.answers, flush=True)
-
-    def peak_memory(self) -> float:
-        """The most MiB that this process ever held, on the GPU if it uses one."""
-        if self.device:
-            return self.device.max_memory_allocated() / 2**20
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-    def end_step(self) -> None:
-        """Count a step; after a block's last one report it and wait for the next turn."""
-        self.left -= 1
-        if self.left:
-            return
-        if self.device:
-            self.device.synchronize()
-        seconds, cpu_seconds = time.perf_counter() - self.begun, time.process_time() - self.cpu_begun
-        self.tell(seconds=seconds, cpu_seconds=cpu_seconds, memory_mib=self.peak_memory())
-        order = self.orders.readline()
-        if not order:  # the driver has seen enough, or is gone
-            if os.environ["RANK"] == "0":
-                self.tell(loss=self.final_loss())
-            os._exit(0)
-        self.left, self.begun, self.cpu_begun = int(order), time.perf_counter(), time.process_time()
 
 
 # --- runs ---
@@ -171,13 +121,6 @@ def config(t: Any, corpus: Path, folder: Path, *more: str) -> Any:
     cfg, _ = t.resolve_config(t.parse_args(words), "cpu")
     cfg.logs_dir.mkdir(parents=True, exist_ok=True)
     return cfg
-
-
-def model_options(folder: Path, **shape: Any) -> list[str]:
-    """The options for a model of this shape, whose config is written to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **shape}))
-    return ["--model-config", str(folder / "config.json")]
 
 
 def document_batches(t: Any, cfg: Any) -> Iterator[Any]:

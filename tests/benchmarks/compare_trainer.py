@@ -55,12 +55,15 @@ class AfterStep(transformers.TrainerCallback):
         self.call(args, state)
 
 
-def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingArguments:
-    """Translate our options; whatever has no counterpart there keeps Trainer's default."""
+def build_trainer(
+    cfg: t.TrainConfig, steps: int, model: torch.nn.Module, rows: Any, call: Callable, order: str = "random"
+) -> transformers.Trainer:
+    """A Trainer with our options, which prints nothing; whatever has no counterpart there keeps its default."""
     if cfg.optimizer != "adamw":
         sys.exit(f"--optimizer {cfg.optimizer}: give --optimizer adamw, which Trainer has too")
+    transformers.utils.logging.set_verbosity_error()
     decay = round((steps - math.ceil(cfg.warmup_ratio * steps)) * cfg.decay_ratio)
-    return transformers.TrainingArguments(
+    args = transformers.TrainingArguments(
         output_dir=str(cfg.output_dir),
         max_steps=steps,
         per_device_train_batch_size=cfg.batch_size,
@@ -77,20 +80,13 @@ def training_arguments(cfg: t.TrainConfig, steps: int) -> transformers.TrainingA
         use_cpu=cfg.device == "cpu",
         ddp_find_unused_parameters=False,  # as ours; it changes no figure and quiets a warning
         seed=cfg.seed,
+        train_sampling_strategy=order,
         logging_steps=cfg.logging_steps,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def build_trainer(
-    kind: type[transformers.Trainer], cfg: t.TrainConfig, steps: int, model: torch.nn.Module, rows: Any, call: Callable
-) -> transformers.Trainer:
-    """A Trainer that prints nothing."""
-    transformers.utils.logging.set_verbosity_error()
-    args = training_arguments(cfg, steps)
-    trainer = kind(model=model, args=args, train_dataset=rows, callbacks=[AfterStep(call)])
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=rows, callbacks=[AfterStep(call)])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -142,15 +138,14 @@ def main() -> None:
     def evaluate(args: Any, state: Any) -> None:
         nonlocal apart
         if state.global_step % cfg.eval_steps == 0 or state.global_step == state.max_steps:
-            ranks = {"num_processes": args.world_size, "process_index": args.process_index}
-            run.accelerator, evaluating = SimpleNamespace(device=args.device, **ranks), time.perf_counter()
+            run.accelerator, evaluating = trainer.accelerator, time.perf_counter()
             evaluations[state.global_step] = t.evaluate(cast(t.Run, run))
             apart += time.perf_counter() - evaluating
 
     step_tokens = cfg.tokens_per_step(world_size)
     steps = t.total_steps(cfg, corpus.rows(cfg.max_seq_length), step_tokens)
     rows = RowsInOrder(cfg, corpus, corpus.rows(cfg.max_seq_length))  # an epoch, which Trainer shuffles
-    trainer = build_trainer(transformers.Trainer, cfg, steps, model, rows, evaluate)
+    trainer = build_trainer(cfg, steps, model, rows, evaluate)
     begun = time.perf_counter()
     trainer.train()
     seconds, loss = time.perf_counter() - begun - apart, evaluations[steps]["val_loss"]

@@ -242,7 +242,7 @@ def save(name: str) -> Answer:
 
 def trainer(name: str) -> Answer:
     """Our speed to that of Hugging Face's Trainer and of a bare loop, their blocks taking turns."""
-    gpus, names = device_count(), dict.fromkeys(("ours", "HF Trainer", "bare DDP"), sys.executable)
+    gpus, names = device_count(), ("ours", "HF Trainer", "bare DDP")
     shape = ("125m", 65536, 16, 2048, "cuda", gpus) if gpus else ("tiny", 8192, 4, 256, "cpu", 2)
     contestants = bench.compete(bench.Setting(*shape), Path.cwd(), names, blocks=6 if gpus else 4, rounds=1)
     print(bench.speed_table(contestants))

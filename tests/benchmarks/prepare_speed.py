@@ -10,22 +10,23 @@ alternate which side goes first.  See README.md beside this file for what is sha
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from common import config, corpus_file, document_batches, median_and_range, provenance, ratios, table, take_turns
 
-SEQUENCE_LENGTH = 2048
+SEQUENCE_LENGTH, VOCABULARY = 2048, 16_384
 STAGES = ("load_dataset", "map", "group_texts")
 
 
@@ -37,33 +38,30 @@ def processor_seconds() -> float:
 # --- parts: each runs in a process of its own, which alone imports what it needs, and returns figures ---
 
 
-def prepare(args: argparse.Namespace) -> dict[str, Any]:
+def prepare(corpus: Path, folder: Path, tokenizer: str) -> dict[str, Any]:
     """Ours, whole: reading, tokenising, writing and fsync; it trains a tokenizer where none is given."""
     import transformers
 
     import train_h100_dual as t
 
     assert transformers.AutoTokenizer  # imported only when it is asked for; the recipe does so before its clock starts
-    given = [f"--tokenizer={args.tokenizer}"] if args.tokenizer else [f"--vocab-size={args.vocab_size}"]
-    cfg = config(t, args.corpus, args.folder, *given)
-    if args.corpus.stat().st_size < t.SMALL_CORPUS_BYTES:
-        sys.exit(
-            f"{args.corpus} is so small that ours would use one process only: give a file of 16 MB of text or more"
-        )
+    if corpus.stat().st_size < t.SMALL_CORPUS_BYTES:
+        raise ValueError(f"{corpus} is so small that ours would use one process only: give 16 MB or more")
+    cfg = config(t, corpus, folder, f"--tokenizer={tokenizer}" if tokenizer else f"--vocab-size={VOCABULARY}")
     os.sync()
     start, cpu = time.perf_counter(), processor_seconds()
-    corpus = t.prepare_corpus(cfg)
+    prepared = t.prepare_corpus(cfg)
     seconds, cpu = time.perf_counter() - start, processor_seconds() - cpu
-    report = {name: corpus.report[name] for name in ("documents", "bytes", "tokens", "engine")}
-    return {"whole": seconds, "cpu": cpu, "path": str(corpus.path), **report}
+    report = {name: prepared.report[name] for name in ("documents", "bytes", "tokens", "engine")}
+    return {"whole": seconds, "cpu": cpu, "path": str(prepared.path), **report}
 
 
-def recipe(args: argparse.Namespace) -> dict[str, Any]:
+def recipe(corpus: Path, folder: Path, source: str) -> dict[str, Any]:
     """The usual recipe: load_dataset, map with the tokenizer, map with group_texts."""
     import datasets
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer, processes = AutoTokenizer.from_pretrained(source), len(os.sched_getaffinity(0))
     end = tokenizer.eos_token_id
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
@@ -77,12 +75,12 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
 
     os.sync()
     times = [time.perf_counter()]
-    raw = datasets.load_dataset("json", data_files=str(args.corpus), split="train", cache_dir=str(args.folder))
+    raw = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder))
     times.append(time.perf_counter())
     cpu = processor_seconds()
-    encoded = raw.map(tokenize, batched=True, num_proc=args.processes, remove_columns=raw.column_names)
+    encoded = raw.map(tokenize, batched=True, num_proc=processes, remove_columns=raw.column_names)
     times.append(time.perf_counter())
-    rows = encoded.map(group_texts, batched=True, num_proc=args.processes)
+    rows = encoded.map(group_texts, batched=True, num_proc=processes)
     times.append(time.perf_counter())
     cpu = processor_seconds() - cpu
     stages = {name: after - before for name, before, after in zip(STAGES, times, times[1:], strict=False)}
@@ -90,12 +88,12 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     return {**stages, "cpu": cpu, "documents": len(raw), "tokens": tokens - len(raw), "rows": len(rows)}
 
 
-def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
+def compare_ids(corpus: Path, folder: Path, source: str) -> dict[str, Any]:
     """Encode every document with our engine and with the tokenizer's own, a thousand at a time."""
     import train_h100_dual as t
 
-    cfg = config(t, args.corpus, args.folder, f"--tokenizer={args.tokenizer}")
-    reference, tokenizer = t.load_tokenizer(args.tokenizer).backend_tokenizer, t.load_tokenizer(args.tokenizer)
+    cfg = config(t, corpus, folder, f"--tokenizer={source}")
+    reference, tokenizer = t.load_tokenizer(source).backend_tokenizer, t.load_tokenizer(source)
     reference.encode_special_tokens = True  # ours takes the names of special tokens in a text for text
     encode, engine = t.make_encoder(tokenizer)
     documents = tokens = different = 0
@@ -109,27 +107,19 @@ def compare_ids(args: argparse.Namespace) -> dict[str, Any]:
     return {"engine": engine, "documents": documents, "tokens": tokens, "different": different}
 
 
-PARTS = {"prepare": prepare, "recipe": recipe, "ids": compare_ids}
-
-
 # --- the whole ---
 
 
-def run_part(name: str, args: argparse.Namespace, folder: Path, tokenizer: str | None) -> dict[str, Any]:
+def run_part(part: Callable[..., dict[str, Any]], corpus: Path, folder: Path, tokenizer: str) -> dict[str, Any]:
     """Run a part in a fresh process and an empty folder and return its figures."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    command = [sys.executable, __file__, str(args.corpus), "--part", name, "--folder", str(folder)]
-    command += ["--processes", str(args.processes), "--vocab-size", str(args.vocab_size)]
-    command += ["--tokenizer", tokenizer] if tokenizer else []
-    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"the part {name!r} ended with {done.returncode}: its message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        return worker.submit(part, corpus, folder, tokenizer).result()
 
 
-def report(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], processes: int) -> str:
+def report(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
     """Both sides' seconds and the ratio that counts: the recipe without its reading over ours with it."""
     whole, mapping = [one["whole"] for one in ours], [one["map"] + one["group_texts"] for one in theirs]
     rows = [["ours, whole", median_and_range(whole), ratios(mapping, whole, 2)]]
@@ -139,6 +129,7 @@ def report(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], pro
     same = (last["documents"], last["tokens"]) == (other["documents"], other["tokens"])
     verdict = "the same" if same else f"NOT the same ({other['documents']:,} and {other['tokens']:,})"
     head = [f"{len(ours)} rounds", "s, median and range", "(map + group_texts) / ours (95 %)"]
+    processes = len(os.sched_getaffinity(0))
     return (
         f"{table(head, rows)}\n\nBy processor time (map + group_texts) / ours is {cpu}. {processes} processes each. "
         f"Ours: {last['bytes'] / 1e6 / seconds:.1f} MB/s, {last['tokens'] / 1e6 / seconds:.2f} M tokens/s with engine "
@@ -147,37 +138,24 @@ def report(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], pro
     )
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read and check the options."""
-    available = len(os.sched_getaffinity(0))
+def main() -> None:
+    """Run all parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", metavar="CORPUS", type=corpus_file, help=".jsonl, .jsonl.gz or .jsonl.zst with text")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokenizer trained first (default 16384)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="use this tokenizer instead of training one")
-    parser.add_argument("--processes", type=int, default=available, help="of both sides (default: all cores)")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", metavar="DIR", default="", help="use this tokenizer instead of training one")
     args = parser.parse_args()
-    if not 1 <= args.processes <= available:
-        parser.error(f"--processes {args.processes}: this process may use {available} cores; give 1 to {available}")
-    return args
-
-
-def main() -> None:
-    """Run all parts and print their tables, or run one part for the parent."""
-    args = parse_arguments()
-    if args.part:
-        print(json.dumps(PARTS[args.part](args)))
-        return
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.processes])  # ours takes as many as it may
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryDirectory(prefix="prepare_speed_") as name:
-        work = Path(name)
-        tokenizer = args.tokenizer or run_part("prepare", args, work / "first", None)["path"] + "/tokenizer"
-        sides = {name: lambda name=name: run_part(name, args, work / name, tokenizer) for name in ("prepare", "recipe")}
+        run, work = partial(run_part, corpus=args.corpus), Path(name)
+        tokenizer = args.tokenizer or run(prepare, folder=work / "first", tokenizer="")["path"] + "/tokenizer"
+        sides = {
+            name: partial(run, part, folder=work / name, tokenizer=tokenizer)
+            for name, part in (("ours", prepare), ("recipe", recipe))
+        }
         rounds = take_turns(sides, args.rounds)
-        ids = run_part("ids", args, work / "ids", tokenizer)
-    print(report(rounds["prepare"], rounds["recipe"], args.processes))
+        ids = run(compare_ids, folder=work / "ids", tokenizer=tokenizer)
+    print(report(rounds["ours"], rounds["recipe"]))
     compared = f"{ids['documents']:,} documents, {ids['tokens']:,} tokens"
     print(f"\nIds of the engine {ids['engine']} against encode_batch_fast: {compared}, {ids['different']:,} differ.\n")
     print(provenance("torch", "transformers", "datasets", "tokenizers", "tiktoken"))

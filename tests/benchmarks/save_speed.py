@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import median_and_range, model_options, provenance, seconds, table
+from common import median_and_range, provenance, seconds, table
 from samples import NeverStop, options
 
 import train_h100_dual as t
@@ -24,12 +25,10 @@ SHARE = "the extra time to the save that is waited for"
 
 def build(folder: Path, layers: int, tokens: int, device: str) -> t.Run:
     """A run of one row a step that saves only where it is told to."""
-    preset = t.PRESETS["125m"]
-    heads = preset.hidden // preset.head
-    shape = {"hidden_size": preset.hidden, "intermediate_size": preset.mlp, "num_attention_heads": heads}
+    t.PRESETS["125m"] = replace(t.PRESETS["125m"], layers=layers)  # of this process alone
     words = f"--max-seq-length {tokens} --batch-size 1 --max-steps 1000000 --save-total-limit 1 --dummy-data"
-    words = options(folder, *model_options(folder, num_hidden_layers=layers, **shape), *words.split())
-    cfg = t.resolve_config(t.parse_args([*words, "--device", device]), device)[0]
+    words = options(folder, *words.split(), "--model-size", "125m", "--device", device)
+    cfg = t.resolve_config(t.parse_args(words), device)[0]
     cfg.output_dir.mkdir(parents=True)
     return t.build_run(cfg, t.prepare_corpus(cfg), NeverStop(), t.build_accelerator(cfg))
 

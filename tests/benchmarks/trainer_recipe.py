@@ -1,7 +1,7 @@
 """Pretraining as the Hugging Face documentation shows it: load_dataset, map, group_texts, Trainer.
 
 One rank, under torchrun; ``bench.py`` starts it to measure how long the first step takes to come.
-Usage: trainer_recipe.py SETTINGS   (JSON: data, tokenizer, shape, batch_size, max_seq_length, device, first_step)
+Usage: trainer_recipe.py SETTINGS   (JSON: data, tokenizer, config, batch_size, max_seq_length, device, first)
 """
 
 from __future__ import annotations
@@ -12,21 +12,9 @@ import sys
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from datasets import load_dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-
-class FirstStep(TrainerCallback):
-    """Leaves a file when the first step has ended."""
-
-    def __init__(self, path: str):
-        self.path = Path(path)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.is_world_process_zero:
-            self.path.write_text(str(state.global_step))
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 
 def group_texts(examples: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
@@ -37,11 +25,11 @@ def group_texts(examples: dict[str, list[list[int]]], length: int) -> dict[str, 
 
 
 def main() -> None:
-    """Prepare the corpus and train one step."""
+    """Prepare the corpus, train one step and leave a file when it has ended."""
     setting = SimpleNamespace(**json.loads(sys.argv[1]))
     on_gpu, length = setting.device == "cuda", setting.max_seq_length
     args = TrainingArguments(
-        output_dir=str(Path(setting.first_step).parent),
+        output_dir=str(Path(setting.first).parent),
         max_steps=1,
         per_device_train_batch_size=setting.batch_size,
         bf16=on_gpu,
@@ -62,24 +50,11 @@ def main() -> None:
         texts = load_dataset("json", data_files=setting.data, split="train")
         tokens = texts.map(tokenize, batched=True, num_proc=processes, remove_columns=texts.column_names)
         blocks = tokens.map(group_texts, batched=True, num_proc=processes, fn_kwargs={"length": length})
-    layers, hidden, mlp, heads = setting.shape
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=length,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    trainer = Trainer(
-        model=LlamaForCausalLM(config),
-        args=args,
-        train_dataset=blocks,
-        callbacks=[FirstStep(setting.first_step)],
-    )
+    config = LlamaConfig.from_pretrained(setting.config, vocab_size=len(tokenizer), use_cache=False)
+    trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=blocks)
     trainer.train()
+    if trainer.is_world_process_zero():
+        Path(setting.first).write_text("1")
 
 
 if __name__ == "__main__":
