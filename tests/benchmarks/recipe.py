@@ -1,4 +1,4 @@
-"""The recipe by measurement: Step Law's rate against grids, Muon against AdamW, the decay, the batch, cheap gains.
+"""The recipe by measurement: Step Law's rate against grids, Muon against AdamW, the decay, the batch.
 
     nice -n 19 python tests/benchmarks/recipe.py CORPUS RESULTS.jsonl [--stages grid,share]
     python tests/benchmarks/recipe.py CORPUS RESULTS.jsonl --analyse
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -44,9 +44,8 @@ SIZES = {
 }
 t.PRESETS |= {name: shape for name, (shape, _, _) in SIZES.items()}
 SEEDS, DOCUMENTS_RATE = (42, 43, 44), 1e-4
-STAGES = ("grid", "share", "decay", "candidates", "outer", "batch")
-CANDIDATES: list[dict[str, Any]] = [{"cautious": True}, {"falling": True}, {"mlp_init": 0.0}, {"mlp_init": 0.25}]
-CANDIDATES += [{"ema": 0.2}, {"qk_norm": True}, {"normuon": True}]
+STAGES = ("grid", "share", "decay", "batch")
+AUTO = {"muon": 1.0, "adamw": 0.71}  # what --learning-rate auto takes of Step Law's rate
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,6 @@ class Trial:
     share: float = 1.0  # of the size's tokens
     schedule: str = "wsd"
     decay: float = 0.2
-    outer: float = 1.0  # the rate of embeddings and head against the hidden matrices'
-    beta1: float = 0.9
-    beta2: float = 0.95
-    cautious: bool = False  # a weight decays only where it and its update agree in sign
-    falling: bool = False  # the weight decay falls with the rate
-    mlp_init: float = 1.0  # of the MLP's output matrices
-    ema: float = 0.0  # how far the average of the weights reaches back, in decay phases
-    qk_norm: bool = False  # as Qwen3's
-    normuon: bool = False  # Li et al., 2025
 
     def options(self) -> t.TrainConfig:
         return replace(plain_config(), model_size=self.size, seed=self.seed, optimizer=self.optimizer)
@@ -86,7 +76,6 @@ class Trial:
 
 
 FIELDS = Trial.__dataclass_fields__
-PLAIN = {name: FIELDS[name].default for name in list(FIELDS)[9:]}  # what a change alone is compared with
 
 
 @cache
@@ -113,61 +102,36 @@ def make_trial(stage: str, size: str, optimizer: str, factor: float, seed: int, 
 
 
 def all_trials(scale: float) -> list[Trial]:
-    """Every run, in the order of importance; a stage names the table that it is for."""
+    """Every run, in the order of importance."""
     trials: list[Trial] = []
-    first, others = SEEDS[:1], SEEDS[1:]
-    shares = (("muon", 0.2), ("muon", 0.15), ("adamw", 0.4), ("adamw", 0.3))
-    decays = [{"decay": 0.1}, {"decay": 0.45}, {"decay": 0.65}, {"schedule": "linear"}]
+    first, rates = SEEDS[:1], (0.25, 0.5, 0.71, 1.0, 1.41, 2.0)
+    decays: list[dict[str, Any]] = [{"decay": 0.1}, {"decay": 0.45}, {"decay": 0.65}, {"schedule": "linear"}]
 
     def add(stage: str, sizes: str, optimizer: str, factors: Iterable, seeds: Iterable = SEEDS, **more: Any) -> None:
         for size, factor, seed in product(sizes, factors, seeds):
             trials.append(make_trial(stage, size, optimizer, factor, seed, scale, **more))
 
-    # The law against a grid and the documents' recipe, at two sizes of 600,000 tokens.
-    add("grid", "s", "muon", (1.0, 0.25, 0.5, 0.71, 1.41, 2.0))
-    add("grid", "s", "adamw", (1.0, 0.25, 0.5, 0.71, 1.41, 2.0, 0.0))
-    add("grid", "m", "muon", (1.0, 0.5, 0.71, 1.41, 2.0), first)
-    add("grid", "m", "adamw", (1.0, 0.5, 0.25, 0.71, 0.0), first)
-    # How few steps reach the documents' recipe; then the other seeds of the grid.
-    for optimizer, share in shares:
-        add("share", "s", optimizer, (1.0,), share=share)
-    add("grid", "m", "muon", (1.0, 0.71), others)
-    add("grid", "m", "adamw", (1.0, 0.5, 0.71, 0.25, 0.0), others)
-    for optimizer, share in shares:
-        add("share", "m", optimizer, (1.0,), share=share)
-    add("grid", "m", "adamw", (1.41,), first)
-    # The law's third point: twice the tokens.
-    twice: dict[str, Any] = {"share": 2.0, "rows": 6}
-    add("share", "s", "muon", (1.0, 0.71, 0.5, 1.41, 2.0), first, **twice)
-    add("share", "s", "adamw", (1.0, 0.5, 0.25, 0.71, 1.41), first, **twice)
-    add("share", "s", "muon", (1.0, 0.71), others, **twice)
-    add("share", "s", "adamw", (1.0, 0.5, 0.71), others, **twice)
-    # What may become the recipe, each alone.
-    for size, kind in product("sm", decays):
-        add("decay", size, "muon", (1.0,), **kind)
-    for kind in CANDIDATES:
-        add("candidates", "sm", "muon", (1.0,), **kind)
-    for kind in decays:
-        add("decay", "sm", "adamw", (1.0,), **kind)
-    # How few of Muon's steps reach AdamW's last loss at the law's rate.
-    for share in (0.4, 0.3):
+    # The law against a grid; the documents' recipe.
+    for size, more in (("s", {}), ("m", {}), ("s", {"share": 2.0, "rows": 6}), ("l", {})):
+        for optimizer in AUTO:
+            add("grid", size, optimizer, rates, first, **more)
+            add("grid", size, optimizer, (0.71, 1.0), **more)
+        add("grid", size, "adamw", (0.0,), **more)
+    # How few of Muon's steps reach the last loss of the documents' recipe and of AdamW at ``auto``.
+    for share in (0.15, 0.2, 0.4):
         add("share", "sm", "muon", (1.0,), share=share)
-    # What AdamW trains beside Muon, other batches, a larger model with more tokens.
-    for kind in ({"outer": 0.25}, {"outer": 0.5}, {"outer": 2.0}, {"beta1": 0.8}, {"beta2": 0.98}):
-        add("outer", "sm", "muon", (1.0,), **kind)
-    for optimizer in ("muon", "adamw"):
-        add("batch", "sm", optimizer, (0.25, 0.5, 0.71, 1.0), first, rows=1)
-        add("batch", "sm", optimizer, (0.71, 1.0, 1.41, 2.0), first, rows=16)
-        add("grid", "l", optimizer, (0.25, 0.5, 0.71, 1.0, 1.41, 2.0))
-    add("grid", "l", "adamw", (0.0,))
-    return list(dict.fromkeys(trials))  # a short run's shares may be the same
+    for (optimizer, factor), kind in product(AUTO.items(), decays):
+        add("decay", "sm", optimizer, (factor,), **kind)
+    for (optimizer, factor), rows in product(AUTO.items(), (1, 16)):
+        add("batch", "sm", optimizer, (factor / 2, factor, 2 * factor), first, rows=rows)
+    return list(dict.fromkeys(trials))
 
 
 def ensembles(trials: list[Trial]) -> list[list[Trial]]:
     """Runs that train side by side on a GPU: as many of one kind as 18 GB hold."""
     alike = defaultdict(list)
     for trial in trials:
-        kind = trial.stage, trial.size, trial.optimizer, trial.rows, trial.steps, trial.qk_norm
+        kind = trial.stage, trial.size, trial.optimizer, trial.rows, trial.steps
         alike[kind].append(trial)
     parts = []
     for group in alike.values():
@@ -230,10 +194,8 @@ def initial_weights(trial: Trial) -> dict[str, torch.Tensor]:
         "qkv": stacked(*(f"self_attn.{name}_proj" for name in "qkv")),
         "o": stacked("self_attn.o_proj"),
         "gate_up": stacked("mlp.gate_proj", "mlp.up_proj"),
-        "down": stacked("mlp.down_proj") * trial.mlp_init,
+        "down": stacked("mlp.down_proj"),
     }
-    if trial.qk_norm:
-        weights["qk_norm"] = torch.ones(shape.layers, 2, shape.head)
     return weights
 
 
@@ -258,45 +220,24 @@ class Ensemble:
             for name in starts[0]
         }
         self.state = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in self.weights.items()}
-        self.average = {name: w.detach().clone() for name, w in self.weights.items()} if self.any("ema") else {}
-        self.values = {
-            name: torch.tensor([float(getattr(trial, name)) for trial in trials], device=self.device)
-            for name in ("rate", "beta1", "beta2", "outer", "cautious", "falling", "ema", "normuon")
-        }
         self.rates = torch.tensor([trial.rates() for trial in trials]).T.to(self.device)  # (steps, trials)
-        self.paces = torch.ones_like(self.rates)  # by which the average follows the weights
-        for number, trial in enumerate(trials):
-            phase = round(0.95 * trial.decay * trial.steps)  # from where on it lags behind them
-            if trial.ema:
-                self.paces[trial.steps - phase :, number] = min(1.0, 1 / (trial.ema * phase))
         self.orders = torch.stack([self.order(trial.seed) for trial in trials]).to(self.device)
         positions = torch.arange(LENGTH)[:, None] / 10_000 ** (torch.arange(0, self.shape.head, 2) / self.shape.head)
         self.cos, self.sin = (f(positions).repeat(1, 2).to(self.device, self.dtype) for f in (torch.cos, torch.sin))
         self.ones = torch.ones(self.shape.hidden, device=self.device)
         self.offsets = VOCABULARY * torch.arange(len(trials), device=self.device)[:, None]
 
-    def any(self, name: str) -> bool:
-        return any(getattr(trial, name) for trial in self.trials)
-
     def order(self, seed: int) -> torch.Tensor:
         count = self.rows * self.steps
         return torch.from_numpy(t.RowOrder([len(self.data.rows)], [t.MIX_WINDOW], seed)(np.arange(count))[1])
 
-    def setting(self, name: str, dims: int) -> torch.Tensor:
-        """Each trial's setting, as it is multiplied with a tensor of so many dimensions."""
-        return spread(self.values[name], dims)
-
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (F.rms_norm(x, x.shape[-1:], self.ones, 1e-5) * weight[:, None]).to(self.dtype)
 
-    def attention(self, h: torch.Tensor, qkv: torch.Tensor, qk_norm: torch.Tensor | None) -> torch.Tensor:
+    def attention(self, h: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         count, tokens, width = h.shape
         heads = torch.bmm(h, qkv.flatten(1, 2).mT).view(-1, LENGTH, 3, width // self.shape.head, self.shape.head)
         qk, v = heads[:, :, :2], heads[:, :, 2]
-        if qk_norm is not None:
-            each = F.rms_norm(qk.float(), qk.shape[-1:], self.ones[: qk.shape[-1]], 1e-6)
-            each = each.reshape(count, -1, *qk.shape[2:]) * qk_norm[:, None, :, None]
-            qk = each.to(self.dtype).reshape(qk.shape)
         one, other = qk.chunk(2, -1)
         cos, sin = self.cos[:, None, None], self.sin[:, None, None]
         qk = qk * cos + torch.cat([-other, one], -1) * sin
@@ -311,9 +252,8 @@ class Ensemble:
         x = F.embedding(inputs + self.offsets, embed.flatten(0, 1))
         layers = [weights[name].to(self.dtype).unbind(0) for name in HIDDEN]
         layers += [weights[name].unbind(0) for name in ("attention_norm", "mlp_norm")]
-        layers += [weights["qk_norm"].unbind(0) if "qk_norm" in weights else [None] * self.shape.layers]
-        for qkv, o, gate_up, down, attention_norm, mlp_norm, qk_norm in zip(*layers, strict=True):
-            x = x + torch.bmm(self.attention(self.norm(x, attention_norm), qkv, qk_norm), o.mT)
+        for qkv, o, gate_up, down, attention_norm, mlp_norm in zip(*layers, strict=True):
+            x = x + torch.bmm(self.attention(self.norm(x, attention_norm), qkv), o.mT)
             gate, up = torch.bmm(self.norm(x, mlp_norm), gate_up.flatten(1, 2).mT).chunk(2, -1)
             x = x + torch.bmm(F.silu(gate) * up, down.mT)
         logits = torch.bmm(self.norm(x, weights["final"].squeeze(0)), embed.to(self.dtype).mT)
@@ -332,56 +272,35 @@ class Ensemble:
             for name, weight in self.weights.items():
                 self.update(name, weight, gradients[name].mul_(spread(clip, weight.dim())), number)
                 weight.grad = None
-            for name, average in self.average.items():
-                average.lerp_(self.weights[name], spread(self.paces[number], average.dim()))
         return losses.detach()
 
     def update(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, number: int) -> None:
         """One step of AdamW or Muon."""
-        dims, (first, second) = weight.dim(), self.state[name]
-        rate = spread(self.rates[number], dims)
+        (first, second), rate = self.state[name], spread(self.rates[number], weight.dim())
         if name in HIDDEN and self.trials[0].optimizer == "muon":
-            update = self.orthogonal(first.lerp_(gradient, 0.05), gradient, second)
+            update = self.orthogonal(first.lerp_(gradient, 0.05), gradient)
         else:
-            beta1, beta2 = self.setting("beta1", dims), self.setting("beta2", dims)
-            first.lerp_(gradient, 1 - beta1)
-            second.lerp_(gradient.square(), 1 - beta2)
-            root = (second / (1 - beta2 ** (number + 1))).sqrt_().add_(1e-8)
-            update = (first / (1 - beta1 ** (number + 1))).div_(root)
-            if name == "embed":
-                rate = rate * self.setting("outer", dims)
+            first.lerp_(gradient, 0.1)
+            second.lerp_(gradient.square(), 0.05)
+            root = (second / (1 - 0.95 ** (number + 1))).sqrt_().add_(1e-8)
+            update = (first / (1 - 0.9 ** (number + 1))).div_(root)
         if name in (*HIDDEN, "embed"):
-            of_peak = spread(self.rates[number], dims) / self.setting("rate", dims)
-            shrink = 0.1 * rate * of_peak ** self.setting("falling", dims)  # to the power of 0 or 1
-            if self.any("cautious"):
-                shrink = shrink * ((update * weight > 0) | (self.setting("cautious", dims) == 0))
-            weight.mul_(1 - shrink)
+            weight.mul_(1 - 0.1 * rate)
         weight.sub_(update.mul_(rate))
 
-    def orthogonal(self, momentum: torch.Tensor, gradient: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def orthogonal(self, momentum: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         scratch = gradient.lerp(momentum, 0.95).to(self.dtype).flatten(0, -3)
         out = torch.empty_like(scratch)
         t.newton_schulz(scratch, out)
-        rows, columns = gradient.shape[-2:]
-        update = out.view(gradient.shape).float() * (0.2 * max(rows, columns) ** 0.5)
-        if self.any("normuon"):  # Li et al., 2025: each row by its own second moment, the matrix's norm as before
-            mean = second[..., :1].lerp_(update.square().mean(-1, keepdim=True), 0.05)
-            even = update / (mean.sqrt() + 1e-8)
-            even *= 0.2 * (rows * columns) ** 0.5 / even.square().sum((-2, -1), keepdim=True).sqrt()
-            update = torch.where(self.setting("normuon", update.dim()) > 0, even, update)
-        return update
+        return out.view(gradient.shape).float() * (0.2 * max(gradient.shape[-2:]) ** 0.5)
 
     @torch.no_grad()
     def held_out_losses(self) -> torch.Tensor:
-        """Loss (trials,) on all held-out rows; of a trial with averages, theirs."""
-        size = max(1, 512 // len(self.trials))
-        results = []
-        for weights in (self.weights, self.average) if self.average else (self.weights,):
-            total = 0.0
-            for rows in self.data.held_out.split(size):
-                total = total + len(rows) * self.loss(weights, rows.long().expand(len(self.trials), -1, -1))
-            results.append(total / len(self.data.held_out))
-        return torch.where(self.values["ema"] > 0, results[-1], results[0])
+        """Loss (trials,) on all held-out rows."""
+        total = torch.zeros(len(self.trials), device=self.device)
+        for rows in self.data.held_out.split(max(1, 512 // len(self.trials))):
+            total += len(rows) * self.loss(self.weights, rows.long().expand(len(self.trials), -1, -1))
+        return total / len(self.data.held_out)
 
     def train(self) -> list[dict[str, Any]]:
         """Train to the end; returns each trial's fields and figures."""
@@ -425,7 +344,7 @@ def work(parts: list[list[Trial]], lock: Any, following: Any, tokens: Path, resu
 
 def read_results(path: Path) -> dict[Trial, dict[str, Any]]:
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
-    return {Trial(**{name: line[name] for name in FIELDS}): line for line in lines if "val_loss" in line}
+    return {Trial(**{name: line[name] for name in FIELDS}): line for line in lines if line["stage"] in STAGES}
 
 
 def run_campaign(options: argparse.Namespace, tokens: Path) -> None:
@@ -472,80 +391,36 @@ def check(steps: int = 6) -> None:
 # --- tables ---
 
 
-def by_setting(results: dict[Trial, dict[str, Any]], *stages: str) -> dict[Trial, dict[int, float]]:
-    """Losses by seed of what else is the same; the key has the first seed."""
-    losses: dict[Trial, dict[int, float]] = defaultdict(dict)
-    for trial, line in results.items():
-        if trial.stage in stages:
-            loss = line["val_loss"]
-            losses[replace(trial, seed=SEEDS[0])][trial.seed] = loss if math.isfinite(loss) else math.inf
-    return losses
-
-
-def rate_tables(results: dict[Trial, dict[str, Any]]) -> None:
-    """Losses by rate, and how far Step Law's rate is above the best one."""
-    groups: dict[tuple, dict[float, dict[int, float]]] = defaultdict(dict)
-    for key, losses in by_setting(results, "grid", "share", "batch").items():
-        groups[key.size, key.share, key.optimizer, key.rows][key.factor] = losses
-    factors, rows, verdicts = (0.0, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0), [], []
-    for (size, share, optimizer, count), group in sorted(groups.items()):
-        # One seed may lie lower than another at every rate: rates are compared over the seeds that all of them have.
-        common = set.intersection(*map(set, group.values()))
-        if not common or not group.keys() - {0.0, 1.0}:
-            continue
-        medians = {factor: statistics.median(losses[seed] for seed in common) for factor, losses in group.items()}
-        about = [size, f"{SIZES[size][1] * share:,.0f}", optimizer, count * LENGTH]
-        cells = (f"{medians[factor]:.4f}" if factor in medians else "" for factor in factors)
-        rows.append([*about, len(common), *cells])
-        if 1.0 in group:
-            best = min(medians.keys() - {0.0}, key=medians.__getitem__)
-            seeds = group[1.0].keys() & group[best].keys()
-            law, least = ([group[factor][seed] for seed in seeds] for factor in (1.0, best))
-            spread_here = max(max(losses) - min(losses) for losses in (law, least))
-            above = statistics.median(law) - statistics.median(least)
-            holds = "yes" if above <= max(0.03, spread_here) else "no"
-            rate = f"{step_law(size, SIZES[size][1] * share):.3g}"
-            figures = [f"{statistics.median(law):.4f}", best, f"{statistics.median(least):.4f}", f"{above:.4f}"]
-            verdicts.append([*about, rate, *figures, f"{spread_here:.4f}", len(seeds), holds])
-    about = ["size", "tokens", "optimizer", "tokens a step"]
-    print("\nMedian held-out loss by the rate, in Step Law's; 0: 1e-4.\n")
-    print(table([*about, "seeds", *factors], rows))
-    head = [*about, "law's rate", "its loss", "best factor", "its loss", "law above", "spread", "seeds", "holds"]
-    print("\nThe law holds where its median is at most 0.03 nats or the spread over the seeds above the best's:\n")
-    print(table(head, verdicts))
-
-
-def share_table(results: dict[Trial, dict[str, Any]]) -> None:
-    """Runs over a part of the steps, with a schedule of that length, against whole runs with AdamW."""
-    whole = {(key.size, key.optimizer, key.factor): losses for key, losses in by_setting(results, "grid").items()}
+def print_tables(results: dict[Trial, dict[str, Any]]) -> None:
+    """Losses of each setting over its seeds, and how far ``auto``'s rate is above the best of each grid."""
+    settings: dict[Trial, dict[int, float]] = defaultdict(dict)
+    grids: dict[tuple, dict[float, dict[int, float]]] = defaultdict(dict)
+    for trial, line in sorted(results.items(), key=lambda item: astuple(item[0])):
+        loss = line["val_loss"]
+        settings[replace(trial, seed=SEEDS[0])][trial.seed] = loss if math.isfinite(loss) else math.inf
     rows = []
-    for key, losses in by_setting(results, "share").items():
-        if key.share < 1 and key.factor == 1:
-            cells = [key.size, key.optimizer, key.share, len(losses), median_and_range(losses.values(), 4)]
-            for factor in (0.0, 1.0):
-                if wanted := list(whole.get((key.size, "adamw", factor), {}).values()):
-                    reached = statistics.median(losses.values()) <= statistics.median(wanted)
-                    cells += [median_and_range(wanted, 4), "yes" if reached else "no"]
-                else:
-                    cells += ["-", "-"]
-            rows.append(cells)
-    head = ["size", "optimizer", "share of the steps", "seeds", "loss"]
-    head += ["AdamW at 1e-4, all steps", "reached", "AdamW at the law's rate, all steps", "reached"]
-    print("\nAt the law's rate with a schedule of its own length, against whole runs:\n\n" + table(head, sorted(rows)))
-
-
-def gain_table(results: dict[Trial, dict[str, Any]]) -> None:
-    """What each change alone gains over the same run without it, seed by seed."""
-    plain, rows = by_setting(results, "grid"), []
-    for key, losses in by_setting(results, "outer", "decay", "candidates").items():
-        bases = plain.get(replace(key, stage="grid", **PLAIN), {})
-        if seeds := losses.keys() & bases.keys():
-            change = ", ".join(f"{name} {getattr(key, name)}" for name in PLAIN if getattr(key, name) != PLAIN[name])
-            gains = median_and_range([bases[seed] - losses[seed] for seed in seeds], 4)
-            spread_here = f"{max(bases.values()) - min(bases.values()):.4f}"
-            rows.append([key.stage, change, key.size, key.optimizer, len(seeds), gains, spread_here])
-    head = ["", "change", "size", "optimizer", "seeds", "gain in nats", "spread of the plain runs"]
-    print("\nWhat a change alone gains (positive: it is better):\n\n" + table(head, sorted(rows)))
+    for key, losses in settings.items():
+        about = key.size, f"{SIZES[key.size][1] * key.share:,.0f}", key.optimizer, key.rows * LENGTH
+        change = f"{key.schedule} {key.decay}" if key.stage == "decay" else ""
+        rows.append(
+            [key.stage, *about, change, key.factor, key.rate, len(losses), median_and_range(losses.values(), 4)]
+        )
+        if key.stage == "grid" and key.factor:
+            grids[about][key.factor] = losses
+    head = ["size", "tokens", "optimizer", "tokens a step"]
+    print(table(["", *head, "schedule", "rate / law's", "rate", "seeds", "held-out loss"], rows))
+    rows = []
+    for about, losses in grids.items():
+        # One seed may lie lower than another at every rate: the best is looked for among those that have most.
+        most = max(map(len, losses.values()))
+        medians = {factor: statistics.median(of.values()) for factor, of in losses.items() if len(of) == most}
+        auto, best = AUTO[about[2]], min(medians, key=medians.__getitem__)
+        spread_here = max(max(losses[factor].values()) - min(losses[factor].values()) for factor in (auto, best))
+        above = medians[auto] - medians[best]
+        holds = "yes" if above <= max(0.03, spread_here) else "no"
+        rows.append([*about, auto, best, f"{above:.4f}", f"{spread_here:.4f}", most, holds])
+    print("\nauto holds where its median is at most 0.03 nats or the spread over the seeds above the best's:\n")
+    print(table([*head, "auto / law's", "best / law's", "auto above", "spread", "seeds", "holds"], rows))
 
 
 def main() -> None:
@@ -569,10 +444,7 @@ def main() -> None:
         if not tokens.exists():
             prepare(options.corpus, tokens)
         run_campaign(options, tokens)
-    results = read_results(options.results)
-    rate_tables(results)
-    share_table(results)
-    gain_table(results)
+    print_tables(read_results(options.results))
     print("\n" + provenance("torch", "transformers"))
 
 
