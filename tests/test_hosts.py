@@ -294,7 +294,7 @@ def test_whatever_a_disk_refuses_costs_the_save_alone_and_is_told_with_its_place
     source.write_text(SHIM)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     place = broken(MOUNTS)
-    command = place.command(*SMALL, "--max-steps", "14", "--save-steps", "2")
+    command = place.command(*SMALL, "--num-gpus", "1", "--max-steps", "14", "--save-steps", "2")
     command["env"]["LD_PRELOAD"] = str(library)
     lost = "-dac_override,-dac_read_search"  # of root's rights: it obeys a directory's
     command["args"][:0] = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}", "--"]
