@@ -305,6 +305,12 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def warm(place: Place, warm_cache: Path) -> None:
+    """Let runs in ``place`` share the token cache."""
+    place.cache = warm_cache
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """A run that trained to its end in this process, its state, and where it wrote: for looking at only."""

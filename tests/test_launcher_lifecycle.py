@@ -179,9 +179,7 @@ def test_the_pid_file_and_the_status_tell_a_living_and_a_finished_run(finished_r
 
 
 @pytest.mark.parametrize("which", ["second", "third"])
-def test_a_second_start_in_the_same_logs_or_outputs_is_refused_naming_the_pid(
-    finished_run: SimpleNamespace, which: str
-) -> None:
+def test_a_second_start_in_the_same_logs_or_outputs_is_refused_naming_the_pid(finished_run, which: str) -> None:
     answer = getattr(finished_run, which)
     assert answer.code == 1
     (complaint,) = answer.complaints
@@ -246,8 +244,7 @@ def test_kill_ends_every_process_with_a_whole_checkpoint_of_the_last_step(killed
     assert_in_order(place.console(), ["🛑 중단 요청", "💾 체크포인트", "✅ 체크포인트", "🛑 학습을 중단"])
 
 
-def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
+def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm: None) -> None:
     terminal = Terminal(place, *LONG_RUN.split(), "--foreground")
     place.wait_for_step()
     assert process_is_alive(place.pid())
@@ -261,8 +258,7 @@ def test_ctrl_c_in_the_foreground_saves_and_ends_with_130(place: Place, warm_cac
     assert not place.pid_file.exists()
 
 
-def test_kill_in_the_first_second_is_a_stop_too(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
+def test_kill_in_the_first_second_is_a_stop_too(place: Place, warm: None) -> None:
     launcher = place.start(*LONG_RUN.split(), *notifying(place))
     pid = place.pid()
     os.kill(pid, signal.SIGTERM)
@@ -274,8 +270,7 @@ def test_kill_in_the_first_second_is_a_stop_too(place: Place, warm_cache: Path) 
     assert not place.pid_file.exists()
 
 
-def test_a_stop_in_the_last_step_is_a_finish(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
+def test_a_stop_in_the_last_step_is_a_finish(place: Place, warm: None) -> None:
     # torchrun ends with an error after any signal: the run itself has to be believed.
     options = [*LONG_RUN.split(), "--max-steps", "1", "--gradient-accumulation-steps", "60", "--no-save-initial"]
     launcher = place.start(*options, "--foreground", *notifying(place))
@@ -290,10 +285,7 @@ def test_a_stop_in_the_last_step_is_a_finish(place: Place, warm_cache: Path) -> 
     assert "❌" not in console
 
 
-def test_a_foreground_run_outlives_its_terminal_and_a_second_signal_ends_it_at_once(
-    place: Place, warm_cache: Path
-) -> None:
-    place.cache = warm_cache
+def test_a_foreground_run_outlives_its_terminal_and_a_second_signal_ends_it_at_once(place, warm) -> None:
     # A step that takes minutes, so that the second signal comes before its end.
     options = [*LONG_RUN.split(), "--gradient-accumulation-steps", "20000", *notifying(place)]
     terminal = Terminal(place, *options, "--foreground")
@@ -326,10 +318,7 @@ def assert_saves_and_ends(place: Place, *killed: int) -> None:
     assert_whole_checkpoint(place, last_step(place))
 
 
-def test_a_run_that_ctrl_c_left_at_its_first_log_ends_after_kill_9_and_of_two_next_starts_one_runs(
-    place: Place, warm_cache: Path
-) -> None:
-    place.cache = warm_cache
+def test_a_run_that_ctrl_c_left_at_its_first_log_ends_after_kill_9_and_of_two_next_starts_one_runs(place, warm) -> None:
     terminal = Terminal(place, *ENDLESS_TEST.split())
     terminal.wait_for_text("초기 로그 출력")
     place.wait("the first log", lambda: place.console_log.stat().st_size)
@@ -391,9 +380,7 @@ def second_run(first_run: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(place=place, answer=answer, arguments=arguments, files=list_tree(place.folder))
 
 
-def test_a_run_works_with_hangul_in_the_c_locale_and_hurts_no_process_of_a_stale_pid_file(
-    first_run: SimpleNamespace,
-) -> None:
+def test_a_run_works_with_hangul_in_the_c_locale_and_hurts_no_process_of_a_stale_pid_file(first_run) -> None:
     assert first_run.status[0] == 1
     assert first_run.answer.code == 0, first_run.answer.text
     assert "✅ 데이터셋 확인 완료: 1개 파일" in first_run.answer.out

@@ -72,9 +72,7 @@ def test_help_and_a_mistake_are_answered_within_a_second_where_nothing_is_instal
 
 
 @pytest.mark.parametrize(("arguments", "phrases"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_where_nothing_is_installed(
-    bare_place: Place, bare_folder: Path, arguments: list[str], phrases: list[str]
-) -> None:
+def test_a_mistake_gets_one_line_where_nothing_is_installed(bare_place, bare_folder, arguments, phrases) -> None:
     before = list_tree(bare_folder / "checkout")
     answer = bare_place.run(*arguments)
     assert_refused(answer, bare_place, 2, *phrases)
@@ -157,9 +155,7 @@ def test_a_named_python_that_is_none_or_has_no_packages_is_refused(place: Place,
         assert_refused(place.run("--test", "--python", python), place, 1, named, python)
 
 
-def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(
-    bare_place: Place, bare_folder: Path
-) -> None:
+def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(bare_place, bare_folder) -> None:
     before = list_tree(bare_folder / "checkout")
     answer = bare_place.run("--dry-run")
     assert answer.code == 0, answer.text
@@ -170,9 +166,7 @@ def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothin
 
 
 @pytest.mark.usefixtures("with_cuda")
-def test_a_dry_run_on_two_h100s_shows_what_the_documents_example_shows_of_gpus(
-    place: Place, with_gpus: Callable[..., None]
-) -> None:
+def test_a_dry_run_on_two_h100s_shows_what_the_documents_example_shows_of_gpus(place, with_gpus) -> None:
     with_gpus(2)
     answer = place.run("--dry-run")
     assert answer.code == 0, answer.text

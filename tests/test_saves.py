@@ -85,24 +85,6 @@ def test_a_stop_while_a_save_takes_long_waits_for_it(broken, seconds: float) -> 
     place.wait_for_end(5)
 
 
-@pytest.mark.slow  # in CI it comes in the middle of a step: test_launcher_lifecycle.py
-def test_a_second_signal_while_a_save_takes_long_ends_the_run_at_once(broken) -> None:
-    place = broken(slow_save(8, 1e6))
-    launcher = place.start(*SMALL, "--max-steps", "100000", "--save-total-limit", "2")
-    place.wait("the save", lambda: (place.outputs / ".checkpoint-8.tmp" / t.MANIFEST).exists())
-    os.kill(place.pid(), signal.SIGTERM)
-    time.sleep(2)
-    assert launcher.poll() is None
-    os.kill(place.pid(), signal.SIGTERM)
-    begun = time.monotonic()
-    shown = place.finish(launcher, 30)[0]
-    assert time.monotonic() - begun < 10
-    assert launcher.returncode == 130, shown
-    place.wait_for_end(5)
-    assert [path.name for path in place.checkpoints()] == ["checkpoint-4"]
-    assert t.checkpoint_damage(place.checkpoints()[0], thorough=True) is None
-
-
 def test_a_stop_while_a_checkpoint_is_loaded_ends_at_once_and_leaves_it_whole(broken, undisturbed: Place) -> None:
     slow = """
 real_load = load_checkpoint

@@ -87,8 +87,7 @@ def test_sigterm_to_every_process_at_once_saves_the_step(broken, rounds: int) ->
     assert_checkpoints_open(place)
 
 
-def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
+def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm: None) -> None:
     options = [*" ".join(TINY).split(), *SMALL_MODEL, "--dummy-data"]
     command = place.command(*options, "--max-steps", "100000", "--save-steps", "100000")
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
@@ -152,7 +151,7 @@ def silent_server() -> Iterator[int]:
 
 @pytest.mark.parametrize("stage", ["venv", pytest.param("pip", marks=pytest.mark.slow)])
 def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew(
-    bare_place: Place, bare_folder: Path, tmp_path: Path, stage: str
+    bare_place, bare_folder, tmp_path, stage
 ) -> None:
     place, checkout = bare_place, tmp_path / "checkout"
     shutil.copytree(bare_folder / "checkout", checkout)
