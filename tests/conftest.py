@@ -127,6 +127,7 @@ class Place:
         # No GPU unless a test brings a stub, so that the tests are the same on every machine.
         base |= {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(self.folder / "xdg")}
         base["OMP_WAIT_POLICY"] = "passive"  # threads that spin take seconds a step on a loaded machine
+        base["PYTHONPATH"] = str(ROOT / "tests" / "fixtures" / "no-curves")
         return {
             "args": [str(self.launcher), *arguments, *self.directories],
             "cwd": self.folder,
@@ -302,6 +303,12 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["TINY_RUNS_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def warm(place: Place, warm_cache: Path) -> None:
+    """Let runs in ``place`` share the token cache."""
+    place.cache = warm_cache
 
 
 @pytest.fixture(scope="session")

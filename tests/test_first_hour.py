@@ -88,9 +88,7 @@ def hour(tmp_path: Path, monkeypatch) -> Any:
         ("alike", ["1.3b", 0.01], "loss 8.0000 and 8.0000", True),
     ],
 )
-def test_figures_of_a_gpu_are_read_and_judged(
-    hour: Any, question: str, words: list, seen: str, is_expected: bool
-) -> None:
+def test_figures_of_a_gpu_are_read_and_judged(hour, question, words, seen, is_expected) -> None:
     answer = getattr(hour, question)("1.3b", *words)
     assert seen in answer[0]
     assert bool(answer[1]) is is_expected

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -191,34 +192,28 @@ def test_no_damage_to_bookkeeping_forbids_a_resume(outputs: t.TrainConfig, name:
         assert (name in caplog.text) == (kind in ("cut", "NULs", "blank and bad lines"))
 
 
-FULL_FILE = """
-import resource, signal, sys
-from types import SimpleNamespace
-sys.path[:0] = [{root!r}]
-import train_h100_dual as t
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = object.__new__(t.StepLog)
-accelerator = SimpleNamespace(log=lambda *more, **options: None)
-log.run = SimpleNamespace(is_main=True, cfg=SimpleNamespace(output_dir=t.Path({folder!r})), accelerator=accelerator)
-log.unwritten = b""
-for step in range(60):
-    room = 1000 if step < 59 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    log.write({{"step": step, "loss": 1.0}})
-"""
-
-
 def test_metrics_that_a_full_disk_does_not_take_are_written_later(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", FULL_FILE.format(root=str(ROOT), folder=str(tmp_path))], check=True)
+    log = object.__new__(t.StepLog)
+    accelerator = SimpleNamespace(log=lambda *more, **options: None)
+    log.run = SimpleNamespace(is_main=True, cfg=SimpleNamespace(output_dir=tmp_path), accelerator=accelerator)
+    log.unwritten = b""
+    if (child := os.fork()) == 0:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            for step in range(60):
+                room = 1000 if step < 59 else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+                log.write({"step": step, "loss": 1.0})
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(60)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "blank and bad lines"])
 @pytest.mark.parametrize("name", STATES)
-def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged_one(
-    outputs: t.TrainConfig, name: str, kind: str
-) -> None:
+def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged_one(outputs, name, kind) -> None:
     damage(outputs.output_dir / "checkpoint-12" / name, kind)
     thorough = kind == "NULs"  # whatever changes the size shows at the first look
     point = t.find_resume_point(outputs, 2, thorough=thorough)
@@ -235,32 +230,6 @@ def test_a_resume_goes_on_from_the_newest_whole_checkpoint_or_names_each_damaged
 
 # --- no room, and the supervisor's end ---
 
-SHIM = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-static int refuses(int fd, const char *name, int number) {
-  char link[64], path[4096];
-  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-  ssize_t length = readlink(link, path, sizeof path - 1);
-  path[length < 0 ? 0 : length] = 0;
-  if (!strstr(path, name)) return 0;
-  errno = number;
-  return 1;
-}
-ssize_t write(int fd, const void *data, size_t size) {
-  if (refuses(fd, "/.checkpoint-8.tmp/pytorch_model", ESTALE)) return -1;
-  if (refuses(fd, "/.checkpoint-12.tmp/pytorch_model", EDQUOT)) return -1;
-  return ((ssize_t(*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(fd, data, size);
-}
-int fsync(int fd) {
-  if (refuses(fd, "/.checkpoint-10.tmp/pytorch_model", EIO)) return -1;
-  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
-}
-"""
 # A disk that becomes read-only at one save, and a directory that loses its rights at the next; then all is as before.
 MOUNTS = """
 real_save = save_checkpoint
@@ -290,11 +259,10 @@ REASONS = {
 @root
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the shim")
 def test_whatever_a_disk_refuses_costs_the_save_alone_and_is_told_with_its_place(broken, tmp_path) -> None:
-    source, library = tmp_path / "shim.c", tmp_path / "shim.so"
-    source.write_text(SHIM)
+    source, library = ROOT / "tests" / "fixtures" / "refusing-disk.c", tmp_path / "shim.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     place = broken(MOUNTS)
-    command = place.command(*SMALL, "--max-steps", "14", "--save-steps", "2")
+    command = place.command(*SMALL, "--num-gpus", "1", "--max-steps", "14", "--save-steps", "2")
     command["env"]["LD_PRELOAD"] = str(library)
     lost = "-dac_override,-dac_read_search"  # of root's rights: it obeys a directory's
     command["args"][:0] = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}", "--"]
@@ -351,9 +319,7 @@ def supervised(
     ('rm "$0"; exit 1', "", "failed", 1),  # its Python was removed, with an environment that is made anew
     ("kill -TERM $PPID; exit 0", "echo stopped", "stopped", 130),
 ])  # fmt: skip
-def test_whatever_fails_at_the_end_the_rest_of_it_is_done(
-    tmp_path: Path, faults: str, agent: str, finalize: str, state: str, code: int
-) -> None:
+def test_whatever_fails_at_the_end_the_rest_of_it_is_done(tmp_path, faults, agent, finalize, state, code) -> None:
     body = f'case "$*" in *torch.distributed.run*) {agent} ;; *finalize*) {finalize} ;; esac'
     assert supervised(tmp_path, body, faults)[0] == code
     assert (tmp_path / "notified").read_text().strip() == state
@@ -425,10 +391,8 @@ def other_disk() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_a_run_through_tee_outlives_its_terminal_also_where_its_directories_lead_to_another_disk(
-    place: Place, warm_cache: Path, other_disk: Path
-) -> None:
-    place.cache, notified = warm_cache, place.folder / "notified"
+def test_a_run_through_tee_with_its_files_on_another_disk_outlives_its_terminal(place, warm, other_disk) -> None:
+    notified = place.folder / "notified"
     for path in (place.outputs, place.logs):
         (other_disk / path.name).mkdir()
         path.symlink_to(other_disk / path.name)
@@ -473,8 +437,8 @@ def test_a_longer_run_does_not_warm_up_again(tmp_path) -> None:
     assert {*rates} == {1e-3}
 
 
-def test_the_job_script_saves_goes_back_to_the_queue_and_goes_on(place: Place, warm_cache: Path) -> None:
-    place.cache, log = warm_cache, place.folder / "scontrol"
+def test_the_job_script_saves_goes_back_to_the_queue_and_goes_on(place: Place, warm: None) -> None:
+    log = place.folder / "scontrol"
     job = code_blocks(section("Slurm"), "bash")[0]
     assert "--signal=B:TERM@" in job and "exec " in job
     options = " ".join(word for word in LONG_RUN.split() if word != "--train")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import H100, LAUNCHER, ROOT, Answer, Place, assert_in_order, cleaned, list_tree, write_program
+from conftest import H100, LAUNCHER, ROOT, Answer, Place, assert_in_order, list_tree, write_program
 from samples import documents, write_corpus
 
 # arguments, and what the one line of the answer has to contain
@@ -55,7 +55,7 @@ def assert_refused(answer: Answer, place: Place, code: int, *phrases: str) -> No
         assert phrase in "\n".join(answer.complaints), f"{phrase!r} is missing in: {answer.err}"
     assert "Traceback" not in answer.text
     assert "학습 시작!" not in answer.out
-    assert answer.seconds < 10
+    assert answer.seconds < 30
     assert not place.processes()
     assert list_tree(place.folder) == {}
 
@@ -72,9 +72,7 @@ def test_help_and_a_mistake_are_answered_within_a_second_where_nothing_is_instal
 
 
 @pytest.mark.parametrize(("arguments", "phrases"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_where_nothing_is_installed(
-    bare_place: Place, bare_folder: Path, arguments: list[str], phrases: list[str]
-) -> None:
+def test_a_mistake_gets_one_line_where_nothing_is_installed(bare_place, bare_folder, arguments, phrases) -> None:
     before = list_tree(bare_folder / "checkout")
     answer = bare_place.run(*arguments)
     assert_refused(answer, bare_place, 2, *phrases)
@@ -97,43 +95,18 @@ def test_several_mistakes_are_all_reported(place: Place) -> None:
     assert len(answer.complaints) == 5
 
 
-def test_a_missing_data_path_is_refused(place: Place) -> None:
-    answer = place.run("--dataset-path", "/no such/말뭉치")
-    assert_refused(answer, place, 1, "데이터셋이 없습니다", "/no such/말뭉치", "--dataset-path")
-
-
-@pytest.mark.parametrize("which", ["outputs", "logs", "cache"])
-# Below a file; and also root can't make a directory in /proc, though the permission bits let it.
-@pytest.mark.parametrize("folder", [LAUNCHER / "below", Path("/proc/launcher-test/below")], ids=["file", "proc"])
-def test_a_directory_that_cannot_be_made_is_refused(place: Place, which: str, folder: Path) -> None:
-    setattr(place, which, folder)
-    option = {"outputs": "--output-dir", "logs": "--logs-dir", "cache": "--cache-dir"}[which]
-    assert_refused(place.run("--test"), place, 1, str(folder), option)
-
-
-def test_training_without_a_gpu_is_refused(place: Place) -> None:
-    assert_refused(place.run("--train", "--dummy-data"), place, 1, "GPU", "--device cpu")
-
-
-def test_training_on_fewer_gpus_than_asked_for_is_refused(place: Place, with_gpus: Callable[..., None]) -> None:
-    with_gpus(2)
-    answer = place.run("--train", "--dummy-data", "--num-gpus", "4")
-    assert_refused(answer, place, 1, "4개", "2개", "--num-gpus 2")
-
-
-@pytest.mark.parametrize("visible", ["1", "GPU-11"])
-def test_only_the_gpus_in_cuda_visible_devices_count(
-    place: Place, with_gpus: Callable[..., None], visible: str
-) -> None:
-    with_gpus(2)
-    place.environment["CUDA_VISIBLE_DEVICES"] = visible
-    assert_refused(place.run("--train", "--dummy-data"), place, 1, "2개", "1개", "--num-gpus 1")
-
-
-def test_training_on_a_gpu_in_use_is_refused(place: Place, with_gpus: Callable[..., None]) -> None:
-    with_gpus(2, used=40_000)
-    answer = place.run("--train", "--dummy-data")
-    assert_refused(answer, place, 1, "GPU 0", "GPU 1", H100, "40,000 MiB", "CUDA_VISIBLE_DEVICES")
+@pytest.mark.parametrize(("used", "visible", "options", "phrases"), [
+    (4, "", ["--num-gpus", "4"], ["4개", "2개", "--num-gpus 2"]),
+    (4, "1", [], ["2개", "1개", "--num-gpus 1"]),
+    (4, "GPU-11", [], ["2개", "1개", "--num-gpus 1"]),
+    (40_000, "", [], ["GPU 0", "GPU 1", H100, "40,000 MiB", "CUDA_VISIBLE_DEVICES"]),
+    (4, "", [], ["nvidia-smi", "PyTorch", "드라이버", "pip install torch"]),
+], ids=["fewer", "visible by number", "visible by name", "in use", "not seen by PyTorch"])  # fmt: skip
+def test_training_on_unfit_gpus_is_refused(place: Place, with_gpus, used, visible, options, phrases) -> None:
+    with_gpus(2, used=used)
+    if visible:
+        place.environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert_refused(place.run("--train", "--dummy-data", *options), place, 1, *phrases)
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -146,12 +119,6 @@ def test_a_test_says_that_a_gpu_is_in_use_and_goes_on(place: Place, with_gpus: C
     )
 
 
-def test_gpus_that_pytorch_does_not_see_are_refused(place: Place, with_gpus: Callable[..., None]) -> None:
-    with_gpus(2)
-    answer = place.run("--train", "--dummy-data")
-    assert_refused(answer, place, 1, "nvidia-smi", "PyTorch", "드라이버", "pip install torch")
-
-
 def test_a_broken_nvidia_smi_is_said(place: Place, with_gpus: Callable[..., None], tmp_path: Path) -> None:
     with_gpus(2)
     write_program(tmp_path / "stubs" / "nvidia-smi", "echo 'Driver/library version mismatch'; exit 18")
@@ -162,11 +129,17 @@ def test_fp16_is_refused_where_the_gpu_is_missing(place: Place) -> None:
     assert_refused(place.run("--fp16"), place, 2, "--fp16", "--fp32")
 
 
-def test_everything_that_is_lacking_is_reported_at_once(place: Place) -> None:
-    place.outputs = LAUNCHER / "below"
-    answer = place.run("--train", "--dataset-path", "/no such/corpus.jsonl")
-    assert_refused(answer, place, 1, "--device cpu", "/no such/corpus.jsonl", str(place.outputs))
-    assert len(answer.complaints) == 3
+# Below a file; and also root can't make a directory in /proc, though the permission bits let it.
+@pytest.mark.parametrize(("mode", "folder"), [
+    ("--train", LAUNCHER / "below"), ("--test", Path("/proc/launcher-test/below")),
+], ids=["train", "test"])  # fmt: skip
+def test_everything_that_is_lacking_is_reported_at_once(place: Place, mode: str, folder: Path) -> None:
+    place.outputs, place.logs, place.cache = (folder / name for name in ("outputs", "logs", "cache"))
+    answer = place.run(mode, "--dataset-path", "/no such/말뭉치")
+    phrases = ["데이터셋이 없습니다", "/no such/말뭉치", "--dataset-path", *place.directories]
+    gpu = ["GPU를 찾을 수 없습니다", "--device cpu"] if mode == "--train" else []
+    assert_refused(answer, place, 1, *phrases, *gpu)
+    assert len(answer.complaints) == (5 if gpu else 4)
 
 
 def test_missing_packages_are_named_and_not_installed(bare_place: Place, bare_folder: Path) -> None:
@@ -182,9 +155,7 @@ def test_a_named_python_that_is_none_or_has_no_packages_is_refused(place: Place,
         assert_refused(place.run("--test", "--python", python), place, 1, named, python)
 
 
-def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(
-    bare_place: Place, bare_folder: Path
-) -> None:
+def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothing(bare_place, bare_folder) -> None:
     before = list_tree(bare_folder / "checkout")
     answer = bare_place.run("--dry-run")
     assert answer.code == 0, answer.text
@@ -195,9 +166,7 @@ def test_a_dry_run_where_nothing_is_installed_shows_everything_and_writes_nothin
 
 
 @pytest.mark.usefixtures("with_cuda")
-def test_a_dry_run_on_two_h100s_shows_what_the_documents_example_shows_of_gpus(
-    place: Place, with_gpus: Callable[..., None]
-) -> None:
+def test_a_dry_run_on_two_h100s_shows_what_the_documents_example_shows_of_gpus(place, with_gpus) -> None:
     with_gpus(2)
     answer = place.run("--dry-run")
     assert answer.code == 0, answer.text
@@ -234,27 +203,18 @@ def test_a_dry_run_estimates_a_training_run_from_the_bytes_and_says_so(place: Pl
     assert list_tree(place.folder) == {}
 
 
-@pytest.fixture(scope="module")
-def pasted(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Iterator[tuple[Place, Answer, Answer, dict]]:
-    """A dry run with awkward paths in the C locale, and the run of the command that it printed."""
-    place = Place(tmp_path_factory.mktemp("dry run") / "작업 '폴더' $HOME", cache=warm_cache)
+def test_a_dry_run_writes_nothing_and_its_command_can_be_pasted(tmp_path: Path, warm_cache: Path) -> None:
+    """With awkward paths, in the C locale, from anywhere."""
+    place = Place(tmp_path / "작업 '폴더' $HOME", cache=warm_cache)
     place.environment["LC_ALL"] = "C"
-    for _ in cleaned(place):
-        options = "--test --max-steps 2 --num-gpus 1 --batch-size 2 --max-seq-length 64 --dummy-data"
-        dry = place.run("--dry-run", *options.split())
-        before = list_tree(place.folder)
-        command = place.command()
-        command["args"] = ["bash", "-c", dry.out.strip().splitlines()[-1]]
-        command["cwd"] = ROOT.parent
-        yield place, dry, place.execute(command), before
-
-
-def test_a_dry_run_writes_nothing_and_its_command_can_be_pasted(pasted: tuple[Place, Answer, Answer, dict]) -> None:
-    place, dry, done, before = pasted
+    options = "--test --max-steps 2 --num-gpus 1 --batch-size 2 --max-seq-length 64 --dummy-data"
+    dry = place.run("--dry-run", *options.split())
     assert dry.code == 0, dry.text
     assert_in_order(dry.out, ["학습 환경 확인", "모든 요구사항 충족", "📋 학습 정보", "실행할 명령어"])
     assert "🎯 학습 시작!" not in dry.out
-    assert before == {}
+    assert list_tree(place.folder) == {}
+    command = {**place.command(), "args": ["bash", "-c", dry.out.strip().splitlines()[-1]], "cwd": ROOT.parent}
+    done = place.execute(command)
     assert done.code == 0, done.text + place.report()
     assert "✅ 학습 완료!" in done.out
     assert (place.outputs / "checkpoint-2" / "pytorch_model.bin").is_file()
@@ -268,18 +228,11 @@ def test_stop_where_nothing_runs(place: Place) -> None:
     assert list_tree(place.folder) == {}
 
 
-@pytest.fixture
-def bystander(place: Place) -> Iterator[subprocess.Popen]:
-    """Somebody's process whose command line names the launcher, with its PID in a stale PID file."""
-    process = subprocess.Popen(["bash", "-c", "sleep 300; true", str(LAUNCHER)], start_new_session=True)
+def test_stop_leaves_a_process_alone_that_only_mentions_the_launcher(place: Place) -> None:
+    environment = place.command()["env"]  # by which it ends with the place
+    bystander = subprocess.Popen(["bash", "-c", "sleep 300; true", str(LAUNCHER)], env=environment)
     place.logs.mkdir()
-    place.pid_file.write_text(f"{process.pid}\n")
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_stop_leaves_a_process_alone_that_only_mentions_the_launcher(place: Place, bystander: subprocess.Popen) -> None:
+    place.pid_file.write_text(f"{bystander.pid}\n")
     answer = place.run("--stop", timeout=20)
     assert answer.code == 3, answer.text
     assert bystander.poll() is None

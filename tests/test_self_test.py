@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import subprocess
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from samples import NeverStop, config, torchrun
 import train_h100_dual as t
 
 BODY = """
-import os, sys, time
+import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from samples import config
@@ -25,7 +28,7 @@ import train_h100_dual as t
 rank = t.rank_and_world()[0]
 {fault}
 if __name__ == "__main__":
-    cfg = config(Path({folder!r}), *{options!r})
+    cfg = config(Path({folder!r}))
     cfg.output_dir.mkdir(exist_ok=True)
     t.set_up_logging(cfg, rank)
     try:
@@ -37,21 +40,17 @@ if __name__ == "__main__":
 """
 
 
-def examine(folder: Path, fault: str = "", *options: str, ranks: int = 1, **environment: str) -> str:
-    """What the self-test of these ranks says, on the CPU, where something is wrong with the machine."""
+def examine(folder: Path, fault: str) -> str:
+    """What the self-test of two ranks says, on the CPU, where something is wrong with the machine."""
     script = folder / "examine.py"
-    values = {"tests": f"{ROOT}/tests", "root": str(ROOT), "folder": str(folder), "options": options}
+    values = {"tests": f"{ROOT}/tests", "root": str(ROOT), "folder": str(folder)}
     script.write_text(BODY.format(fault=fault, **values), encoding="utf-8")
-    if ranks > 1:
-        answer = torchrun(script, [], ranks)
-    else:
-        command = [sys.executable, str(script)]
-        answer = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    answer = torchrun(script, [])
     return answer.stdout + answer.stderr
 
 
 def test_a_healthy_machine_hears_what_it_can_do_and_a_slow_rank_is_named(tmp_path: Path) -> None:
-    text = examine(tmp_path, "t.measure_tflops = lambda device: 2.0 - rank", ranks=2)
+    text = examine(tmp_path, "t.measure_tflops = lambda device: 2.0 - rank")
     lines = [line for line in text.splitlines() if line.startswith("✅")]
     assert lines, text
     assert lines[0] == "✅ 계산: 2, 1 TFLOP/s (BF16 행렬곱)"
@@ -66,51 +65,58 @@ def test_a_healthy_machine_hears_what_it_can_do_and_a_slow_rank_is_named(tmp_pat
 @pytest.mark.slow
 def test_ranks_that_never_meet_end_in_its_time(tmp_path: Path) -> None:
     fault = "t.SELF_TEST_SECONDS = 25\nif rank: t.measure_reduce = lambda device: time.sleep(60)"
-    text = examine(tmp_path, fault, ranks=2)
+    text = examine(tmp_path, fault)
     assert "GPU 사이의 통신이 되지 않습니다" in text
     assert "NCCL_P2P_DISABLE=1" in text
 
 
-NAN = """
-plain = t.causal_attention
-def broken(module, query, *more):
-    output, weights = plain(module, query, *more)
-    if query.dtype == t.torch.bfloat16:
+plain_attention = t.causal_attention
+
+
+def nan_backward(module: torch.nn.Module, query: torch.Tensor, *more: Any) -> tuple:
+    output, weights = plain_attention(module, query, *more)
+    if query.dtype == torch.bfloat16:
         output.register_hook(lambda gradient: gradient * float("nan"))
     return output, weights
-t.causal_attention = broken
-"""
 
 
-@pytest.mark.parametrize(
-    ("fault", "options", "environment", "sentence"),
-    [
-        (NAN, ("--bf16",), {}, "어텐션 커널을 쓸 수 없습니다. --attention math"),
-        ("t.measure_tflops = lambda device: os.kill(os.getpid(), 9)", (), {}, "프로세스가 죽었습니다"),
-        (
-            "t.measure_tflops = lambda device: time.sleep(60)\nt.SELF_TEST_SECONDS = 15",
-            (),
-            {},
-            "15초 안에 끝나지 않았습니다",
-        ),
-        ("", ("--compile",), {"CXX": "/bin/false"}, "torch.compile을 쓸 수 없습니다. --no-compile"),
-    ],
-    ids=["NaN backward", "dead", "hanging", "compiler"],
-)
-def test_what_is_wrong_is_named_with_what_to_try(
-    tmp_path: Path, fault: str, options: tuple, environment: dict, sentence: str
-) -> None:
-    text = examine(tmp_path, fault, *options, **environment, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"))
-    assert sentence in text
-    assert "--no-self-test" in text
+def die(device: torch.device) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_gpus_that_pytorch_can_not_use_are_refused(place: Place, with_gpus: Callable[..., None], by_hand: bool) -> None:
+def hang(device: torch.device) -> None:
+    time.sleep(60)
+
+
+def try_with(name: str, function: Callable, *arguments: Any) -> Any:
+    """In the self-test's process: try a part where a function of the script does something else."""
+    setattr(t, name, function)
+    return t.try_part(*arguments)
+
+
+@pytest.mark.parametrize(("fault", "option", "sentence"), [
+    (("causal_attention", nan_backward), "--bf16", "어텐션 커널을 쓸 수 없습니다. --attention math"),
+    (("measure_tflops", die), "--fp32", "프로세스가 죽었습니다"),
+    (("measure_tflops", hang), "--fp32", "3초 안에 끝나지 않았습니다"),
+    ((), "--compile", "torch.compile을 쓸 수 없습니다. --no-compile"),
+], ids=["NaN backward", "dead", "hanging", "compiler"])  # fmt: skip
+def test_what_is_wrong_is_named_with_what_to_try(tmp_path: Path, monkeypatch, fault, option, sentence) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    if "hang" in str(fault):
+        monkeypatch.setattr(t, "SELF_TEST_SECONDS", 3)
+    if fault:
+        monkeypatch.setattr(t, "try_part", functools.partial(try_with, *fault))
+    with pytest.raises(t.EnvironmentProblem) as problem:
+        t.self_test(config(tmp_path, option))
+    assert sentence in str(problem.value)
+    assert "--no-self-test" in str(problem.value)
+
+
+def test_gpus_that_pytorch_can_not_use_are_refused_by_hand_too(place: Place, with_gpus: Callable[..., None]) -> None:
     with_gpus(2)
     command = place.command("--train", "--dummy-data")
-    if by_hand:
-        command["args"] = [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]
+    command["args"] = [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]
     answer = place.execute(command)
     assert answer.code == 1
     assert "nvidia-smi의 GPU를 PyTorch" in answer.text

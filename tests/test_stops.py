@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 from conftest import LAUNCHER, SCRIPT, Place, Terminal, write_program
 from faults import FIRST_TIME, KILL, SLEEP_EARLY, SMALL, assert_checkpoints_open, at_steps
+from samples import SMALL_MODEL, TINY
+
+ALONE = [*SMALL, "--num-gpus", "1"]  # where a second rank would prove nothing more
 
 
 def test_a_stop_during_a_restart_stops(broken) -> None:
-    place = broken(at_steps((7, 1, f"{FIRST_TIME}{KILL}")))
-    launcher = place.start(*SMALL, "--max-steps", "100000", "--save-total-limit", "2")
+    place = broken(at_steps((7, 0, f"{FIRST_TIME}{KILL}")))
+    launcher = place.start(*ALONE, "--max-steps", "100000", "--save-total-limit", "2")
     info = place.outputs / "run_info.json"
     place.wait("the restart", lambda: info.exists() and "restarts" in info.read_text(encoding="utf-8"))
     begun = time.monotonic()
@@ -51,8 +54,8 @@ def test_a_stop_that_finds_one_rank_without_a_handler_yet_stops(broken) -> None:
 
 def test_ranks_whose_torchrun_dies_before_they_know_it_leave_too(broken) -> None:
     place = broken(SLEEP_EARLY.format(condition="True", seconds=5))
-    launcher = place.start(*SMALL, "--max-restarts", "0")
-    place.wait("two workers", lambda: len(place.workers()) == 2)
+    launcher = place.start(*ALONE, "--max-restarts", "0")
+    place.wait("a worker", place.workers)
     os.kill(place.agents()[0], signal.SIGKILL)
     place.wait_for_end(30)
     shown = place.finish(launcher)[0]
@@ -84,12 +87,10 @@ def test_sigterm_to_every_process_at_once_saves_the_step(broken, rounds: int) ->
     assert_checkpoints_open(place)
 
 
-def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm_cache: Path) -> None:
-    place.cache = warm_cache
-    options = [word for word in SMALL if word not in ("--num-gpus", "2", "--foreground")]
-    options[options.index("--batch-size") + 1 : options.index("--batch-size") + 1] = ["2"]
+def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, warm: None) -> None:
+    options = [*" ".join(TINY).split(), *SMALL_MODEL, "--dummy-data"]
     command = place.command(*options, "--max-steps", "100000", "--save-steps", "100000")
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command["args"] = [*agent, "--shutdown-timeout", "86400", str(SCRIPT), *command["args"][1:]]
     process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     place.wait_for_step()
@@ -104,8 +105,8 @@ def test_sigterm_to_every_process_saves_without_the_launcher_too(place: Place, w
 
 def test_a_restarted_run_that_was_asked_to_stop_is_not_repeated(broken) -> None:
     wait = "while not read_json(cfg.output_dir / 'run_info.json').get('stop_requested'): time.sleep(0.1)"
-    place = broken(at_steps((3, 1, f"{wait}\n        {KILL}")))
-    launcher = place.start(*SMALL)
+    place = broken(at_steps((3, 0, f"{wait}\n        {KILL}")))
+    launcher = place.start(*ALONE)
     place.wait_for_step()
     os.kill(place.pid(), signal.SIGTERM)
     shown = place.finish(launcher)[0]
@@ -150,7 +151,7 @@ def silent_server() -> Iterator[int]:
 
 @pytest.mark.parametrize("stage", ["venv", pytest.param("pip", marks=pytest.mark.slow)])
 def test_ctrl_c_during_the_set_up_ends_cleanly_and_the_next_start_begins_it_anew(
-    bare_place: Place, bare_folder: Path, tmp_path: Path, stage: str
+    bare_place, bare_folder, tmp_path, stage
 ) -> None:
     place, checkout = bare_place, tmp_path / "checkout"
     shutil.copytree(bare_folder / "checkout", checkout)
@@ -192,15 +193,15 @@ def write_stream(*arguments):
 """
     place = broken(slow)
     place.cache = place.folder / "cache"
-    for stage in ("tokenizer", "stream"):
+    for stage, options in (("tokenizer", SMALL), ("stream", ALONE)):  # the other rank waits alike
         place.environment["SLOW"] = stage
-        terminal = Terminal(place, *SMALL)
+        terminal = Terminal(place, *options)
         place.wait(stage, (place.folder / stage).exists)
         assert_ended_by_ctrl_c(terminal)
         assert place.info()["state"] == "stopped"
         assert not place.pid_file.exists()
     del place.environment["SLOW"]
-    answer = place.run(*SMALL, "--num-gpus", "1", "--max-steps", "2", "--resume")
+    answer = place.run(*ALONE, "--max-steps", "2", "--resume")
     assert answer.code == 0, answer.text
     assert "처음부터 시작합니다" in answer.out
 
@@ -215,7 +216,7 @@ def train_step(run, batches, rate):
 """
     place = broken(mark)
     place.environment["TORCHINDUCTOR_CACHE_DIR"] = str(place.folder / "inductor")
-    terminal = Terminal(place, *SMALL, "--compile", "--num-gpus", "1")
+    terminal = Terminal(place, *ALONE, "--compile")
     place.wait("the first step", (place.logs / "compiling").exists)
     time.sleep(1)
     assert "스텝 1/12" not in terminal.text

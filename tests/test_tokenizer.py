@@ -58,21 +58,8 @@ def one_of(kind: str) -> tuple[Tokenizer, Callable, str]:
         return Tokenizer.from_file(f"{folder}/tokenizer.json"), *t.make_encoder(t.load_tokenizer(folder))
 
 
-PIECES = [
-    "<|endoftext|>",
-    "<unk>",
-    "<think>",
-    "<0xEA>",
-    "▁",
-    "한국어",
-    "학생이",
-    " 책을",
-    "12345",
-    "isn't",
-    "'LL",
-    "\r\n",
-]
-PIECES += [" ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ"]
+PIECES = ["<|endoftext|>", "<unk>", "<think>", "<0xEA>", "▁", "한국어", "학생이", " 책을", "12345", "isn't", "'LL"]
+PIECES += ["\r\n", " ", "  ", "\t", "\u00a0", "ㅋㅋㅋㅋ"]
 PIECES += ["👩‍👩‍👧‍👦", "e\u0301\u0323", "ſ", "hello", " world", "\U0001f1f0\U0001f1f7"]
 
 
