@@ -1038,7 +1038,8 @@ def init_from_problems(cfg: TrainConfig, size: int, vocabulary: int, longest: in
     if size > vocabulary:
         problems.append(f"--tokenizer의 어휘 {size:,}개가 --init-from 모델의 {vocabulary:,}개보다 큽니다. 빼고 쓰세요")
     if cfg.max_seq_length > longest:
-        problems.append(f"--init-from 모델의 최대 길이 {longest}보다 깁니다. --max-seq-length {longest} 을(를) 쓰세요")
+        text = f"--max-seq-length {cfg.max_seq_length}: --init-from 모델의 최대 길이 {longest}보다 깁니다"
+        problems.append(f"{text}. --max-seq-length {longest} 을(를) 쓰세요")
     return problems
 
 
@@ -1142,7 +1143,7 @@ def require_cuda() -> None:
         return
     version = importlib.metadata.version("torch")
     package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-    text = f"PyTorch {version}는 이 GPU를 쓰지 못합니다. nvidia-fabricmanager와 드라이버를 보거나 맞는 것을 설치하세요"
+    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버(nvidia-fabricmanager)를 보거나 설치하세요"
     with refusing(text, f"{sys.executable} -m pip install {package}"):
         torch.cuda.init()  # the driver's own words; it makes no context here
 

@@ -294,7 +294,7 @@ def test_what_would_change_the_rows_is_refused_on_resume(trained):
     for name, (value, told) in changes.items():
         (problem,) = refusal(t.replace(cfg, **{name: value}), 1, known)
         assert told in problem
-    assert "데이터의 내용" in refusal(cfg, 1, "other")[0]
+    assert "토크나이저의 내용이 다릅니다" in refusal(cfg, 1, "other")[0]
     assert len(refusal(t.replace(cfg, seed=1, max_seq_length=16), 1, "other")) == 3
     (problem,) = t.resume_problems(cfg, point.checkpoint, {**point.info, "mode": "test"}, known)
     assert "테스트 모드의 체크포인트" in problem
