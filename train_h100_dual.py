@@ -1143,7 +1143,7 @@ def require_cuda() -> None:
         return
     version = importlib.metadata.version("torch")
     package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버(nvidia-fabricmanager)를 보거나 설치하세요"
+    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버, fabricmanager를 보거나 다시 설치하세요"
     with refusing(text, f"{sys.executable} -m pip install {package}"):
         torch.cuda.init()  # the driver's own words; it makes no context here
 

@@ -120,7 +120,8 @@ def test_gpus_that_pytorch_can_not_use_are_refused_by_hand_too(place: Place, wit
     answer = place.execute(command)
     assert answer.code == 1
     assert "nvidia-smi의 GPU를 PyTorch" in answer.text
-    assert "드라이버를 올리거나 맞는 것을 설치하세요" in answer.text
+    assert "다시 설치하세요" in answer.text
+    assert "Torch not compiled with CUDA" in answer.text, "the reason in PyTorch's own words"
 
 
 @pytest.mark.parametrize(
