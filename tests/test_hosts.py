@@ -359,6 +359,15 @@ def test_a_lock_that_can_not_be_opened_is_refused_in_a_sentence(place: Place) ->
     assert f"{place.outputs}/.lock" in complaint
 
 
+def test_a_disk_that_takes_no_locks_is_not_called_a_running_training(place: Place) -> None:
+    write_program(place.folder / "bin" / "flock", "exit 71")
+    place.environment["PATH"] = f"{place.folder / 'bin'}:{os.environ['PATH']}"
+    answer = place.run("--test", "--device", "cpu")
+    (complaint,) = answer.complaints
+    assert answer.code == 1
+    assert f"잠글 수 없는 파일입니다: {place.logs}/.training.lock" in complaint
+
+
 @pytest.mark.parametrize("name", ["outputs", "logs", "cache"])
 def test_a_link_to_nowhere_is_answered_in_a_sentence(place: Place, name: str) -> None:
     (place.folder / name).symlink_to(place.folder / "gone")
