@@ -446,7 +446,7 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append("셋을 함께 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
     if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-    for name in ("find_batch_size", "bf16_allreduce"):  # for which DDP's hook asks for NCCL
+    for name in ("find_batch_size", "bf16_allreduce"):  # whose hook asks for NCCL
         if cfg.device == "cpu" and getattr(cfg, name):
             problems.append(f"{as_typed(name)}: CPU에서는 쓸 수 없습니다. 빼고 실행하세요")
     unusable = ("cudnn", "efficient", "fa3") if cfg.device == "cpu" else ("cudnn", "flash", "fa3")  # in fp32
@@ -993,7 +993,7 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
     parts = estimate_memory(replace(cfg, **least), shape, world_size)
     if gpu.total and sum(parts.values()) > gpu.total << 20:
         text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
-        problems.append(f"GPU 메모리가 부족합니다: {text}. --find-batch-size, --gradient-checkpointing, --model-size")
+        problems.append(f"GPU 메모리가 부족합니다: {text}. 쓸 것: --find-batch-size, --gradient-checkpointing")
     have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
     needed = (count + (cfg.save_initial and not have)) * parts["가중치"]
@@ -1102,10 +1102,10 @@ def make_launch_plan(cfg: TrainConfig, num_gpus: int) -> LaunchPlan:
     for reason, paths in left_out.items():
         names = ", ".join(display_path(path) for path in paths[:3]) + (" …" if len(paths) > 3 else "")
         notes.append(f"데이터에서 뺀 것 {len(paths):,}개 ({reason}): {names}")
-    if point.checkpoint and not report:
+    if point.checkpoint and not (report or uses_dummy_data(cfg)):
         notes.append("준비해 둔 토큰이 없어 데이터를 다시 토큰화합니다. 그때와 내용이 다르면 그 뒤에 거부됩니다")
-    if not cfg.max_steps and steps < (cfg.max_tokens or 0) // step_tokens:
-        notes.append(f"--max-tokens 보다 {steps * step_tokens:,} 토큰에서 먼저 끝납니다. --max-epochs 를 늘리세요")
+    if not cfg.max_steps and 0 < steps < (cfg.max_tokens or 0) // step_tokens:
+        notes.append("말뭉치가 --max-tokens 전에 끝납니다 ('전체 학습'을 보세요). 다 하려면 --max-epochs 를 늘리세요")
     if cfg.learning_rate == "auto" and cfg.max_hours:
         notes.append("--max-hours 로 먼저 끝나면 auto가 헤아린 토큰 수보다 짧고, 학습률이 다 내려가지 않습니다")
     return LaunchPlan(cfg, files, gpus, processes, nodes, point, steps, exact, notes)
@@ -1143,8 +1143,8 @@ def require_cuda() -> None:
         return
     version = importlib.metadata.version("torch")
     package = f"torch=={version.partition('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
-    text = f"nvidia-smi의 GPU를 PyTorch {version}는 쓰지 못합니다. 드라이버, fabricmanager를 보거나 다시 설치하세요"
-    with refusing(text, f"{sys.executable} -m pip install {package}"):
+    text = "nvidia-smi의 GPU를 쓰지 못합니다. 드라이버를 올리거나 fabricmanager를 켜거나 맞는 PyTorch를 설치하세요"
+    with refusing(f"{text} ({sys.executable} -m pip install {package})", f"PyTorch {version}"):
         torch.cuda.init()  # the driver's own words; it makes no context here
 
 
@@ -1549,7 +1549,7 @@ def set_up_config(typed: TrainConfig) -> TrainConfig:
         begun = "first_step" in info or not info  # a lost file doesn't make it begin anew, over its own checkpoints
         if begun and list_checkpoints(typed.output_dir) and typed.mode == "train":  # which starts over
             typed = replace(typed, resume="auto")
-    if "H100_DUAL_RUN_ID" in os.environ or rank_and_world()[0]:
+    if "H100_DUAL_RUN_ID" in os.environ or rank_and_world()[0] or is_restart(info):
         device = typed.device if "H100_DUAL_RUN_ID" in os.environ else plan_device(typed, processes)[0]
         return resolve_config(typed, device)[0]
     plan = make_launch_plan(typed, processes)
@@ -2520,8 +2520,7 @@ def prepare_corpus(cfg: TrainConfig) -> Corpus:
     if is_local_main():  # it tells the others which corpus it is: they might see the files change
         store.set(name, str(prepare_lists(cfg)))
     store.wait([name], timedelta(days=365))  # should that rank fail, the agent ends us
-    lists = Path(store.get(name).decode())
-    folder = lists.parent
+    folder = (lists := Path(store.get(name).decode())).parent
     report = {**read_json(folder / "corpus.json"), **read_json(lists / "lists.json"), "lists": str(lists)}
     if report["bad"] and is_local_main():
         path = Path(shutil.copy(folder / "bad_lines.jsonl", cfg.logs_dir))
@@ -3859,9 +3858,9 @@ def run_training(cfg: TrainConfig, stop: StopFlag) -> NoReturn:
             if point.checkpoint is None and cfg.save_initial:
                 save_initial_model(run)
         ended = train_quietly(run, state)
+    faulthandler.cancel_dump_traceback_later()  # from here on nothing hangs: what is left takes as long as it takes
     with tracking(run):
         run.accelerator.end_training()  # all ranks together: only then may rank 0 write for as long as it takes
-    faulthandler.cancel_dump_traceback_later()  # from here on nothing hangs: what is left takes as long as it takes
     if lock is not None:
         report_save(run, is_last=True)
         draw_curves_beside(run, wait=True)
@@ -3945,7 +3944,8 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
     logging.getLogger("traceback").error("run failed", exc_info=error)
     is_lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
     is_victim = is_lost and not (known or re.search("nccl(System|UnhandledCuda|Internal|Invalid)", str(error)))
-    known = known and not (is_out_of_memory(error) and list_checkpoints(cfg.output_dir))  # where it did fit before
+    begun = read_json(cfg.output_dir / "run_info.json").get("first_step", math.inf)
+    known = known and not (is_out_of_memory(error) and list_checkpoints(cfg.output_dir, after=begun))  # it did fit
     if is_victim:  # the other's fault is the cause: it may be about to say why
         text = LOST_PEER
         time.sleep(1)

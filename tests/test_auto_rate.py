@@ -43,9 +43,9 @@ def by_law(run: t.Run) -> float:
 
 
 def test_a_number_of_tokens_beyond_the_epochs_is_told(tmp_path, corpus):
-    for tokens, told in (("100000000", True), ("2000", False)):
-        plan = t.make_launch_plan(t.parse_args(options(tmp_path, *corpus, "--max-tokens", tokens)), 1)
-        assert any("토큰에서 먼저 끝납니다. --max-epochs" in note for note in plan.notes) is told
+    for tokens, source, told in (("9" * 9, corpus, True), ("2000", corpus, False), ("9" * 9, ["--dummy-data"], False)):
+        plan = t.make_launch_plan(t.parse_args(options(tmp_path, *source, "--max-tokens", tokens)), 1)
+        assert any("--max-tokens 전에 끝납니다" in note for note in plan.notes) is told, (tokens, source)
 
 
 def test_auto_is_estimated_then_one_rate_in_plan_run_and_resume(tmp_path, corpus):

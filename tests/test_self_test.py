@@ -119,9 +119,8 @@ def test_gpus_that_pytorch_can_not_use_are_refused_by_hand_too(place: Place, wit
     command["args"] = [sys.executable, f"{ROOT}/train_h100_dual.py", *command["args"][1:]]
     answer = place.execute(command)
     assert answer.code == 1
-    assert "nvidia-smi의 GPU를 PyTorch" in answer.text
-    assert "다시 설치하세요" in answer.text
-    assert "Torch not compiled with CUDA" in answer.text, "the reason in PyTorch's own words"
+    assert "맞는 PyTorch를 설치하세요" in answer.text
+    assert f"PyTorch {torch.__version__} (" in answer.text, "and the reason in its own words"
 
 
 @pytest.mark.parametrize(

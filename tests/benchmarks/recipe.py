@@ -415,6 +415,8 @@ def print_tables(results: dict[Trial, dict[str, Any]]) -> None:
         most = max(map(len, losses.values()))
         medians = {factor: statistics.median(of.values()) for factor, of in losses.items() if len(of) == most}
         auto, best = AUTO[about[2]], min(medians, key=medians.__getitem__)
+        if auto not in medians:  # not run yet, or with fewer seeds
+            continue
         spread_here = max(max(losses[factor].values()) - min(losses[factor].values()) for factor in (auto, best))
         above = medians[auto] - medians[best]
         holds = "yes" if above <= max(0.03, spread_here) else "no"
