@@ -993,7 +993,7 @@ def room_problems(cfg: TrainConfig, gpus: list[Gpu], world_size: int, left: int)
     parts = estimate_memory(replace(cfg, **least), shape, world_size)
     if gpu.total and sum(parts.values()) > gpu.total << 20:
         text = f"GPU당 {memory_words(parts)}가 필요하지만 {gpu.name}에는 {gpu.total / 2**10:.1f} GiB만 있습니다"
-        problems.append(f"GPU 메모리가 부족합니다: {text}. 쓸 것: --find-batch-size, --gradient-checkpointing")
+        problems.append(f"GPU 메모리가 부족합니다: {text} (--find-batch-size, --gradient-checkpointing, --model-size)")
     have = len(list_checkpoints(cfg.output_dir)) if cfg.resume else 0  # these take no more room
     count = min(-(-left // cfg.save_steps), max(0, (cfg.save_total_limit or math.inf) - have)) + 1
     needed = (count + (cfg.save_initial and not have)) * parts["가중치"]

@@ -57,6 +57,10 @@ def test_auto_is_estimated_then_one_rate_in_plan_run_and_resume(tmp_path, corpus
     assert told(exact) == (rate, basis)
     assert "추정" not in next(line for line in exact.splitlines() if "학습률" in line)
     longer = [*corpus, "--resume", "--max-epochs", "2"]
+    for cache, told_again in (("new", True), ("cache", False)):
+        words = options(tmp_path, *longer, "--cache-dir", str(tmp_path / cache))
+        notes = t.make_launch_plan(t.parse_args(words), 1).notes
+        assert any("다시 토큰화합니다" in note for note in notes) is told_again
     plan = planned(tmp_path, *longer)
     assert told(plan)[0] == rate
     fresh = re.search("체크포인트의 값, 새로 시작하면 (.*)", told(plan)[1])[1]

@@ -114,8 +114,6 @@ def test_without_its_cache_a_run_goes_on_with_the_tokenizer_of_its_checkpoint(al
     shutil.copytree(alone, tmp_path, symlinks=True, dirs_exist_ok=True)
     checkpoint = tmp_path / "outputs" / "checkpoint-20"
     resumed = options(tmp_path, *TWENTY, "--train", "--resume", "--cache-dir", str(tmp_path / "new"))
-    plan = t.make_launch_plan(t.parse_args(resumed), 1)
-    assert any("다시 토큰화합니다" in note for note in plan.notes)
     cfg = t.parse_args([*resumed, "--tokenizer", str(checkpoint)])
     with pytest.raises(t.EnvironmentProblem, match=f"--tokenizer {checkpoint}"):
         t.find_resume_point(t.resolve_config(cfg, "cpu")[0], 1, "another")
