@@ -446,7 +446,7 @@ def validate_config(cfg: TrainConfig) -> TrainConfig:
         problems.append("셋을 함께 쓰세요 (번호는 0부터): --nnodes 2 --node-rank 0 --rdzv-endpoint 10.0.0.1:29500")
     if cfg.device == "cpu" and cfg.precision in ("fp16", "fp8"):  # where accelerate would silently run fp32
         problems.append(f"--{cfg.precision}: CPU에서는 쓸 수 없습니다. --fp32 또는 --bf16 을 쓰세요")
-    for name in ("find_batch_size", "bf16_allreduce"):  # whose hook asks for NCCL
+    for name in ("find_batch_size", "bf16_allreduce"):  # DDP's hook for the latter asks for NCCL
         if cfg.device == "cpu" and getattr(cfg, name):
             problems.append(f"{as_typed(name)}: CPU에서는 쓸 수 없습니다. 빼고 실행하세요")
     unusable = ("cudnn", "efficient", "fa3") if cfg.device == "cpu" else ("cudnn", "flash", "fa3")  # in fp32
@@ -1230,7 +1230,7 @@ def has_package(name: str, least: str) -> bool:
 # 0 takes the outputs' lock (torchrun's ranks inherit nothing).  run_info.json's run_id tells this run from others.
 # A stop: the supervisor signals the ranks (before step 1 torchrun too); they agree, save, set "stopped", exit with 0.
 # A failure: with a known cause the rank sets "failed" and exits with 1; torchrun starts all ranks again, they find
-# "failed" and exit with 0.  After any other (killed, hung, unknown) the state is still "running": they go on from the
+# "failed" and exit with 0.  After any other (killed, hung, memory that fitted) it is "running" yet: they go on from the
 # newest checkpoint, while --max-restarts lasts.  The end: once every rank has left (the outputs' lock is free), the
 # supervisor sets by finalize_state what they could not, removes the PID file and runs --notify, without its lock.
 
@@ -3944,14 +3944,14 @@ def report_failure(cfg: TrainConfig, error: Exception) -> None:
     logging.getLogger("traceback").error("run failed", exc_info=error)
     is_lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
     is_victim = is_lost and not (known or re.search("nccl(System|UnhandledCuda|Internal|Invalid)", str(error)))
-    begun = read_json(cfg.output_dir / "run_info.json").get("first_step", math.inf)
+    begun = (info := read_json(cfg.output_dir / "run_info.json")).get("first_step", math.inf)
     known = known and not (is_out_of_memory(error) and list_checkpoints(cfg.output_dir, after=begun))  # it did fit
     if is_victim:  # the other's fault is the cause: it may be about to say why
         text = LOST_PEER
         time.sleep(1)
     most, used = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     again = not known and used < most
-    if read_json(cfg.output_dir / "run_info.json").get("run_id") != run_id():  # before the directory was ours
+    if info.get("run_id") != run_id():  # before the directory was ours
         speaks = is_local_main()
     elif again:
         speaks = not is_victim
